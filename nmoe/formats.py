@@ -1,0 +1,597 @@
+"""MXFP8 and NVFP4: the one place in nmoe that rounds to a block-scaled format.
+
+A tensor [..., M, K] is quantized along one axis: blocks of consecutive elements of that axis share a scale.
+Axis 1 (along K) serves a GEMM that contracts over K; axis 0 (along rows or tokens, M) one that contracts over
+M. The two copies hold different numbers, so a `Quantized` carries its axis and `check_operand` refuses the
+wrong one.
+
+    mxfp8  E4M3 elements, one UE8M0 scale (a power of two, rounded up) per 32 elements: OCP MX v1.0, with
+           the scale rule of arXiv 2506.08027
+    nvfp4  E2M1 elements, one UE4M3 scale per 16 elements, one FP32 factor per tensor, expert or row segment:
+           arXiv 2509.25149, with TransformerEngine's operation order
+
+docs/numerics.md derives the formulas and lists the special values. All arithmetic is FP32 in a fixed order
+per element, so results are bitwise repeatable on any number of threads. Float64 input is first rounded to
+FP32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Format = Literal["mxfp8", "nvfp4"]
+Axis = Literal[0, 1]
+Rounding = Literal["nearest", "stochastic"]
+
+BLOCK: dict[str, int] = {"mxfp8": 32, "nvfp4": 16}
+HADAMARD_SIZE = 16
+
+E4M3_MAX = 448.0
+E2M1_MAX = 6.0
+FLT_MAX = torch.finfo(torch.float32).max
+
+# The diagonal of the random Hadamard transform. It is fixed, not drawn: TransformerEngine ships this vector,
+# and both operands of wgrad must use the same one.
+SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A tensor of logical shape [..., M, K] in a block-scaled format. B is BLOCK[format].
+
+    data    uint8. mxfp8: E4M3 codes [..., M, K] for either axis. nvfp4: two E2M1 codes a byte, the even
+            element in the low nibble; axis 1 [..., M, K/2], axis 0 transposed to [..., K, M/2].
+    scale   uint8, UE8M0 (mxfp8) or UE4M3 (nvfp4) codes; axis 1 [..., M, K/B], axis 0 [..., K, M/B].
+    amax    float32, nvfp4 only: the largest magnitude that was quantized, of shape [...] (one per leading
+            batch entry) or [G] (one per row segment). The tensor's factor is `global_scale(amax)`.
+    segments  int row offsets [G+1], or None. Rows from segments[-1] on hold zeros.
+    hadamard  the data are those of `hadamard_transform(x, axis)`, not of x.
+    """
+
+    format: Format
+    axis: Axis
+    shape: tuple[int, ...]
+    data: Tensor
+    scale: Tensor
+    amax: Tensor | None = None
+    segments: Tensor | None = None
+    hadamard: bool = False
+
+
+def quantize(
+    x: Tensor,
+    format: Format,
+    axis: Axis,
+    *,
+    rounding: Rounding = "nearest",
+    seed: int | None = None,
+    hadamard: bool = False,
+    square: bool = False,
+    segments: Tensor | None = None,
+    out: Quantized | None = None,
+) -> Quantized:
+    """Quantizes x [..., M, K] (float32, bfloat16 or float64) along `axis`.
+
+    rounding, seed  "stochastic" (nvfp4) rounds with the random bits of `random_bits`, a function of the
+                    64-bit seed and the element's position alone.
+    hadamard        (nvfp4) transforms x by `hadamard_transform` first; `dequantize` does not undo it.
+    square          (nvfp4) one scale per 16×16 tile, so that both axes hold the same numbers.
+    segments        int row offsets [G+1] of a two-dimensional x, from 0, ascending, multiples of BLOCK: nvfp4
+                    takes one amax per segment. Rows from segments[-1] on are not read; their codes are 0.
+    out             buffers to write, every byte of them; the result shares them.
+
+    Raises ValueError for a shape, option or buffer that does not fit.
+    """
+    _check_request(x, format, axis, rounding, seed, hadamard, square)
+    groups = None
+    if segments is not None:
+        groups = len(segments) - 1
+        _check_segments(segments, x.shape, BLOCK[format])
+    if out is None:
+        out = empty(format, x.shape, axis, groups, device=x.device)
+    else:
+        _check_buffers(out, format, x.shape, axis, groups)
+
+    rows = x.shape[-2] if segments is None else int(segments[-1])
+    live = x.detach()[..., :rows, :].float()
+    if live.numel() == 0:
+        for buffer in (out.data, out.scale, out.amax):
+            if buffer is not None:
+                buffer.zero_()
+    elif format == "mxfp8":
+        data, scale = _encode_mxfp8(live, axis)
+        _write(out.data, data, dim=-2)
+        _write(out.scale, scale, dim=-2 if axis == 1 else -1)
+    else:
+        assert out.amax is not None
+        live = hadamard_transform(live, axis) if hadamard else live
+        lines = live if axis == 1 else live.transpose(-1, -2)
+        data, scale, amax = _encode_nvfp4(lines.contiguous(), axis, square, seed, segments)
+        _write(out.data, data, dim=-2 if axis == 1 else -1)
+        _write(out.scale, scale, dim=-2 if axis == 1 else -1)
+        out.amax.copy_(amax)
+    return Quantized(format, axis, tuple(x.shape), out.data, out.scale, out.amax, segments, hadamard)
+
+
+def dequantize(
+    q: Quantized,
+    dtype: torch.dtype = torch.float32,
+    *,
+    without_global: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The numbers that q stands for, in the original orientation [..., M, K], rounded once to `dtype`.
+
+    mxfp8 is element · scale: exact in float32, and in bfloat16 for scales in [2^-124, 2^119].
+    nvfp4 is (element · scale) · global_scale(amax): the first product is exact even in bfloat16, the second
+    rounds in float32. `without_global` leaves the second out; kernels apply it in the GEMM's epilogue.
+    A Hadamard transform is not undone: both operands of wgrad share it, and there it cancels.
+    """
+    if q.format == "mxfp8":
+        values = _decode_mxfp8(q)
+    else:
+        values = _decode_nvfp4(q, without_global)
+        if q.axis == 0:
+            values = values.transpose(-1, -2)
+    if out is None:
+        return values.to(dtype).contiguous()
+    if out.shape != q.shape or out.dtype != dtype:
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, expected {dtype} {q.shape}")
+    return out.copy_(values)
+
+
+def check_operand(q: Quantized, axis: Axis) -> None:
+    """Raises ValueError unless q was quantized along `axis`, the one that the GEMM contracts over."""
+    if q.axis != axis:
+        raise ValueError(
+            f"{q.format} operand of shape {q.shape} is quantized along axis {q.axis}, but this operand "
+            f"contracts along axis {axis}: quantize the high-precision tensor along axis {axis}"
+        )
+
+
+# Storage
+
+
+def storage(
+    format: Format, shape: tuple[int, ...], axis: Axis, segments: int | None = None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name → (shape, dtype) of the buffers of a Quantized of logical `shape`; `segments` counts them."""
+    *batch, m, k = shape
+    block = BLOCK[format]
+    lines, length = (m, k) if axis == 1 else (k, m)
+    buffers = {"scale": ((*batch, lines, length // block), torch.uint8)}
+    if format == "mxfp8":
+        return {"data": (tuple(shape), torch.uint8), **buffers}
+    amax = tuple(batch) if segments is None else (segments,)
+    return {"data": ((*batch, lines, length // 2), torch.uint8), **buffers, "amax": (amax, torch.float32)}
+
+
+def from_buffers(
+    format: Format,
+    shape: tuple[int, ...],
+    axis: Axis,
+    buffers: dict[str, Tensor],
+    *,
+    segments: Tensor | None = None,
+    hadamard: bool = False,
+) -> Quantized:
+    """A Quantized over buffers of the shapes that `storage` names."""
+    data, scale, amax = buffers["data"], buffers["scale"], buffers.get("amax")
+    q = Quantized(format, axis, tuple(shape), data, scale, amax, segments, hadamard)
+    _check_buffers(q, format, q.shape, axis, None if segments is None else len(segments) - 1)
+    return q
+
+
+def empty(
+    format: Format,
+    shape: tuple[int, ...],
+    axis: Axis,
+    segments: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Quantized:
+    """Uninitialised buffers, for `quantize(..., out=)`."""
+    buffers = {
+        name: torch.empty(size, dtype=dtype, device=device)
+        for name, (size, dtype) in storage(format, shape, axis, segments).items()
+    }
+    return Quantized(format, axis, tuple(shape), buffers["data"], buffers["scale"], buffers.get("amax"))
+
+
+def _write(buffer: Tensor, values: Tensor, dim: int) -> None:
+    """Copies values to the start of `dim` and zeroes the rest."""
+    used = values.shape[dim]
+    buffer.narrow(dim, 0, used).copy_(values)
+    buffer.narrow(dim, used, buffer.shape[dim] - used).zero_()
+
+
+# MXFP8
+
+
+def _encode_mxfp8(x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """float32 [..., M, K] → E4M3 codes [..., M, K] and UE8M0 codes [..., M, K/32] or [..., K, M/32]."""
+    dim = -1 if axis == 1 else -2
+    blocks = x.unflatten(dim, (-1, BLOCK["mxfp8"]))  # the block is the last or the last but one dimension
+    peak = blocks.abs().amax(dim)
+    scale = encode_e8m0(peak * (1.0 / E4M3_MAX))
+    # 2^(127 - code), built from its bits: code 254 gives the subnormal 2^-127, 255 gives NaN.
+    bits = (254 - scale.int()) << 23
+    bits.masked_fill_(scale == 254, 0x0040_0000).masked_fill_(scale == 255, 0x7FC0_0000)
+    data = encode_e4m3(blocks * bits.view(torch.float32).unsqueeze(dim)).reshape(x.shape)
+    return data, scale if axis == 1 else scale.transpose(-1, -2)
+
+
+def _decode_mxfp8(q: Quantized) -> Tensor:
+    dim = -1 if q.axis == 1 else -2
+    scale = decode_e8m0(q.scale if q.axis == 1 else q.scale.transpose(-1, -2))
+    values = decode_e4m3(q.data)
+    values.unflatten(dim, (-1, BLOCK["mxfp8"])).mul_(scale.unsqueeze(dim))
+    return values
+
+
+# NVFP4
+
+
+def global_scale(amax: Tensor) -> Tensor:
+    """The FP32 factor of an NVFP4 tensor: it maps the largest magnitude to 448 · 6, both types' maximum."""
+    return amax / (E4M3_MAX * E2M1_MAX)
+
+
+def _encode_nvfp4(
+    x: Tensor, axis: Axis, square: bool, seed: int | None, segments: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 lines [..., L, C], blocks along C → E2M1 codes [..., L, C/2], UE4M3 codes [..., L, C/16], amax.
+
+    `axis` is that of the tensor: row segments divide its lines (1) or its blocks (0).
+    """
+    blocks = x.unflatten(-1, (-1, BLOCK["nvfp4"]))
+    peak = blocks.abs().amax(-1)
+    if square:
+        tiles = peak.unflatten(-2, (-1, BLOCK["nvfp4"]))
+        peak = tiles.amax(-2, keepdim=True).expand_as(tiles).flatten(-3, -2)
+    if segments is not None:
+        index = _segment_index(segments, peak.shape, axis)
+        amax = peak.new_zeros(len(segments) - 1)
+        amax.scatter_reduce_(0, index.flatten(), peak.amax(-1 if axis == 1 else -2), "amax")
+        encode = _global_encode(amax)[index]
+    else:
+        amax = peak.amax((-1, -2))
+        encode = _global_encode(amax)[..., None, None]
+    scale = encode_e4m3(peak * (encode * (1.0 / E2M1_MAX)))
+    inverse = (1.0 / (decode_e4m3(scale) * (1.0 / encode))).clamp_(max=FLT_MAX)
+    noise = None if seed is None else random_bits(seed, peak.shape, x.device).view(x.shape)
+    codes = encode_e2m1((blocks * inverse.unsqueeze(-1)).view(x.shape), noise)
+    return pack_e2m1(codes), scale, amax
+
+
+def _global_encode(amax: Tensor) -> Tensor:
+    """The reciprocal of `global_scale`; 1 for a tensor of zeros and for one that holds an infinity."""
+    encode = ((E4M3_MAX * E2M1_MAX) / amax).clamp_(max=FLT_MAX)
+    return encode.masked_fill_((amax == 0) | (encode == 0), 1.0)
+
+
+def _decode_nvfp4(q: Quantized, without_global: bool) -> Tensor:
+    """→ float32 lines [..., L, C]."""
+    assert q.amax is not None
+    values = unpack_e2m1(q.data)
+    blocks = values.unflatten(-1, (-1, BLOCK["nvfp4"]))
+    blocks.mul_(decode_e4m3(q.scale).unsqueeze(-1))
+    if without_global:
+        return values
+    factor = global_scale(q.amax)
+    if q.segments is None:
+        return values.mul_(factor[..., None, None])
+    index = _segment_index(q.segments, q.scale.shape, q.axis)
+    blocks.mul_(torch.cat([factor, factor.new_zeros(1)])[index].unsqueeze(-1))
+    return values
+
+
+def _segment_index(segments: Tensor, blocks: torch.Size, axis: Axis) -> Tensor:
+    """The segment of each line [L, 1] (axis 1) or block [1, C/16] (axis 0) of scales [L, C/16].
+
+    It is G, one past the last segment, in the tail.
+    """
+    ends = segments[1:] if axis == 1 else segments[1:] // BLOCK["nvfp4"]
+    index = torch.bucketize(
+        torch.arange(blocks[-2 if axis == 1 else -1], device=segments.device), ends, right=True
+    )
+    return index.unsqueeze(axis)
+
+
+# The random Hadamard transform
+
+
+def hadamard_transform(x: Tensor, axis: Axis) -> Tensor:
+    """Each tile of 16 elements of `axis` times diag(SIGNS) · H, H the orthonormal Sylvester-Hadamard matrix.
+
+    x is float32 [..., M, K]; so is the result. The sum is a butterfly of four stages, which fixes its order.
+    The matrix is orthogonal: (X_a R)ᵀ-style products of two operands that share it are those of the operands.
+    """
+    dim = -1 if axis == 1 else -2
+    signs = torch.tensor(SIGNS, dtype=x.dtype, device=x.device)
+    tiles = x.unflatten(dim, (-1, HADAMARD_SIZE))
+    y = tiles * (signs if axis == 1 else signs.unsqueeze(-1))
+    for stage in (1, 2, 4, 8):
+        pairs = y.unflatten(dim, (-1, 2, stage))
+        low, high = pairs.unbind(dim - 1)
+        y = torch.stack((low + high, low - high), dim - 1).flatten(dim - 2, dim)
+    return (y * 0.25).reshape(x.shape)
+
+
+# Random bits for stochastic rounding
+
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK32 = 0xFFFF_FFFF
+
+
+def philox(counter: tuple[Tensor | int, ...], seed: int) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, in int64, from four counters and a key.
+
+    The key is (low word, high word) of `seed`. Counters broadcast against each other.
+    """
+    c0, c1, c2, c3 = (torch.as_tensor(c, dtype=torch.int64) for c in counter)
+    k0, k1 = seed & _MASK32, seed >> 32 & _MASK32
+    for _ in range(10):
+        # The int64 product wraps, which keeps all 64 bits of the unsigned product.
+        p0, p1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (p1 >> 32 & _MASK32) ^ c1 ^ k0,
+            p1 & _MASK32,
+            (p0 >> 32 & _MASK32) ^ c3 ^ k1,
+            p0 & _MASK32,
+        )
+        k0, k1 = k0 + _PHILOX_WEYL[0] & _MASK32, k1 + _PHILOX_WEYL[1] & _MASK32
+    return c0, c1, c2, c3
+
+
+def random_bits(seed: int, blocks: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """uint8 [*blocks, 16]: a random byte for each element of NVFP4 blocks [..., L, C/16].
+
+    Block b of line l of batch entry e gets philox(counter=(b, l, e, 0), seed); word w, byte i (the least
+    significant first) belongs to element 4w + i. A thread that owns a block makes one call.
+    """
+    *batch, lines, count = blocks
+    entries = torch.arange(torch.Size(batch).numel(), device=device).view(-1, 1, 1)
+    rows = torch.arange(lines, device=device).view(-1, 1)
+    words = philox((torch.arange(count, device=device), rows, entries, 0), seed)
+    return torch.stack(torch.broadcast_tensors(*words), -1).int().view(torch.uint8).view(*blocks, 16)
+
+
+# Element and scale types
+
+
+def _table(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _lookup(table: Tensor, codes: Tensor) -> Tensor:
+    """table[codes], several times faster than indexing or casting from float8."""
+    flat = codes.reshape(-1).int()
+    return table.to(codes.device).index_select(0, flat).view(codes.shape)
+
+
+_E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+_E8M0_VALUES = _table([2.0 ** (code - 127) for code in range(255)] + [float("nan")])
+_E2M1_VALUES = _table([s * v for s in (1.0, -1.0) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
+# Both elements of a byte, as one 8-byte entry.
+_E2M1_PAIRS = torch.stack((_E2M1_VALUES.repeat(16), _E2M1_VALUES.repeat_interleave(16)), -1).view(
+    torch.int64
+)[:, 0]
+
+
+def encode_e4m3(x: Tensor) -> Tensor:
+    """float32 → E4M3 codes, uint8: to nearest, ties to even, saturating at ±448; NaN stays NaN.
+
+    UE4M3 is the half of E4M3 without the sign, so this serves NVFP4's scales too. Overwrites nothing.
+    """
+    # The clamp makes the cast saturate on torch 2.11, too.
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def decode_e4m3(codes: Tensor) -> Tensor:
+    """E4M3 codes, uint8 → float32, exactly; 0x7F and 0xFF are NaN."""
+    return _lookup(_E4M3_VALUES, codes)
+
+
+def encode_e8m0(x: Tensor) -> Tensor:
+    """Non-negative float32 → UE8M0 codes, uint8: the power of two 2^(code - 127) at or above x.
+
+    Zero and anything up to 2^-127 give 0x00; infinity saturates to 0xFE; NaN gives 0xFF. This is
+    cvt.rp.satfinite.ue8m0x2.f32.
+    """
+    bits = x.contiguous().view(torch.int32)
+    code = (bits + 0x007F_FFFF >> 23) - ((bits > 0) & (bits <= 0x0040_0000)).int()
+    code.masked_fill_(x == float("inf"), 254).masked_fill_(x.isnan(), 255)
+    return code.to(torch.uint8)
+
+
+def decode_e8m0(codes: Tensor) -> Tensor:
+    """UE8M0 codes, uint8 → float32, exactly; 0x00 is the subnormal 2^-127 and 0xFF is NaN."""
+    return _lookup(_E8M0_VALUES, codes)
+
+
+def encode_e2m1(x: Tensor, random: Tensor | None = None) -> Tensor:
+    """float32 → E2M1 codes 0..15, int32, saturating at ±6; NaN, which E2M1 lacks, gives ±6.
+
+    To nearest, ties to even; or, with a `random` byte r per element, stochastically: |x| / step + r / 256
+    is truncated, step being E2M1's at |x|. That is exact integer arithmetic, and the carry rule of
+    cvt.rs.satfinite.e2m1x4.f32.
+    """
+    bits = x.contiguous().view(torch.int32)
+    sign = bits >> 28 & 8
+    # Non-negative floats order as their bits do, and NaN's bits are above those of 6.0.
+    bits = (bits & 0x7FFF_FFFF).clamp_(max=0x40C0_0000)
+    magnitude = bits.view(torch.float32)
+    binade = (bits & 0x7F80_0000).view(torch.float32).clamp_(min=1.0)  # 1, 2 or 4: twice the step at |x|
+    if random is None:
+        # 1.5 · 2^22 · binade has a last place of one step, so that the FP32 sum rounds as E2M1 does. Its
+        # bits are (149 + log2 binade) · 2^23 + 2^22 + |x| / step.
+        bits = torch.add(magnitude, binade, alpha=1.5 * 2**22).view(torch.int32)
+        code = (bits & 7).add_(bits >> 22).sub_(2 * 149 + 1)
+    else:
+        steps = (magnitude / binade).mul_(2 * 256).int().add_(random) >> 8
+        code = steps.add_(binade.view(torch.int32) >> 22).sub_(2 * 127)
+    return code.bitwise_or_(sign).to(torch.uint8)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """E2M1 codes 0..15, uint8 → float32, exactly."""
+    return _lookup(_E2M1_VALUES, codes)
+
+
+def pack_e2m1(codes: Tensor) -> Tensor:
+    """uint8 codes [..., 2n] → uint8 pairs [..., n], the even element in the low nibble."""
+    pairs = codes.view(torch.int16)
+    return (pairs | pairs >> 4).to(torch.uint8)
+
+
+def unpack_e2m1(pairs: Tensor) -> Tensor:
+    """uint8 pairs [..., n] → float32 values [..., 2n]."""
+    return _lookup(_E2M1_PAIRS, pairs).view(torch.float32)
+
+
+# Scale-factor layout of block-scaled MMA
+
+
+def to_blocked(scale: Tensor, segments: Tensor | None = None, dim: Literal[-2, -1] = -2) -> Tensor:
+    """Scales uint8 [..., R, C] → 512-byte atoms [..., ceil(R/128), ceil(C/4), 32, 4, 4], padded with 0.
+
+    Scale (r, c) lies in atom (r // 128, c // 4) at [r % 32, r % 128 // 32, c % 4]: what tcgen05.cp spreads
+    over tensor memory and cuBLAS calls the 128×4 tile (CUTLASS sm100_blockscaled_layout.hpp). R is the
+    index that the GEMM does not contract. Zero is a finite scale in both types, so that padding contributes nothing.
+
+    With `segments` (offsets [G+1] in units of `dim`) each segment starts a new atom: along rows (dim -2)
+    for fprop and dgrad, along scale columns (dim -1) for wgrad. Scales past the last segment are dropped.
+    """
+    atom = 128 if dim == -2 else 4
+    if segments is not None:
+        parts = [_pad(part, dim, atom) for part in _split(scale, segments, dim)]
+        scale = torch.cat(parts, dim)
+    scale = _pad(_pad(scale, -2, 128), -1, 4)
+    *batch, rows, columns = scale.shape
+    tiles = scale.reshape(*batch, rows // 128, 4, 32, columns // 4, 4)
+    return tiles.movedim(-2, -4).transpose(-2, -3).contiguous()
+
+
+def from_blocked(
+    blocked: Tensor, rows: int, columns: int, segments: Tensor | None = None, dim: Literal[-2, -1] = -2
+) -> Tensor:
+    """The inverse of `to_blocked`: uint8 [..., rows, columns]; scales past the last segment are 0."""
+    tiles = blocked.transpose(-2, -3).movedim(-4, -2)
+    scale = tiles.reshape(*tiles.shape[:-5], tiles.shape[-5] * 128, tiles.shape[-2] * 4)
+    if segments is not None:
+        atom = 128 if dim == -2 else 4
+        sizes = segments.diff().tolist()
+        padded = [-(-size // atom) * atom for size in sizes]
+        parts = scale.narrow(dim, 0, sum(padded)).split(padded, dim)
+        scale = torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim)
+        scale = _extend(scale, dim, rows if dim == -2 else columns)
+    return scale[..., :rows, :columns].contiguous()
+
+
+def _split(scale: Tensor, segments: Tensor, dim: int) -> tuple[Tensor, ...]:
+    return scale.narrow(dim, 0, int(segments[-1])).split(segments.diff().tolist(), dim)
+
+
+def _pad(scale: Tensor, dim: int, multiple: int) -> Tensor:
+    return _extend(scale, dim, -(-scale.shape[dim] // multiple) * multiple)
+
+
+def _extend(scale: Tensor, dim: int, size: int) -> Tensor:
+    missing = size - scale.shape[dim]
+    return torch.nn.functional.pad(scale, (0, missing) if dim == -1 else (0, 0, 0, missing))
+
+
+# Error bounds
+
+
+@dataclass(frozen=True)
+class ErrorBound:
+    """|dequantize(quantize(x)) - x| ≤ max(relative · |x|, block · block's amax) + tensor · tensor's amax."""
+
+    relative: float
+    block: float
+    tensor: float
+
+
+def error_bound(format: Format, rounding: Rounding = "nearest") -> ErrorBound:
+    """Bounds for finite input whose amaxes are normal (see docs/numerics.md for the derivation)."""
+    if format == "mxfp8":
+        # Half a step: 2^-4 of a normal value, 2^-10 of the scale below; the scale is < 2 · amax / 448.
+        return ErrorBound(2.0**-4, 2.0**-9 / E4M3_MAX, 0.0)
+    # Half a step is 1/4 of a value above 1 and 1/4 of the scale below; the scale is ≤ 17/16 of amax / 6.
+    # A scale in E4M3's subnormal range is off by up to 2^-10 of the global factor, for elements up to 6.
+    steps = 1.0 if rounding == "nearest" else 2.0
+    return ErrorBound(steps / 4, steps * 17 / 16 / 24, E2M1_MAX * 2.0**-10 / (E4M3_MAX * E2M1_MAX))
+
+
+# Checks
+
+
+def _check_request(
+    x: Tensor, format: str, axis: int, rounding: str, seed: int | None, hadamard: bool, square: bool
+) -> None:
+    if format not in BLOCK:
+        raise ValueError(f"unknown format {format!r}, expected one of {', '.join(BLOCK)}")
+    if axis not in (0, 1):
+        raise ValueError(f"axis is {axis!r}, expected 0 (blocks along rows) or 1 (along the last dimension)")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"x is {x.dtype}, expected float32, bfloat16 or float64")
+    if format == "mxfp8" and (rounding != "nearest" or hadamard or square):
+        raise ValueError("mxfp8 rounds to nearest and has no Hadamard transform or square scaling: use nvfp4")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding is {rounding!r}, expected 'nearest' or 'stochastic'")
+    if (seed is not None) != (rounding == "stochastic"):
+        raise ValueError(
+            f"rounding is {rounding!r} and seed is {seed}: stochastic rounding, and it alone, takes one"
+        )
+    if seed is not None and not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, expected 0 ≤ seed < 2^64")
+    block = BLOCK[format]
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., M, K]")
+    for name, size, blocked in (
+        ("M", x.shape[-2], axis == 0 or square),
+        ("K", x.shape[-1], axis == 1 or square),
+    ):
+        if blocked and size % block:
+            raise ValueError(
+                f"{name} = {size} of shape {tuple(x.shape)} is not a multiple of "
+                f"{format}'s block of {block}: pad it with zeros"
+            )
+
+
+def _check_segments(segments: Tensor, shape: torch.Size, block: int) -> None:
+    offsets = segments.tolist()
+    ascending = all(a <= b for a, b in pairwise(offsets))
+    if len(shape) != 2 or len(offsets) < 2 or offsets[0] != 0 or not ascending or offsets[-1] > shape[0]:
+        raise ValueError(
+            f"segments {offsets} do not divide the rows of shape {tuple(shape)}: expected ascending offsets "
+            f"from 0 to at most the number of rows of a two-dimensional tensor"
+        )
+    if any(offset % block for offset in offsets):
+        raise ValueError(
+            f"segments {offsets} are not multiples of the block {block}: pad every segment with zero rows"
+        )
+
+
+def _check_buffers(
+    q: Quantized, format: str, shape: tuple[int, ...], axis: int, segments: int | None
+) -> None:
+    if (q.format, q.axis, tuple(q.shape)) != (format, axis, tuple(shape)):
+        raise ValueError(
+            f"buffers are for {q.format}, axis {q.axis}, {tuple(q.shape)}; "
+            f"expected {format}, axis {axis}, {tuple(shape)}"
+        )
+    wanted = storage(q.format, q.shape, q.axis, segments)
+    for name in ("data", "scale", "amax"):
+        buffer = getattr(q, name)
+        found = None if buffer is None else (tuple(buffer.shape), buffer.dtype)
+        if found != wanted.get(name):
+            raise ValueError(f"buffer {name} is {found}, expected {wanted.get(name)}")

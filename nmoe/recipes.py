@@ -1,0 +1,81 @@
+"""Which operand of which GEMM is quantized, and how: the precision recipes as data.
+
+A linear layer y = x Wᵀ, W [N, K], x [M, K], runs three GEMMs, each over another axis:
+
+    pass    result             contracts  operand A       operand B
+    fprop   y  [M, N] = x Wᵀ   K          x,  axis 1      W, axis 1
+    dgrad   dx [M, K] = dy W   N          dy, axis 1      W, axis 0
+    wgrad   dW [N, K] = dyᵀ x  M          dy, axis 0      x, axis 0
+
+Each pass may run in a precision of its own; every copy is quantized from the high-precision tensor, never
+from another copy. Sources: TransformerEngine's MXFP8BlockScaling (E4M3 throughout, round to nearest) and the
+NVFP4 recipe of arXiv 2509.25149 §4 (TransformerEngine's NVFP4BlockScaling).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nmoe.config import Precision
+from nmoe.formats import Axis, Format, Rounding
+
+Pass = Literal["fprop", "dgrad", "wgrad"]
+Slot = Literal["A", "B"]
+Role = Literal["activation", "weight", "gradient"]
+
+
+@dataclass(frozen=True)
+class QuantizeSpec:
+    """The arguments of `formats.quantize` for one operand of one GEMM."""
+
+    role: Role
+    format: Format
+    axis: Axis
+    rounding: Rounding = "nearest"
+    hadamard: bool = False
+    square: bool = False
+
+
+Recipe = dict[tuple[Pass, Slot], QuantizeSpec]
+
+MXFP8: Recipe = {
+    ("fprop", "A"): QuantizeSpec("activation", "mxfp8", 1),
+    ("fprop", "B"): QuantizeSpec("weight", "mxfp8", 1),
+    ("dgrad", "A"): QuantizeSpec("gradient", "mxfp8", 1),
+    ("dgrad", "B"): QuantizeSpec("weight", "mxfp8", 0),
+    ("wgrad", "A"): QuantizeSpec("gradient", "mxfp8", 0),
+    ("wgrad", "B"): QuantizeSpec("activation", "mxfp8", 0),
+}
+
+# Square weight scales make fprop and dgrad see one and the same weight. Stochastic rounding removes the bias
+# of small gradients; on activations or weights it adds noise that diverges. The Hadamard transform spreads
+# wgrad's outliers over 16 tokens and cancels between its operands.
+NVFP4: Recipe = {
+    ("fprop", "A"): QuantizeSpec("activation", "nvfp4", 1),
+    ("fprop", "B"): QuantizeSpec("weight", "nvfp4", 1, square=True),
+    ("dgrad", "A"): QuantizeSpec("gradient", "nvfp4", 1, rounding="stochastic"),
+    ("dgrad", "B"): QuantizeSpec("weight", "nvfp4", 0, square=True),
+    ("wgrad", "A"): QuantizeSpec("gradient", "nvfp4", 0, rounding="stochastic", hadamard=True),
+    ("wgrad", "B"): QuantizeSpec("activation", "nvfp4", 0, hadamard=True),
+}
+
+RECIPES: dict[Precision, Recipe] = {"fp32": {}, "bf16": {}, "mxfp8": MXFP8, "nvfp4": NVFP4}
+
+# GEMM kind → whether its recipe applies. The others run in the model's high precision whatever the config
+# says: arXiv 2509.25149 §4.1 and arXiv 2412.19437 §3.3.1 keep them out of low precision alike.
+ELIGIBLE: dict[str, bool] = {
+    "attention_projection": True,
+    "dense_ffn": True,
+    "shared_expert": True,
+    "routed_expert": True,
+    "attention_bmm": False,
+    "embedding": False,
+    "head": False,
+    "router": False,
+}
+
+
+def operand(precision: Precision, pass_: Pass, slot: Slot) -> QuantizeSpec | None:
+    """How `slot` of the GEMM of `pass_` is quantized when that pass runs in `precision`; None: it is not."""
+    return RECIPES[precision].get((pass_, slot))
