@@ -1,18 +1,9 @@
-"""MXFP8 and NVFP4: the one place in nmoe that rounds to a block-scaled format.
+"""Quantize and dequantize whole tensors.
 
 A tensor [..., M, K] is quantized along one axis: blocks of consecutive elements of that axis share a scale.
 Axis 1 (along K) serves a GEMM that contracts over K; axis 0 (along rows or tokens, M) one that contracts over
 M. The two copies hold different numbers, so a `Quantized` carries its axis and `check_operand` refuses the
 wrong one.
-
-    mxfp8  E4M3 elements, one UE8M0 scale (a power of two, rounded up) per 32 elements: OCP MX v1.0, with
-           the scale rule of arXiv 2506.08027
-    nvfp4  E2M1 elements, one UE4M3 scale per 16 elements, one FP32 factor per tensor, expert or row segment:
-           arXiv 2509.25149, with TransformerEngine's operation order
-
-docs/numerics.md derives the formulas and lists the special values. All arithmetic is FP32 in a fixed order
-per element, so results are bitwise repeatable on any number of threads. Float64 input is first rounded to
-FP32.
 """
 
 from __future__ import annotations
@@ -24,6 +15,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nmoe.formats.elements import (
+    E2M1_MAX,
+    E4M3_MAX,
+    decode_e4m3,
+    decode_e8m0,
+    encode_e2m1,
+    encode_e4m3,
+    encode_e8m0,
+    pack_e2m1,
+    unpack_e2m1,
+)
+from nmoe.formats.philox import random_bits
+
 Format = Literal["mxfp8", "nvfp4"]
 Axis = Literal[0, 1]
 Rounding = Literal["nearest", "stochastic"]
@@ -31,8 +35,6 @@ Rounding = Literal["nearest", "stochastic"]
 BLOCK: dict[str, int] = {"mxfp8": 32, "nvfp4": 16}
 HADAMARD_SIZE = 16
 
-E4M3_MAX = 448.0
-E2M1_MAX = 6.0
 FLT_MAX = torch.finfo(torch.float32).max
 
 # The diagonal of the random Hadamard transform. It is fixed, not drawn: TransformerEngine ships this vector,
@@ -321,191 +323,6 @@ def hadamard_transform(x: Tensor, axis: Axis) -> Tensor:
         low, high = pairs.unbind(dim - 1)
         y = torch.stack((low + high, low - high), dim - 1).flatten(dim - 2, dim)
     return (y * 0.25).reshape(x.shape)
-
-
-# Random bits for stochastic rounding
-
-_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
-_MASK32 = 0xFFFF_FFFF
-
-
-def philox(counter: tuple[Tensor | int, ...], seed: int) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, in int64, from four counters and a key.
-
-    The key is (low word, high word) of `seed`. Counters broadcast against each other.
-    """
-    c0, c1, c2, c3 = (torch.as_tensor(c, dtype=torch.int64) for c in counter)
-    k0, k1 = seed & _MASK32, seed >> 32 & _MASK32
-    for _ in range(10):
-        # The int64 product wraps, which keeps all 64 bits of the unsigned product.
-        p0, p1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (p1 >> 32 & _MASK32) ^ c1 ^ k0,
-            p1 & _MASK32,
-            (p0 >> 32 & _MASK32) ^ c3 ^ k1,
-            p0 & _MASK32,
-        )
-        k0, k1 = k0 + _PHILOX_WEYL[0] & _MASK32, k1 + _PHILOX_WEYL[1] & _MASK32
-    return c0, c1, c2, c3
-
-
-def random_bits(seed: int, blocks: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """uint8 [*blocks, 16]: a random byte for each element of NVFP4 blocks [..., L, C/16].
-
-    Block b of line l of batch entry e gets philox(counter=(b, l, e, 0), seed); word w, byte i (the least
-    significant first) belongs to element 4w + i. A thread that owns a block makes one call.
-    """
-    *batch, lines, count = blocks
-    entries = torch.arange(torch.Size(batch).numel(), device=device).view(-1, 1, 1)
-    rows = torch.arange(lines, device=device).view(-1, 1)
-    words = philox((torch.arange(count, device=device), rows, entries, 0), seed)
-    return torch.stack(torch.broadcast_tensors(*words), -1).int().view(torch.uint8).view(*blocks, 16)
-
-
-# Element and scale types
-
-
-def _table(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def _lookup(table: Tensor, codes: Tensor) -> Tensor:
-    """table[codes], several times faster than indexing or casting from float8."""
-    flat = codes.reshape(-1).int()
-    return table.to(codes.device).index_select(0, flat).view(codes.shape)
-
-
-_E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-_E8M0_VALUES = _table([2.0 ** (code - 127) for code in range(255)] + [float("nan")])
-_E2M1_VALUES = _table([s * v for s in (1.0, -1.0) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
-# Both elements of a byte, as one 8-byte entry.
-_E2M1_PAIRS = torch.stack((_E2M1_VALUES.repeat(16), _E2M1_VALUES.repeat_interleave(16)), -1).view(
-    torch.int64
-)[:, 0]
-
-
-def encode_e4m3(x: Tensor) -> Tensor:
-    """float32 → E4M3 codes, uint8: to nearest, ties to even, saturating at ±448; NaN stays NaN.
-
-    UE4M3 is the half of E4M3 without the sign, so this serves NVFP4's scales too. Overwrites nothing.
-    """
-    # The clamp makes the cast saturate on torch 2.11, too.
-    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-
-
-def decode_e4m3(codes: Tensor) -> Tensor:
-    """E4M3 codes, uint8 → float32, exactly; 0x7F and 0xFF are NaN."""
-    return _lookup(_E4M3_VALUES, codes)
-
-
-def encode_e8m0(x: Tensor) -> Tensor:
-    """Non-negative float32 → UE8M0 codes, uint8: the power of two 2^(code - 127) at or above x.
-
-    Zero and anything up to 2^-127 give 0x00; infinity saturates to 0xFE; NaN gives 0xFF. This is
-    cvt.rp.satfinite.ue8m0x2.f32.
-    """
-    bits = x.contiguous().view(torch.int32)
-    code = (bits + 0x007F_FFFF >> 23) - ((bits > 0) & (bits <= 0x0040_0000)).int()
-    code.masked_fill_(x == float("inf"), 254).masked_fill_(x.isnan(), 255)
-    return code.to(torch.uint8)
-
-
-def decode_e8m0(codes: Tensor) -> Tensor:
-    """UE8M0 codes, uint8 → float32, exactly; 0x00 is the subnormal 2^-127 and 0xFF is NaN."""
-    return _lookup(_E8M0_VALUES, codes)
-
-
-def encode_e2m1(x: Tensor, random: Tensor | None = None) -> Tensor:
-    """float32 → E2M1 codes 0..15, int32, saturating at ±6; NaN, which E2M1 lacks, gives ±6.
-
-    To nearest, ties to even; or, with a `random` byte r per element, stochastically: |x| / step + r / 256
-    is truncated, step being E2M1's at |x|. That is exact integer arithmetic, and the carry rule of
-    cvt.rs.satfinite.e2m1x4.f32.
-    """
-    bits = x.contiguous().view(torch.int32)
-    sign = bits >> 28 & 8
-    # Non-negative floats order as their bits do, and NaN's bits are above those of 6.0.
-    bits = (bits & 0x7FFF_FFFF).clamp_(max=0x40C0_0000)
-    magnitude = bits.view(torch.float32)
-    binade = (bits & 0x7F80_0000).view(torch.float32).clamp_(min=1.0)  # 1, 2 or 4: twice the step at |x|
-    if random is None:
-        # 1.5 · 2^22 · binade has a last place of one step, so that the FP32 sum rounds as E2M1 does. Its
-        # bits are (149 + log2 binade) · 2^23 + 2^22 + |x| / step.
-        bits = torch.add(magnitude, binade, alpha=1.5 * 2**22).view(torch.int32)
-        code = (bits & 7).add_(bits >> 22).sub_(2 * 149 + 1)
-    else:
-        steps = (magnitude / binade).mul_(2 * 256).int().add_(random) >> 8
-        code = steps.add_(binade.view(torch.int32) >> 22).sub_(2 * 127)
-    return code.bitwise_or_(sign).to(torch.uint8)
-
-
-def decode_e2m1(codes: Tensor) -> Tensor:
-    """E2M1 codes 0..15, uint8 → float32, exactly."""
-    return _lookup(_E2M1_VALUES, codes)
-
-
-def pack_e2m1(codes: Tensor) -> Tensor:
-    """uint8 codes [..., 2n] → uint8 pairs [..., n], the even element in the low nibble."""
-    pairs = codes.view(torch.int16)
-    return (pairs | pairs >> 4).to(torch.uint8)
-
-
-def unpack_e2m1(pairs: Tensor) -> Tensor:
-    """uint8 pairs [..., n] → float32 values [..., 2n]."""
-    return _lookup(_E2M1_PAIRS, pairs).view(torch.float32)
-
-
-# Scale-factor layout of block-scaled MMA
-
-
-def to_blocked(scale: Tensor, segments: Tensor | None = None, dim: Literal[-2, -1] = -2) -> Tensor:
-    """Scales uint8 [..., R, C] → 512-byte atoms [..., ceil(R/128), ceil(C/4), 32, 4, 4], padded with 0.
-
-    Scale (r, c) lies in atom (r // 128, c // 4) at [r % 32, r % 128 // 32, c % 4]: what tcgen05.cp spreads
-    over tensor memory and cuBLAS calls the 128×4 tile (CUTLASS sm100_blockscaled_layout.hpp). R is the
-    index that the GEMM does not contract. Zero is a finite scale in both types, so that padding contributes nothing.
-
-    With `segments` (offsets [G+1] in units of `dim`) each segment starts a new atom: along rows (dim -2)
-    for fprop and dgrad, along scale columns (dim -1) for wgrad. Scales past the last segment are dropped.
-    """
-    atom = 128 if dim == -2 else 4
-    if segments is not None:
-        parts = [_pad(part, dim, atom) for part in _split(scale, segments, dim)]
-        scale = torch.cat(parts, dim)
-    scale = _pad(_pad(scale, -2, 128), -1, 4)
-    *batch, rows, columns = scale.shape
-    tiles = scale.reshape(*batch, rows // 128, 4, 32, columns // 4, 4)
-    return tiles.movedim(-2, -4).transpose(-2, -3).contiguous()
-
-
-def from_blocked(
-    blocked: Tensor, rows: int, columns: int, segments: Tensor | None = None, dim: Literal[-2, -1] = -2
-) -> Tensor:
-    """The inverse of `to_blocked`: uint8 [..., rows, columns]; scales past the last segment are 0."""
-    tiles = blocked.transpose(-2, -3).movedim(-4, -2)
-    scale = tiles.reshape(*tiles.shape[:-5], tiles.shape[-5] * 128, tiles.shape[-2] * 4)
-    if segments is not None:
-        atom = 128 if dim == -2 else 4
-        sizes = segments.diff().tolist()
-        padded = [-(-size // atom) * atom for size in sizes]
-        parts = scale.narrow(dim, 0, sum(padded)).split(padded, dim)
-        scale = torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim)
-        scale = _extend(scale, dim, rows if dim == -2 else columns)
-    return scale[..., :rows, :columns].contiguous()
-
-
-def _split(scale: Tensor, segments: Tensor, dim: int) -> tuple[Tensor, ...]:
-    return scale.narrow(dim, 0, int(segments[-1])).split(segments.diff().tolist(), dim)
-
-
-def _pad(scale: Tensor, dim: int, multiple: int) -> Tensor:
-    return _extend(scale, dim, -(-scale.shape[dim] // multiple) * multiple)
-
-
-def _extend(scale: Tensor, dim: int, size: int) -> Tensor:
-    missing = size - scale.shape[dim]
-    return torch.nn.functional.pad(scale, (0, missing) if dim == -1 else (0, 0, 0, missing))
 
 
 # Error bounds
