@@ -1,0 +1,115 @@
+"""Binds a schedule to buffers and implementations, and runs it.
+
+On the CPU target an op's implementation is its reference math. All memory is taken when the executor is made; a step
+allocates nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from nmoe import formats
+from nmoe.errors import UserError
+from nmoe.graph import QUANTIZED, Phase, Spec
+from nmoe.ops import OPS
+from nmoe.schedule import Schedule
+
+DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "i64": torch.int64,
+          "i32": torch.int32, "bool": torch.bool, "u8": torch.uint8}  # fmt: skip
+
+Bound = Callable[[], None]
+
+
+class Executor:
+    """`tensors` holds everything that outlives a step, by name: parameters in their working format, gradients,
+    state and inputs. `allocate` makes those that the caller does not bring."""
+
+    def __init__(self, schedule: Schedule, tensors: Mapping[str, torch.Tensor], arena: torch.Tensor | None = None) -> None:
+        if schedule.target != "cpu":
+            raise UserError(
+                f'[target] device = "{schedule.target}" cannot run here: this build executes schedules on '
+                'device = "cpu" only; set [target] device = "cpu" in the config'
+            )
+        self.schedule = schedule
+        self.tensors = dict(tensors)
+        self.arena = arena if arena is not None else torch.empty(schedule.arena_bytes, dtype=torch.uint8)
+        if self.arena.numel() < schedule.arena_bytes:
+            raise ValueError(f"the arena has {self.arena.numel()} bytes, the schedule needs {schedule.arena_bytes}")
+        for tensor in schedule.graph.of_kind("const"):
+            if tensor.name not in self.tensors and tensor.format not in QUANTIZED:
+                self.tensors[tensor.name] = empty(schedule.spec(tensor.name))
+        self._views: dict[str, Any] = {}
+        self._quantizers = {op.outputs[0]: op for op in schedule.graph.ops if op.kind == "quantize"}
+        self._phases: dict[str, list[tuple[str, Bound]]] = {"init": [], "step": [], "micro": []}
+        for call in schedule.calls:
+            for op in call.ops:
+                ins = [self.operand(name) for name in op.inputs]
+                outs = [self.operand(name) for name in op.outputs]
+                specs = schedule.scratch_specs(op)
+                names = schedule.scratch_names[op.name]
+                scratch = [self._view(schedule.offsets[n], s) for n, s in zip(names, specs, strict=True)]
+                run = partial(OPS[op.kind].reference, op.attrs, ins, outs, scratch)
+                self._phases[op.phase].append((op.name, run))
+        self.run("init")
+
+    def operand(self, name: str | None) -> Any:
+        """The tensor (or `formats.Quantized`) of a graph name; activations hold values only while alive."""
+        if name is None:
+            return None
+        if name not in self._views:
+            root = self.schedule.aliases.get(name, name)
+            if root in self.tensors:
+                self._views[name] = self.tensors[root]
+            else:
+                self._views[name] = self._view(self.schedule.offsets[root], self.schedule.spec(root), name)
+        return self._views[name]
+
+    def _view(self, offset: int, spec: Spec, name: str = "") -> Any:
+        if spec.format not in QUANTIZED:
+            return self._plain(offset, spec.shape, DTYPES[spec.format])
+        buffers = {}
+        storage = formats.storage(spec.format, spec.shape, spec.axis, spec.segments or None)
+        for label, (shape, dtype) in sorted(storage.items(), key=lambda item: -item[1][1].itemsize):  # aligned
+            buffers[label] = self._plain(offset, shape, dtype)
+            offset += math.prod(shape) * dtype.itemsize
+        maker = self._quantizers[name]
+        return formats.from_buffers(
+            spec.format, spec.shape, spec.axis, buffers,
+            segments=self.operand(maker.inputs[1]), hadamard=maker.attrs["hadamard"],
+        )  # fmt: skip
+
+    def _plain(self, offset: int, shape: tuple, dtype: torch.dtype) -> torch.Tensor:
+        return self.arena[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    @torch.no_grad()
+    def run(self, phase: Phase) -> None:
+        """Runs every call of a phase in order: "init" once, "step" after the parameters changed, "micro" for each
+        micro-batch."""
+        for name, call in self._phases[phase]:
+            try:
+                call()
+            except UserError as error:
+                raise type(error)(f"{name}: {error}") from None
+
+
+def empty(spec: Spec) -> torch.Tensor:
+    return torch.empty(spec.shape, dtype=DTYPES[spec.format])
+
+
+def allocate(schedule: Schedule) -> dict[str, torch.Tensor]:
+    """Zeroed tensors for all parameters, gradients, state and inputs of a schedule."""
+    kinds = schedule.graph.of_kind("param", "grad", "state", "input")
+    return {t.name: empty(schedule.spec(t.name)).zero_() for t in kinds}
+
+
+def executor_bytes(executor: Executor) -> int:
+    """Bytes that the executor and its persistent tensors really hold; equals the plan's peak."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in executor.tensors.values()}
+    return executor.arena.numel() + sum(storages.values())
+
+

@@ -1,0 +1,84 @@
+"""What an op kind is: one `OpDef` holds its shape rule, gradient, cost and reference math."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from nmoe import formats
+from nmoe.graph import ELEMENT_BYTES, QUANTIZED, Graph, Name, Op, Shape, Spec
+
+Attrs = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one call needs: floating-point operations (a multiply-add is two) and bytes read and written."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+def numel(shape: Shape) -> int:
+    return math.prod(int(d) for d in shape)
+
+
+def nbytes(spec: Spec) -> int:
+    """Bytes of a value whose shape is concrete, scale factors and amax included."""
+    if spec.format in QUANTIZED:
+        buffers = formats.storage(spec.format, spec.shape, spec.axis, spec.segments or None)
+        return sum(numel(shape) * dtype.itemsize for shape, dtype in buffers.values())
+    return numel(spec.shape) * ELEMENT_BYTES[spec.format]
+
+
+class OpDef:
+    """Base of all op kinds. Tensors reach `reference` as torch tensors (or `formats.Quantized`) in the order of
+    the op's inputs, outputs and `scratch`; absent ones are None. `reference` allocates nothing of its own: all it
+    needs beside its operands is declared by `scratch`."""
+
+    kind: ClassVar[str]
+    outputs: ClassVar[tuple[str, ...]]
+    accumulates: ClassVar[tuple[str, ...]] = ()  # outputs that are added to
+    inplace: ClassVar[dict[str, int]] = {}  # output → index of the input whose buffer it may take
+    cheap: ClassVar[bool] = False  # memory-bound: `recompute = "selective"` computes it again for backward
+
+    def infer(self, attrs: Attrs, *inputs: Any) -> dict[str, Spec]:
+        raise NotImplementedError
+
+    def gradient(self, g: Graph, op: Op, douts: tuple[Name, ...]) -> tuple[Name, ...]:
+        """Emits the ops that turn the gradients of the outputs into those of the inputs.
+
+        Returns one name for each input, None where there is no gradient or where it was accumulated in place.
+        """
+        raise NotImplementedError(f"{self.kind} has no gradient")
+
+    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+        return Cost(0.0, float(sum(nbytes(s) for s in [*ins, *outs] if s is not None)))
+
+    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+        return []
+
+    def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        raise NotImplementedError
+
+
+OPS: dict[str, OpDef] = {}
+
+
+def register(definition: type[OpDef]) -> type[OpDef]:
+    OPS[definition.kind] = definition()
+    return definition
+
+
+def wide(format: str) -> str:
+    """The accumulation format: FP32, or FP64 where a test runs everything in float64."""
+    return "f64" if format == "f64" else "f32"
+
+
+def memory_bytes(*specs: Spec | None) -> float:
+    return float(sum(nbytes(s) for s in specs if s is not None))

@@ -1,0 +1,141 @@
+"""Matrix products: `gemm` for dense layers, `grouped_gemm` for experts.
+
+One kind covers the three passes of a linear layer y = x Wᵀ, W[N, K], by its attribute `role`:
+
+    fprop   y[T, N]  = x[T, K] · Wᵀ         contracts K
+    dgrad   dx[T, K] = dy[T, N] · W         contracts N
+    wgrad   dW[N, K] += dyᵀ · x             contracts the tokens
+
+Operands may be quantized along the contracted dimension. Accumulation is FP32 and wgrad adds to FP32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nmoe import formats
+from nmoe.graph import QUANTIZED, Graph, Name, Op, Spec
+from nmoe.ops.base import Attrs, Cost, OpDef, memory_bytes, numel, register, wide
+
+# Which axis of each operand, in its own layout, a role contracts: 1 is the last one.
+CONTRACTED = {"fprop": (1, 1), "dgrad": (1, 0), "wgrad": (0, 0)}
+
+
+def _compute_format(role: str, a: Spec, b: Spec, out: Spec) -> str:
+    """MXFP8 dequantizes exactly to BF16; NVFP4 carries an FP32 factor; wgrad must not round before it adds."""
+    if role == "wgrad":
+        return wide(out.format)
+    if "nvfp4" in (a.format, b.format):
+        return "f32"
+    if "mxfp8" in (a.format, b.format):
+        return "bf16"
+    return a.format
+
+
+def _load(operand: Any, scratch: list[torch.Tensor]) -> torch.Tensor:
+    """The operand in the compute format: itself, or a copy in the next piece of scratch."""
+    if isinstance(operand, formats.Quantized):
+        return formats.dequantize(operand, out=scratch.pop(0))
+    if scratch and scratch[0].shape == operand.shape and scratch[0].dtype != operand.dtype:
+        return scratch.pop(0).copy_(operand)
+    return operand
+
+
+class _Product(OpDef):
+    outputs = ("y", "dw")
+    accumulates = ("dw",)
+    grouped = False
+
+    def infer(self, attrs: Attrs, a: Spec, b: Spec, offsets: Spec | None = None) -> dict[str, Spec]:
+        role = attrs["role"]
+        for spec, axis in zip((a, b), CONTRACTED[role], strict=True):
+            if spec.axis not in (None, axis):
+                raise ValueError(f"{role} contracts axis {axis}, but an operand is quantized along axis {spec.axis}")
+        if role == "fprop":
+            return {"y": Spec((a.shape[0], b.shape[-2]), attrs["format"])}
+        if role == "dgrad":
+            return {"y": Spec((a.shape[0], b.shape[-1]), attrs["format"])}
+        lead = (attrs["experts"],) if self.grouped else ()
+        return {"dw": Spec((*lead, a.shape[-1], b.shape[-1]), wide(attrs["format"]))}
+
+    def gradient(self, g: Graph, op: Op, douts: tuple[Name, ...]) -> tuple[Name, ...]:
+        x, w, *rest = op.inputs
+        dy = douts[0]
+        attrs = {**op.attrs, "role": "wgrad"}
+        if self.grouped:
+            attrs["experts"] = g.tensors[w].shape[0]
+        g.emit(self.kind, f"{op.name}.wgrad", [dy, x, *rest], attrs, into={"dw": g.grad(w)})
+        dx, _ = g.emit(self.kind, f"{op.name}.dgrad", [dy, w, *rest], {**op.attrs, "role": "dgrad"})
+        return (dx, None, *[None for _ in rest])
+
+    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+        a, b = ins[0], ins[1]
+        if attrs["role"] == "wgrad":
+            flops = 2.0 * numel(a.shape) * b.shape[-1]
+            return Cost(flops, memory_bytes(a, b) + 2 * memory_bytes(outs[1]))  # read, add, write
+        return Cost(2.0 * numel(a.shape) * (b.shape[-2] if attrs["role"] == "fprop" else b.shape[-1]),
+                    memory_bytes(a, b, outs[0]))  # fmt: skip
+
+    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+        role, (a, b) = attrs["role"], ins[:2]
+        out = outs[1] if role == "wgrad" else outs[0]
+        compute = _compute_format(role, a, b, out)
+        need = [Spec(s.shape, compute) for s in (a, b) if s.format in QUANTIZED or s.format != compute]
+        if role != "wgrad" and out.format != compute:
+            need.append(Spec(out.shape, compute))
+        return need
+
+    def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        scratch = list(scratch)
+        a, b = _load(ins[0], scratch), _load(ins[1], scratch)
+        if attrs["role"] == "wgrad":
+            self.accumulate(a, b, outs[1], ins)
+            return
+        y = outs[0]
+        target = y if y.dtype == a.dtype else scratch.pop(0)
+        self.multiply(a, b.mT if attrs["role"] == "fprop" else b, target, ins)
+        if target is not y:
+            y.copy_(target)
+
+    def multiply(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, ins: list[Any]) -> None:
+        torch.mm(a, b, out=out)
+
+    def accumulate(self, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, ins: list[Any]) -> None:
+        dw.addmm_(dy.t(), x)
+
+
+@register
+class Gemm(_Product):
+    """(x[T, K] or dy[T, N], w[N, K] or x[T, K]) → y, or dw accumulated."""
+
+    kind = "gemm"
+
+
+@register
+class GroupedGemm(_Product):
+    """The same for every expert e on rows offsets[e]:offsets[e+1]; w[E, N, K], offsets int32[E+1].
+
+    Rows from offsets[E] on are neither read nor written.
+    """
+
+    kind = "grouped_gemm"
+    grouped = True
+
+    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+        return super().cost(attrs, ins[:2], outs)
+
+    def multiply(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, ins: list[Any]) -> None:
+        ends = ins[2].tolist()
+        for e, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+            if end > start:
+                torch.mm(a[start:end], b[e], out=out[start:end])
+
+    def accumulate(self, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, ins: list[Any]) -> None:
+        ends = ins[2].tolist()
+        for e, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+            if end > start:
+                dw[e].addmm_(dy[start:end].t(), x[start:end])
+
+

@@ -1,0 +1,159 @@
+"""Graph → graph: the loss's two halves become one, operands are quantized, activations are computed again.
+
+Every pass takes and returns a whole graph and keeps the rules of `graph.check`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from typing import Literal
+
+from nmoe import recipes
+from nmoe.graph import Graph, Name, Op
+from nmoe.model import COUNTER
+from nmoe.ops import OPS
+from nmoe.ops.base import OpDef
+from nmoe.ops.gemm import CONTRACTED
+
+Recompute = Literal["none", "selective", "full"]
+
+
+def merge_loss(graph: Graph) -> Graph:
+    """Replaces each cross-entropy and its gradient by the op that does both with one product for the logits."""
+    g = graph.copy()
+    backward = {op.inputs: op for op in g.ops if op.kind == "linear_cross_entropy_bwd"}
+    dropped = {op.name for op in backward.values()}
+    ops: list[Op] = []
+    for op in g.ops:
+        if op.kind == "linear_cross_entropy" and op.inputs in backward:
+            twin = backward[op.inputs]
+            ops.append(replace(op, kind="linear_cross_entropy_fwd_bwd", outputs=(op.outputs[0], *twin.outputs[1:])))
+        elif op.name not in dropped:
+            ops.append(op)
+    g.ops = ops
+    return g
+
+
+def quantize_operands(graph: Graph) -> Graph:
+    """Puts each operand of a low-precision GEMM into its recipe's format.
+
+    A copy is made right where the tensor is produced, once for all its users, so that it can be fused into the
+    producer; a parameter's copies are made once an optimizer step.
+    """
+    g = graph.copy()
+    g.ops = []
+    wanted: dict[str, dict[str, tuple[recipes.QuantizeSpec, Name]]] = {}  # tensor → copy's suffix → (how, offsets)
+    users: dict[tuple[str, int], str] = {}  # (op, operand) → copy's name
+    for op in graph.ops:
+        if op.kind not in ("gemm", "grouped_gemm") or not op.attrs["precision"]:
+            continue
+        role = op.attrs["role"]
+        for slot in (0, 1):
+            name = op.inputs[slot]
+            how = recipes.operand(op.attrs["precision"][role], role, "AB"[slot])
+            if how is None or name is None:
+                continue
+            assert how.axis == CONTRACTED[role][slot]
+            is_rows = op.kind == "grouped_gemm" and graph.tensors[name].kind != "param"
+            suffix = f"{how.format}.{'row' if how.axis else 'col'}{'.sr' if how.rounding == 'stochastic' else ''}"
+            wanted.setdefault(name, {})[suffix] = (how, op.inputs[2] if is_rows else None)
+            users[op.name, slot] = f"{name}.{suffix}"
+
+    def copies(name: str, phase: str, stage: str) -> None:
+        for suffix, (how, offsets) in wanted.pop(name, {}).items():
+            attrs = {"format": how.format, "axis": how.axis, "rounding": how.rounding, "hadamard": how.hadamard,
+                     "square": how.square, "seed": zlib.crc32(f"{name}.{suffix}".encode()) << 32}  # fmt: skip
+            g.stage = stage  # type: ignore[assignment]
+            counter = COUNTER if how.rounding == "stochastic" else None
+            g.emit("quantize", f"{name}.{suffix}", [name, offsets, counter], attrs, phase=phase)  # type: ignore[arg-type]
+
+    for name in list(wanted):
+        if graph.tensors[name].kind == "param":
+            copies(name, "step", "forward")
+    for op in graph.ops:
+        inputs = tuple(f"{users[op.name, i]}.q" if (op.name, i) in users else x for i, x in enumerate(op.inputs))
+        g.ops.append(replace(op, inputs=inputs))
+        for output in op.outputs:
+            if output is not None:
+                copies(output, op.phase, op.stage)
+    return g
+
+
+def recompute(graph: Graph, policy: Recompute) -> Graph:
+    """Drops forward activations that the backward pass can compute again.
+
+    "selective" recomputes the outputs of memory-bound ops, "full" everything in a layer but what its router
+    decided. Ops that accumulate (losses, expert loads) run once. A recomputed op stands right before its first
+    backward user and gives the same bits, since no op draws on anything but its inputs.
+    """
+    if policy == "none":
+        return graph
+    producer = {out: op for op in graph.ops if op.stage == "forward" for out in op.outputs if out is not None}
+
+    def layer_of(op: Op) -> tuple[str, ...]:
+        return tuple(op.name.split(".")[:2])
+
+    boundary = {
+        name
+        for op in graph.ops
+        if op.stage == "forward"
+        for name in op.inputs
+        if name in producer and layer_of(producer[name]) != layer_of(op)
+    }
+
+    def again(op: Op) -> bool:
+        definition: OpDef = OPS[op.kind]
+        if op.phase != "micro" or definition.accumulates or op.kind == "moe_plan":
+            return False
+        if policy == "selective":
+            return definition.cheap
+        return op.name.startswith(("layers.", "mtp.")) and not any(out in boundary for out in op.outputs)
+
+    g = graph.copy()
+    g.ops = []
+    copies: dict[str, str] = {}
+
+    def available(name: Name) -> Name:
+        if name is None or name not in producer or not again(producer[name]):
+            return name
+        if name not in copies:
+            op = producer[name]
+            inputs = tuple(available(x) for x in op.inputs)
+            for out in op.outputs:
+                if out is not None:
+                    copies[out] = f"{out}.again"
+                    g.tensors[copies[out]] = replace(g.tensors[out], name=copies[out])
+            outputs = tuple(copies[out] if out is not None else None for out in op.outputs)
+            g.ops.append(replace(op, name=f"{op.name}.again", inputs=inputs, outputs=outputs, stage="backward"))
+        return copies[name]
+
+    for op in graph.ops:
+        if op.stage == "forward":
+            g.ops.append(op)
+        else:
+            inputs = tuple(available(name) for name in op.inputs)
+            g.ops.append(replace(op, inputs=inputs))
+    return g
+
+
+def drop_unused(graph: Graph) -> Graph:
+    """Removes ops whose results nobody reads, and tensors that no op touches."""
+    g = graph.copy()
+    needed: set[str] = set()
+    kept: list[Op] = []
+    for op in reversed(g.ops):
+        definition = OPS[op.kind]
+        lasting = any(
+            out is not None and (label in definition.accumulates or g.tensors[out].kind == "output")
+            for label, out in zip(definition.outputs, op.outputs, strict=True)
+        )
+        if lasting or any(out in needed for out in op.outputs):
+            kept.append(op)
+            needed.update(name for name in op.inputs if name is not None)
+            needed.update(name for name in op.outputs if name is not None)
+    g.ops = kept[::-1]
+    g.tensors = {name: t for name, t in g.tensors.items() if t.kind != "activation" or name in needed}
+    return g
+
+
