@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import re
@@ -56,7 +57,7 @@ class TomlFile:
         self._problems: list[tuple[tuple[bool, int, int], str]] = []
         self._bad: set[Key] = set()
         try:
-            text = self.path.read_bytes().decode()
+            text = self.path.read_bytes().decode("utf-8-sig")
             self._tree: dict[str, Any] = tomli.loads(text)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}; name a TOML file") from None
@@ -87,23 +88,24 @@ class TomlFile:
 
     # ---- where a key stands -------------------------------------------------------------------------
 
-    def _note(self, key: Key, text: str, *, bad: bool = False) -> None:
+    def _note(self, key: Key, text: str, *, section: bool = False, bad: bool = False) -> None:
         if bad:
             self._bad.add(key)
         override = next((self.overrides[p] for p in _prefixes(key) if p in self.overrides), None)
         line = next((self._lines[p] for p in _prefixes(key) if p in self._lines), 0)
         where = f"{override} (environment)" if override else f"{self.path}:{line}" if line else f"{self.path}"
         order = (override is not None, line, len(self._problems))
-        self._problems.append((order, f"{where}: {self.label(key)}: {text}"))
+        self._problems.append((order, f"{where}: {self._label(key, section)}: {text}"))
 
-    def label(self, key: Key) -> str:
+    def _label(self, key: Key, section: bool = False) -> str:
         """`[train] steps`, `[[model.layers]] #2 ffn`, `[moe]`: a key as a user would look for it."""
-        cut = len(key) if _is_table(kind_at(self.schema, key)) or isinstance(key[-1], int) else len(key) - 1
-        table, name = key[:cut], "".join(str(part) for part in key[cut:])
-        index = next((part for part in table if isinstance(part, int)), None)
-        section = ".".join(part for part in table if isinstance(part, str))
-        head = "" if not table else f"[{section}]" if index is None else f"[[{section}]] #{index + 1}"
-        return " ".join(part for part in (head, name) if part)
+        whole = section or isinstance(key[-1], int) or _is_table(kind_at(self.schema, key))
+        table = key if whole else key[:-1]
+        names = tuple(part for part in table if isinstance(part, str))
+        dotted = ".".join(names)
+        head = f"[[{dotted}]]" if _is_array(kind_at(self.schema, names)) else f"[{dotted}]" if names else ""
+        row = [f"#{part + 1}" for part in table if isinstance(part, int)]
+        return " ".join(filter(None, [head, *row, "" if whole else str(key[-1])]))
 
     # ---- overrides ----------------------------------------------------------------------------------
 
@@ -111,10 +113,12 @@ class TomlFile:
         key: Key = tuple(name.removeprefix("NMOE_").lower().split("__"))
         kind = kind_at(self.schema, key)
         if kind is None or _is_schema(_plain(kind)):
-            valid = ["NMOE_" + "__".join(map(str, leaf)).upper() for leaf in leaves(self.schema)]
-            expected = "expected NMOE_SECTION__KEY of a key of the configuration"
-            text = f"{name} (environment): names no key; {expected}{_did_you_mean(name, valid)}"
-            self._problems.append(((True, 0, len(self._problems)), text))
+            known = {
+                "NMOE_" + "__".join(map(str, k)).upper(): kind_at(self.schema, k) for k in keys(self.schema)
+            }
+            valid = [k for k, at in known.items() if at is not None and not _is_schema(_plain(at))]
+            problem = f"{name} (environment): names no key{_did_you_mean(name, valid)}"
+            self._problems.append(((True, 0, len(self._problems)), problem))
             return
         table = self._tree
         for part in key[:-1]:
@@ -125,84 +129,72 @@ class TomlFile:
 
     # ---- typed values -------------------------------------------------------------------------------
 
-    def _table(self, schema: type, raw: Any, key: Key) -> Any:
+    def _table(self, schema: Any, raw: Any, key: Key) -> Any:
         if not isinstance(raw, dict):
             self._note(key, f"found {_show(raw)}, expected a table", bad=True)
             return _stand_in(schema)
         kinds = hints(schema)
-        excused = {self._unknown(schema, name, key) for name in raw if name not in kinds}
+        meant = {self._unknown(schema, name, raw[name], key) for name in raw if name not in kinds}
         values = {name: self._value(kinds[name], raw[name], (*key, name)) for name in raw if name in kinds}
         for name in _required(schema):
             if name not in raw:
                 values[name] = _stand_in(kinds[name])
-                if name not in excused:
+                if name not in meant:
                     self._note((*key, name), f"missing, expected {describe(kinds[name])}", bad=True)
         return schema(**values)
 
-    def _unknown(self, schema: type, name: str, key: Key) -> str | None:
-        """Reports an unknown key; returns the sibling that was probably meant, which is then excused."""
-        what = "section" if isinstance(self._tree.get(name), dict) and not key else "key"
-        elsewhere = [leaf for leaf in leaves(self.schema) if leaf[-1] == name]
-        close = difflib.get_close_matches(name, hints(schema), n=1)
-        self._bad.update([(*key, name), *((*key, sibling) for sibling in close)])
-        if not close and elsewhere:
-            hint = f"; did you mean {self.label(elsewhere[0])}?"
+    def _unknown(self, schema: Any, name: str, raw: Any, key: Key) -> str | None:
+        """Reports an unknown key or section; returns its sibling that was probably meant."""
+        section = isinstance(raw[0] if isinstance(raw, list) and raw else raw, dict)
+        close = next(iter(difflib.get_close_matches(name, hints(schema), n=1)), None)
+        elsewhere = next((at for at in keys(self.schema) if at[-1] == name), None)
+        if elsewhere and not close:
+            hint = f"; did you mean {self._label(elsewhere)}?"
         else:
-            hint = _did_you_mean(name, hints(schema))
-        self._note((*key, name), f"unknown {what}{hint}")
-        return close[0] if close else None
+            hint = _did_you_mean(name, hints(schema)) or f", expected one of {', '.join(hints(schema))}"
+        self._bad.update((*key, wrong) for wrong in (name, close) if wrong)
+        self._note((*key, name), f"unknown {'section' if section else 'key'}{hint}", section=section)
+        return close
 
     def _value(self, kind: Any, raw: Any, key: Key) -> Any:
-        bounds = _bounds(kind)
-        kind = _plain(kind)
-        if _is_schema(kind):
-            return self._table(kind, raw, key)
-        if _is_table(kind):
-            if isinstance(raw, list):
-                return tuple(
-                    self._table(typing.get_args(kind)[0], item, (*key, i)) for i, item in enumerate(raw)
-                )
+        if _is_schema(_plain(kind)):
+            return self._table(_plain(kind), raw, key)
+        if _is_array(kind):
+            if isinstance(raw, list) and all(bound.holds(raw) for bound in _bounds(kind)):
+                return tuple(self._table(_row(kind), item, (*key, i)) for i, item in enumerate(raw))
             self._note(key, f"found {_show(raw)}, expected {describe(kind)}", bad=True)
-            return ()
+            return _stand_in(kind)
         try:
-            value = self._convert(kind, self._expand(raw))
-            for bound in bounds:
-                if not bound.holds(value):
-                    raise _Mismatch(raw, bound.text)
-            return value
+            return self._convert(kind, self._expand(raw))
         except _Mismatch as wrong:
-            expected = wrong.expected or describe(kind, bounds)
-            found = f"found {_show(wrong.found)}, expected {expected}{wrong.hint}"
-            self._note(key, found, bad=True)
+            expected = (wrong.expected or describe(kind)) + wrong.hint
+            self._note(key, f"found {_show(wrong.found)}, expected {expected}", bad=True)
             return _stand_in(kind)
 
     def _convert(self, kind: Any, raw: Any) -> Any:
-        kind, bounds = _plain(kind), _bounds(kind)
-        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        base = _plain(kind)
+        origin, arguments = typing.get_origin(base), typing.get_args(base)
         if origin is Literal:
-            if raw in arguments and type(raw) in {type(choice) for choice in arguments}:
-                return raw
-            raise _Mismatch(
-                raw, describe(kind), _did_you_mean(raw, arguments) if isinstance(raw, str) else ""
-            )
+            if not any(raw == choice and type(raw) is type(choice) for choice in arguments):
+                hint = _did_you_mean(raw, arguments) if isinstance(raw, str) else ""
+                raise _Mismatch(raw, describe(base), hint)
+            return raw
         if origin is tuple:
             variadic = arguments[-1] is Ellipsis
-            items = (
-                [raw] if variadic and not isinstance(raw, list | dict) else raw
-            )  # one stands for a list of one
+            items = [raw] if variadic and not isinstance(raw, list | dict) else raw  # one for a list of one
             if not isinstance(items, list) or not (variadic or len(items) == len(arguments)):
                 raise _Mismatch(raw)
-            inner = [arguments[0]] * len(items) if variadic else list(arguments)
-            return tuple(self._convert(k, item) for k, item in zip(inner, items, strict=True))
-        if kind is float and type(raw) is int:
-            raw = float(raw)
-        if type(raw) is not kind or (kind is float and not math.isfinite(raw)):
-            whole = kind is int and type(raw) is float and raw.is_integer()
-            raise _Mismatch(raw, hint=f"; write {int(raw)}" if whole else "")
-        for bound in bounds:
-            if not bound.holds(raw):
+            inner = [arguments[0]] * len(items) if variadic else arguments
+            value: Any = tuple(self._convert(k, item) for k, item in zip(inner, items, strict=True))
+        else:
+            value = float(raw) if base is float and type(raw) is int else raw
+            if type(value) is not base or (base is float and not math.isfinite(value)):
+                whole = base is int and type(raw) is float and raw.is_integer()
+                raise _Mismatch(raw, hint=f"; write {int(raw)}" if whole else "")
+        for bound in _bounds(kind):
+            if not bound.holds(value):
                 raise _Mismatch(raw, bound.text)
-        return raw
+        return value
 
     def _expand(self, raw: Any) -> Any:
         """Replace ${NMOE_NAME} and ${NMOE_NAME:-default}; set but empty counts as unset, as in sh."""
@@ -237,14 +229,12 @@ def hints(schema: type) -> dict[str, Any]:
     return {field.name: resolved[field.name] for field in dataclasses.fields(schema)}
 
 
-def leaves(schema: type, key: Key = ()) -> Iterator[Key]:
-    """Every key that holds a value, depth first; arrays of tables appear without indices."""
+def keys(schema: type, key: Key = ()) -> Iterator[Key]:
+    """Every section and key, depth first; arrays of tables appear without indices."""
     for name, kind in hints(schema).items():
-        inner = _row(kind)
-        if _is_schema(inner):
-            yield from leaves(inner, (*key, name))
-        else:
-            yield (*key, name)
+        yield (*key, name)
+        if _is_table(kind):
+            yield from keys(_row(kind), (*key, name))
 
 
 def kind_at(schema: type, key: Key) -> Any:
@@ -260,20 +250,18 @@ def kind_at(schema: type, key: Key) -> Any:
     return kind
 
 
-def describe(kind: Any, bounds: Iterable[Bound] = ()) -> str:
-    """ "an integer ≥ 1", "\"a\" or \"b\"", "a list of numbers": completes "expected …"."""
-    for bound in (*bounds, *_bounds(kind)):
-        return bound.text
+def describe(kind: Any) -> str:
+    """Completes "expected …": "an integer ≥ 1", "true or false", "a section with lr"."""
+    if bounds := _bounds(kind):
+        return bounds[0].text
     kind = _plain(kind)
     arguments = typing.get_args(kind)
     if _is_schema(kind):
-        return "a section with " + ", ".join(_required(kind))
+        return "a section" + (f" with {', '.join(_required(kind))}" if _required(kind) else "")
     if typing.get_origin(kind) is Literal:
-        choices = [_show(choice) for choice in arguments]
-        return " or ".join([", ".join(choices[:-1]), choices[-1]] if choices[1:] else choices)
+        *others, last = map(_show, arguments)
+        return f"{', '.join(others)} or {last}" if others else last
     if typing.get_origin(kind) is tuple:
-        if _is_schema(arguments[0]):
-            return "an array of tables"
         count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} × "
         return f"a list of {count}{describe(arguments[0])}"
     return NAMES[kind]
@@ -294,33 +282,65 @@ def _bounds(kind: Any) -> tuple[Bound, ...]:
     return tuple(getattr(kind, "__metadata__", ()))
 
 
-def _row(kind: Any) -> Any:
-    """The table behind a table or an array of tables; any other type as it is."""
-    kind = _plain(kind)
-    arguments = typing.get_args(kind)
-    return arguments[0] if typing.get_origin(kind) is tuple and _is_schema(arguments[0]) else kind
-
-
 def _is_schema(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind)
 
 
-def _required(schema: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(schema) if f.default is f.default_factory is MISSING]
+def _is_array(kind: Any) -> bool:
+    """An array of tables?"""
+    kind = _plain(kind)
+    return typing.get_origin(kind) is tuple and _is_schema(typing.get_args(kind)[0])
+
+
+def _row(kind: Any) -> Any:
+    """The schema of a table, or of the tables of an array."""
+    return typing.get_args(_plain(kind))[0] if _is_array(kind) else _plain(kind)
 
 
 def _is_table(kind: Any) -> bool:
     return _is_schema(_row(kind))
 
 
+def _required(schema: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(schema) if f.default is f.default_factory is MISSING]
+
+
 def _stand_in(kind: Any) -> Any:
+    if _is_array(kind):
+        return ()
     kind = _plain(kind)
-    arguments = typing.get_args(kind)
     if _is_schema(kind):
         return kind(**{name: _stand_in(hints(kind)[name]) for name in _required(kind)})
     if typing.get_origin(kind) is tuple:
-        return () if arguments[-1] is Ellipsis else tuple(map(_stand_in, arguments))
-    return arguments[0] if typing.get_origin(kind) is Literal else STAND_IN[kind]
+        return tuple(_stand_in(k) for k in typing.get_args(kind) if k is not Ellipsis)
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is Literal else STAND_IN[kind]
+
+
+def reference(kind: Any, key: Key = ()) -> str:
+    """Markdown: a table of keys for each section, from dataclasses, their docstrings and comments."""
+    schema, name = _row(kind), ".".join(map(str, key))
+    remarks = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(schema), re.MULTILINE))
+    rows = [
+        f"| `{field.name}` | {describe(hints(schema)[field.name])} | {_default(field)} | {remarks[field.name]} |"
+        for field in dataclasses.fields(schema)
+        if not _is_table(hints(schema)[field.name])
+    ]
+    parts = []
+    if rows:
+        docstring = inspect.getdoc(schema) or ""
+        about = (
+            [] if docstring.startswith(f"{schema.__name__}(") else [docstring]
+        )  # dataclass's own: none written
+        table = "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows])
+        parts = [f"## `[[{name}]]`" if _is_array(kind) else f"## `[{name}]`", *about, table]
+    parts += [reference(inner, (*key, name)) for name, inner in hints(schema).items() if _is_table(inner)]
+    return "\n\n".join(parts)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is MISSING:
+        return "required"
+    return "absent" if field.default is None else f"`{_show(field.default)}`"
 
 
 # ---- text -------------------------------------------------------------------------------------------
