@@ -27,7 +27,7 @@ Role = Literal["activation", "weight", "gradient"]
 
 @dataclass(frozen=True)
 class QuantizeSpec:
-    """The arguments of `formats.quantize` for one operand of one GEMM."""
+    """How one operand of one GEMM is quantized."""
 
     role: Role
     format: Format

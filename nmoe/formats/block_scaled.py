@@ -127,12 +127,13 @@ def dequantize(
     without_global: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The numbers that q stands for, in the original orientation [..., M, K], rounded once to `dtype`.
+    """The numbers that q stands for, in the original orientation [..., M, K], computed in float32.
 
     mxfp8 is element · scale: exact in float32, and in bfloat16 for scales in [2^-124, 2^119].
     nvfp4 is (element · scale) · global_scale(amax): the first product is exact even in bfloat16, the second
-    rounds in float32. `without_global` leaves the second out; kernels apply it in the GEMM's epilogue.
+    rounds. `without_global` leaves the second out; kernels apply it in the GEMM's epilogue.
     A Hadamard transform is not undone: both operands of wgrad share it, and there it cancels.
+    The result is written to `out`, in its dtype, if given.
     """
     if q.format == "mxfp8":
         values = _decode_mxfp8(q)
@@ -142,8 +143,8 @@ def dequantize(
             values = values.transpose(-1, -2)
     if out is None:
         return values.to(dtype).contiguous()
-    if out.shape != q.shape or out.dtype != dtype:
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, expected {dtype} {q.shape}")
+    if out.shape != q.shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}, expected {tuple(q.shape)}")
     return out.copy_(values)
 
 
@@ -162,15 +163,19 @@ def check_operand(q: Quantized, axis: Axis) -> None:
 def storage(
     format: Format, shape: tuple[int, ...], axis: Axis, segments: int | None = None
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name → (shape, dtype) of the buffers of a Quantized of logical `shape`; `segments` counts them."""
+    """Name → (shape, dtype) of the buffers of a Quantized of logical `shape` with so many `segments`.
+
+    Raises ValueError if the blocks do not divide the axis.
+    """
+    _check_divides(format, shape, axis)
     *batch, m, k = shape
-    block = BLOCK[format]
     lines, length = (m, k) if axis == 1 else (k, m)
-    buffers = {"scale": ((*batch, lines, length // block), torch.uint8)}
+    scale = (*batch, lines, length // BLOCK[format])
     if format == "mxfp8":
-        return {"data": (tuple(shape), torch.uint8), **buffers}
+        return {"data": (tuple(shape), torch.uint8), "scale": (scale, torch.uint8)}
+    data = (*batch, lines, length // 2)
     amax = tuple(batch) if segments is None else (segments,)
-    return {"data": ((*batch, lines, length // 2), torch.uint8), **buffers, "amax": (amax, torch.float32)}
+    return {"data": (data, torch.uint8), "scale": (scale, torch.uint8), "amax": (amax, torch.float32)}
 
 
 def from_buffers(
@@ -299,10 +304,8 @@ def _segment_index(segments: Tensor, blocks: torch.Size, axis: Axis) -> Tensor:
     It is G, one past the last segment, in the tail.
     """
     ends = segments[1:] if axis == 1 else segments[1:] // BLOCK["nvfp4"]
-    index = torch.bucketize(
-        torch.arange(blocks[-2 if axis == 1 else -1], device=segments.device), ends, right=True
-    )
-    return index.unsqueeze(axis)
+    positions = torch.arange(blocks[-2 if axis == 1 else -1], dtype=ends.dtype, device=ends.device)
+    return torch.bucketize(positions, ends, right=True).unsqueeze(axis)
 
 
 # The random Hadamard transform
@@ -312,7 +315,7 @@ def hadamard_transform(x: Tensor, axis: Axis) -> Tensor:
     """Each tile of 16 elements of `axis` times diag(SIGNS) · H, H the orthonormal Sylvester-Hadamard matrix.
 
     x is float32 [..., M, K]; so is the result. The sum is a butterfly of four stages, which fixes its order.
-    The matrix is orthogonal: (X_a R)ᵀ-style products of two operands that share it are those of the operands.
+    The matrix R is orthogonal, so that it cancels from the product of two operands: (A R)(B R)ᵀ = A Bᵀ.
     """
     dim = -1 if axis == 1 else -2
     signs = torch.tensor(SIGNS, dtype=x.dtype, device=x.device)
@@ -338,26 +341,23 @@ class ErrorBound:
 
 
 def error_bound(format: Format, rounding: Rounding = "nearest") -> ErrorBound:
-    """Bounds for finite input whose amaxes are normal (see docs/numerics.md for the derivation)."""
+    """Bounds for finite input, for amaxes within 2^±100; a Hadamard transform's input is its output."""
     if format == "mxfp8":
-        # Half a step: 2^-4 of a normal value, 2^-10 of the scale below; the scale is < 2 · amax / 448.
+        # Half a step: 2^-4 of a normal value, 2^-10 of the scale below; the scale is ≤ 2 · amax / 448.
         return ErrorBound(2.0**-4, 2.0**-9 / E4M3_MAX, 0.0)
     # Half a step is 1/4 of a value above 1 and 1/4 of the scale below; the scale is ≤ 17/16 of amax / 6.
     # A scale in E4M3's subnormal range is off by up to 2^-10 of the global factor, for elements up to 6.
-    steps = 1.0 if rounding == "nearest" else 2.0
-    return ErrorBound(steps / 4, steps * 17 / 16 / 24, E2M1_MAX * 2.0**-10 / (E4M3_MAX * E2M1_MAX))
+    half_steps = 1 if rounding == "nearest" else 2
+    return ErrorBound(half_steps / 4, half_steps * 17 / 16 / 24, 2.0**-10 / E4M3_MAX)
 
 
 # Checks
 
 
 def _check_request(
-    x: Tensor, format: str, axis: int, rounding: str, seed: int | None, hadamard: bool, square: bool
+    x: Tensor, format: Format, axis: Axis, rounding: str, seed: int | None, hadamard: bool, square: bool
 ) -> None:
-    if format not in BLOCK:
-        raise ValueError(f"unknown format {format!r}, expected one of {', '.join(BLOCK)}")
-    if axis not in (0, 1):
-        raise ValueError(f"axis is {axis!r}, expected 0 (blocks along rows) or 1 (along the last dimension)")
+    _check_divides(format, x.shape, axis)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"x is {x.dtype}, expected float32, bfloat16 or float64")
     if format == "mxfp8" and (rounding != "nearest" or hadamard or square):
@@ -366,22 +366,27 @@ def _check_request(
         raise ValueError(f"rounding is {rounding!r}, expected 'nearest' or 'stochastic'")
     if (seed is not None) != (rounding == "stochastic"):
         raise ValueError(
-            f"rounding is {rounding!r} and seed is {seed}: stochastic rounding, and it alone, takes one"
+            f"rounding is {rounding!r} and seed is {seed}: stochastic rounding, and it alone, takes a seed"
         )
     if seed is not None and not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}, expected 0 ≤ seed < 2^64")
-    block = BLOCK[format]
-    if x.ndim < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., M, K]")
-    for name, size, blocked in (
-        ("M", x.shape[-2], axis == 0 or square),
-        ("K", x.shape[-1], axis == 1 or square),
-    ):
-        if blocked and size % block:
-            raise ValueError(
-                f"{name} = {size} of shape {tuple(x.shape)} is not a multiple of "
-                f"{format}'s block of {block}: pad it with zeros"
-            )
+    if square:
+        _check_divides(format, x.shape, 1 - axis)
+
+
+def _check_divides(format: Format, shape: tuple[int, ...], axis: int) -> None:
+    if format not in BLOCK:
+        raise ValueError(f"unknown format {format!r}, expected one of {', '.join(BLOCK)}")
+    if axis not in (0, 1):
+        raise ValueError(f"axis is {axis!r}, expected 0 (blocks along rows) or 1 (along the last dimension)")
+    if len(shape) < 2:
+        raise ValueError(f"shape is {tuple(shape)}, expected [..., M, K]")
+    name, size = ("M", shape[-2]) if axis == 0 else ("K", shape[-1])
+    if size % BLOCK[format]:
+        raise ValueError(
+            f"{name} = {size} of shape {tuple(shape)} is not a multiple of {format}'s block of "
+            f"{BLOCK[format]}: pad it with zeros"
+        )
 
 
 def _check_segments(segments: Tensor, shape: torch.Size, block: int) -> None:

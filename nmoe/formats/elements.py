@@ -9,29 +9,18 @@ E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 
 
-def _table(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def _lookup(table: Tensor, codes: Tensor) -> Tensor:
-    """table[codes], several times faster than indexing or casting from float8."""
-    flat = codes.reshape(-1).int()
-    return table.to(codes.device).index_select(0, flat).view(codes.shape)
-
-
 _E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-_E8M0_VALUES = _table([2.0 ** (code - 127) for code in range(255)] + [float("nan")])
-_E2M1_VALUES = _table([s * v for s in (1.0, -1.0) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
-# Both elements of a byte, as one 8-byte entry.
-_E2M1_PAIRS = torch.stack((_E2M1_VALUES.repeat(16), _E2M1_VALUES.repeat_interleave(16)), -1).view(
-    torch.int64
-)[:, 0]
+_E8M0_VALUES = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [float("nan")])
+_E2M1_VALUES = torch.tensor([s * v for s in (1.0, -1.0) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
+# Both elements of a byte, low nibble first, in one 8-byte entry.
+_E2M1_PAIRS = torch.stack((_E2M1_VALUES.repeat(16), _E2M1_VALUES.repeat_interleave(16)), -1)
+_E2M1_PAIRS = _E2M1_PAIRS.view(torch.int64).flatten()
 
 
 def encode_e4m3(x: Tensor) -> Tensor:
     """float32 → E4M3 codes, uint8: to nearest, ties to even, saturating at ±448; NaN stays NaN.
 
-    UE4M3 is the half of E4M3 without the sign, so this serves NVFP4's scales too. Overwrites nothing.
+    UE4M3 is the half of E4M3 without the sign, so this serves NVFP4's scales too.
     """
     # The clamp makes the cast saturate on torch 2.11, too.
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
@@ -60,7 +49,7 @@ def decode_e8m0(codes: Tensor) -> Tensor:
 
 
 def encode_e2m1(x: Tensor, random: Tensor | None = None) -> Tensor:
-    """float32 → E2M1 codes 0..15, int32, saturating at ±6; NaN, which E2M1 lacks, gives ±6.
+    """float32 → E2M1 codes 0..15, uint8, saturating at ±6; NaN, which E2M1 lacks, gives ±6.
 
     To nearest, ties to even; or, with a `random` byte r per element, stochastically: |x| / step + r / 256
     is truncated, step being E2M1's at |x|. That is exact integer arithmetic, and the carry rule of
@@ -97,3 +86,9 @@ def pack_e2m1(codes: Tensor) -> Tensor:
 def unpack_e2m1(pairs: Tensor) -> Tensor:
     """uint8 pairs [..., n] → float32 values [..., 2n]."""
     return _lookup(_E2M1_PAIRS, pairs).view(torch.float32)
+
+
+def _lookup(table: Tensor, codes: Tensor) -> Tensor:
+    """table[codes], several times faster than indexing or casting from float8."""
+    flat = codes.reshape(-1).int()
+    return table.to(codes.device).index_select(0, flat).view(codes.shape)

@@ -9,22 +9,21 @@ from torch import Tensor
 
 
 def to_blocked(scale: Tensor, segments: Tensor | None = None, dim: Literal[-2, -1] = -2) -> Tensor:
-    """Scales uint8 [..., R, C] → 512-byte atoms [..., ceil(R/128), ceil(C/4), 32, 4, 4], padded with 0.
+    """Scales uint8 [..., R, C] → atoms [..., ceil(R/128), ceil(C/4), 32, 4, 4], padded with 0.
 
-    Scale (r, c) lies in atom (r // 128, c // 4) at [r % 32, r % 128 // 32, c % 4]: what tcgen05.cp spreads
-    over tensor memory and cuBLAS calls the 128×4 tile (CUTLASS sm100_blockscaled_layout.hpp). R is the
-    index that the GEMM does not contract. Zero is a finite scale in both types, so that padding contributes nothing.
+    Scale (r, c) lies in atom (r // 128, c // 4) at [r % 32, r % 128 // 32, c % 4], which is the order that
+    tcgen05.cp's 32x128b.warpx4 reads (CUTLASS sm100_blockscaled_layout.hpp; cuBLAS's 128×4 tile). R is the
+    index that the GEMM does not contract, for row and column copies alike. 0 is a finite scale in both
+    types, so that padding adds nothing.
 
     With `segments` (offsets [G+1] in units of `dim`) each segment starts a new atom: along rows (dim -2)
-    for fprop and dgrad, along scale columns (dim -1) for wgrad. Scales past the last segment are dropped.
+    for fprop and dgrad, along scale columns (dim -1) for wgrad. Scales past the last segment are left out.
+    Where the segments are multiples of the atom, the result is that without segments.
     """
-    atom = 128 if dim == -2 else 4
-    if segments is not None:
-        parts = [_pad(part, dim, atom) for part in _split(scale, segments, dim)]
-        scale = torch.cat(parts, dim)
-    scale = _pad(_pad(scale, -2, 128), -1, 4)
+    parts = (scale,) if segments is None else _split(scale, segments.tolist(), dim)
+    scale = torch.cat([_pad(part) for part in parts], dim)
     *batch, rows, columns = scale.shape
-    tiles = scale.reshape(*batch, rows // 128, 4, 32, columns // 4, 4)
+    tiles = scale.view(*batch, rows // 128, 4, 32, columns // 4, 4)
     return tiles.movedim(-2, -4).transpose(-2, -3).contiguous()
 
 
@@ -32,26 +31,28 @@ def from_blocked(
     blocked: Tensor, rows: int, columns: int, segments: Tensor | None = None, dim: Literal[-2, -1] = -2
 ) -> Tensor:
     """The inverse of `to_blocked`: uint8 [..., rows, columns]; scales past the last segment are 0."""
+    *batch, row_atoms, column_atoms, _, _, _ = blocked.shape
     tiles = blocked.transpose(-2, -3).movedim(-4, -2)
-    scale = tiles.reshape(*tiles.shape[:-5], tiles.shape[-5] * 128, tiles.shape[-2] * 4)
-    if segments is not None:
-        atom = 128 if dim == -2 else 4
-        sizes = segments.diff().tolist()
-        padded = [-(-size // atom) * atom for size in sizes]
-        parts = scale.narrow(dim, 0, sum(padded)).split(padded, dim)
-        scale = torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim)
-        scale = _extend(scale, dim, rows if dim == -2 else columns)
-    return scale[..., :rows, :columns].contiguous()
+    padded = tiles.reshape(*batch, row_atoms * 128, column_atoms * 4)
+    scale = blocked.new_zeros(*batch, rows, columns)
+    start = 0
+    for part in (scale,) if segments is None else _split(scale, segments.tolist(), dim):
+        source = padded.narrow(dim, start, _ceil(part.shape[dim], dim))
+        part.copy_(source[..., : part.shape[-2], : part.shape[-1]])
+        start += source.shape[dim]
+    return scale
 
 
-def _split(scale: Tensor, segments: Tensor, dim: int) -> tuple[Tensor, ...]:
-    return scale.narrow(dim, 0, int(segments[-1])).split(segments.diff().tolist(), dim)
+def _split(scale: Tensor, offsets: list[int], dim: int) -> tuple[Tensor, ...]:
+    return torch.tensor_split(scale, offsets[1:], dim)[:-1]
 
 
-def _pad(scale: Tensor, dim: int, multiple: int) -> Tensor:
-    return _extend(scale, dim, -(-scale.shape[dim] // multiple) * multiple)
+def _ceil(size: int, dim: int) -> int:
+    """`size` rounded up to whole atoms along `dim`."""
+    atom = 128 if dim == -2 else 4
+    return -(-size // atom) * atom
 
 
-def _extend(scale: Tensor, dim: int, size: int) -> Tensor:
-    missing = size - scale.shape[dim]
-    return torch.nn.functional.pad(scale, (0, missing) if dim == -1 else (0, 0, 0, missing))
+def _pad(scale: Tensor) -> Tensor:
+    rows, columns = scale.shape[-2:]
+    return torch.nn.functional.pad(scale, (0, _ceil(columns, -1) - columns, 0, _ceil(rows, -2) - rows))
