@@ -196,9 +196,7 @@ class Data:
     """Token shards, as `nmoe prep-mixture` makes them."""
 
     dir: FilePath  # token shards live here
-    tokenizer: (
-        Tokenizer  # "bpe:4096" (trained on the data), "tiktoken:o200k_base" or "hf:path/to/tokenizer.json"
-    )
+    tokenizer: Tokenizer  # trained on the data with N entries, a tiktoken encoding, or a tokenizer.json
     sources: Annotated[tuple[Source, ...], Tables]
     temperature: Positive = 1.0  # share ∝ weight^(1/temperature)
     document_mask: bool = True  # attention and targets stay within a document

@@ -321,9 +321,9 @@ def reference(kind: Any, key: Key = ()) -> str:
     schema, name = _row(kind), ".".join(map(str, key))
     remarks = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(schema), re.MULTILINE))
     rows = [
-        f"| `{field.name}` | {describe(hints(schema)[field.name])} | {_default(field)} | {remarks[field.name]} |"
+        f"| `{field.name}` | {describe(at)} | {_default(field)} | {remarks[field.name]} |"
         for field in dataclasses.fields(schema)
-        if not _is_table(hints(schema)[field.name])
+        if not _is_table(at := hints(schema)[field.name])
     ]
     parts = []
     if rows:
