@@ -20,6 +20,7 @@ SPEC_KEYS = (
     "text_field",
     "max_tokens",
 )  # `files` need not exist where one trains
+PLAN_SEQUENCES = 1 << 13  # located at once
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,10 @@ class Loader:
             mixture.ShuffledWindows(name, stream.tokens, seq_len, seed)
             for name, stream in zip(names, self._streams, strict=True)
         ]
-        self._mask, self._eos, self._vocab_size = data.document_mask, self._streams[0].eos, vocab_size
+        self._mask, self._eos = data.document_mask, self._streams[0].eos
+        self._vocab_size = self._streams[0].manifest.tokenizer["vocab_size"]
         self._seq_len, self._batch_size = seq_len, batch_size
+        self._plan_steps, self._plan_block = max(1, PLAN_SEQUENCES // batch_size), -1
         rows = batch_size // world
         self._rows = slice(rank * rows, (rank + 1) * rows)
         self._raw = np.empty((rows, window), dtype=np.int32)
@@ -85,7 +88,7 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """This rank's rows `[rank · b/world, (rank + 1) · b/world)` of the global batch of `step`."""
-        source, start = self._locate(step)
+        source, start, valid = self._planned(step)
         rows = zip(source[self._rows].tolist(), start[self._rows].tolist(), strict=True)
         for row, (which, position) in enumerate(rows):
             self._streams[which].read(position, self._raw[row])
@@ -96,17 +99,30 @@ class Loader:
             np.copyto(self._targets[distance], self._raw[:, 1 + distance : 1 + distance + self._seq_len])
         if self._mask:
             self._mask_documents()
-        return Batch(self._tokens, self._positions, self._targets, self._valid(source, start))
+        return Batch(self._tokens, self._positions, self._targets, valid)
 
-    def _locate(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source and start of each row of the global batch, int64 `[batch_size]` each."""
-        sequence = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
+    def _planned(self, step: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Source and start of each row of the global batch, int64 `[batch_size]`, and its valid targets."""
+        block, place = divmod(step, self._plan_steps)
+        if block != self._plan_block:
+            self._plan, self._plan_block = self._make_plan(block), block
+        source, start, valid = self._plan
+        return source[place], start[place], int(valid[place])
+
+    def _make_plan(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `_planned` returns, for `_plan_steps` steps at once: a few rows would be mostly overhead."""
+        shape = (self._plan_steps, self._batch_size)
+        sequence = np.arange(block * self._plan_steps * self._batch_size, (block + 1) * shape[0] * shape[1])
         source, nth = self._interleaving(sequence)
         start = np.empty_like(nth)
-        for which in np.unique(source):
+        ended = np.zeros_like(nth)
+        for which, (stream, windows) in enumerate(zip(self._streams, self._windows, strict=True)):
             here = source == which
-            start[here] = self._windows[which].starts(nth[here])
-        return source, start
+            start[here] = windows.starts(nth[here])
+            if self._mask:  # the last token of a document has no target
+                ended[here] = stream.documents_within(start[here], self._seq_len)
+        valid = shape[1] * self._seq_len - ended.reshape(shape).sum(axis=1)
+        return source.reshape(shape), start.reshape(shape), valid
 
     def _mask_documents(self) -> None:
         """Restart positions after each EOS; drop targets with an EOS between them and their token."""
@@ -123,26 +139,13 @@ class Loader:
                 crossed |= ends[:, distance : distance + width]
             np.copyto(targets, -1, where=crossed)
 
-    def _valid(self, source: np.ndarray, start: np.ndarray) -> int:
-        """Targets of distance one in the global batch: its tokens less the documents that end in it."""
-        total = source.size * self._seq_len
-        if not self._mask:
-            return total
-        for which in np.unique(source):
-            stream, begin = self._streams[which], start[source == which]
-            end = begin + self._seq_len
-            beyond = np.maximum(end - stream.tokens, 0)  # the part that goes on at the beginning
-            ended = stream.documents_ended(end - beyond) - stream.documents_ended(begin)
-            total -= int((ended + stream.documents_ended(beyond)).sum())
-        return total
-
     def _refuse(self, source: np.ndarray, start: np.ndarray) -> None:
         row = int(self._raw.view(np.uint32).max(axis=1).argmax())
         folder = self._streams[source[row]].folder
         raise DataError(
-            f"{folder}: token id {int(self._raw.view(np.uint32)[row].max())} near position "
-            f"{int(start[row])}, its tokenizer has {self._streams[source[row]].manifest.tokenizer['vocab_size']} "
-            f"tokens; the shards are damaged: delete {folder} and run `nmoe prep-mixture`"
+            f"{folder}: token id {int(self._raw.view(np.uint32)[row].max())} after position "
+            f"{int(start[row])}, its tokenizer has {self._vocab_size} tokens; the shards are damaged: "
+            f"delete {folder} and run `nmoe prep-mixture`"
         )
 
 

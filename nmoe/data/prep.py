@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -36,7 +36,7 @@ SAMPLE_CHARACTERS = 1 << 24  # of text that a "bpe:N" tokenizer is trained on, o
 Encoded = tuple[
     np.ndarray, np.ndarray
 ]  # ids of all documents with EOS, back to back; length of each, 0: empty
-Encode = Callable[[Iterable[Batch]], Iterator[tuple[Batch, Encoded]]]
+Encode = Callable[[Iterable[Batch]], Generator[tuple[Batch, Encoded], None, None]]
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,7 @@ def prepare(
                 state = "already complete"
                 if not manifest.complete:
                     state = "complete"
-                    manifest = _write(
-                        directory / source.name, manifest, opened[source.name], source, tokens, encode, line
-                    )
+                    manifest = _write(directory / source.name, manifest, opened[source.name], encode, line)
                 result = Prepared(source.name, manifest.tokens, manifest.documents, len(manifest.shards))
                 line.finish(f"{state}: {result.tokens:,} tokens, {result.documents:,} documents")
                 finished.append(result)
@@ -176,13 +174,7 @@ def _sample(data: Data, opened: dict[str, Documents]) -> Iterator[str]:
 
 
 def _write(
-    folder: Path,
-    manifest: Manifest,
-    documents: Documents,
-    source: Source,
-    tokens: Tokenizer,
-    encode: Encode,
-    line: Progress,
+    folder: Path, manifest: Manifest, documents: Documents, encode: Encode, line: Progress
 ) -> Manifest:
     """Write the shards that `manifest` lacks; returns the complete manifest."""
     cursor = manifest.cursor
@@ -192,39 +184,41 @@ def _write(
             f"restore it, or delete {folder} and run `nmoe prep-mixture`"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    shard_tokens, limit = manifest.source["shard_tokens"], source.max_tokens or float("inf")
+    shard_tokens, limit = manifest.source["shard_tokens"], manifest.source["max_tokens"] or float("inf")
     total, count = manifest.tokens, manifest.documents
     writer: ShardWriter | None = None
-    if total < limit:
-        with closing(encode(documents.batches(cursor))) as encoded:
-            for batch, (ids, lengths) in encoded:
-                ends = np.cumsum(lengths).tolist()
-                for row, end in enumerate(ends):
-                    start = ends[row - 1] if row else 0
-                    if start == end:
-                        continue
-                    writer = writer or ShardWriter(folder, len(manifest.shards), manifest.dtype)
-                    writer.append(ids[start:end])
-                    total, count = total + end - start, count + 1
-                    if writer.tokens >= shard_tokens or total >= limit:
-                        cursor = {"identity": documents.identity, **batch.cursor(row + 1)}
-                        manifest = manifest.with_shard(writer.close(), cursor)
-                        manifest.save(folder)
-                        writer = None
-                    if total >= limit:
-                        break
-                line.update(total, count, min(1.0, max(batch.fraction, total / limit)))
-                if total >= limit:
-                    break
+    with closing(encode(documents.batches(cursor))) as encoded:
+        for batch, row, ids in _each(encoded):
+            writer = writer or ShardWriter(folder, len(manifest.shards), manifest.dtype)
+            writer.append(ids)
+            total, count = total + len(ids), count + 1
+            line.update(total, count, min(1.0, max(batch.fraction, total / limit)))
+            if total >= limit:
+                break
+            if writer.tokens >= shard_tokens:
+                cursor = {"identity": documents.identity, **batch.cursor(row + 1)}
+                manifest = manifest.with_shard(writer.close(), cursor)
+                manifest.save(folder)
+                writer = None
     if writer is not None:
         manifest = manifest.with_shard(writer.close(), {})
     if not manifest.shards:
         raise DataError(
-            f'[[data.sources]] "{source.name}": all documents are empty; check files and text_field'
+            f'[[data.sources]] "{folder.name}": all documents are empty; check files and text_field'
         )
     manifest = manifest.completed()
     manifest.save(folder)
     return manifest
+
+
+def _each(encoded: Iterable[tuple[Batch, Encoded]]) -> Iterator[tuple[Batch, int, np.ndarray]]:
+    """Every document that is not empty: its batch, its row there, its ids with EOS."""
+    for batch, (ids, lengths) in encoded:
+        end = 0
+        for row, length in enumerate(lengths.tolist()):
+            start, end = end, end + length
+            if length:
+                yield batch, row, ids[start:end]
 
 
 def _encode(tokens: Tokenizer, texts: list[str]) -> Encoded:
@@ -275,7 +269,7 @@ def _encoder(workers: int, tokens: Tokenizer, directory: Path) -> Iterator[Encod
 
 def _in_order(
     pool: ProcessPoolExecutor, batches: Iterable[Batch], ahead: int
-) -> Iterator[tuple[Batch, Encoded]]:
+) -> Generator[tuple[Batch, Encoded], None, None]:
     """`pool.map` that reads at most `ahead` batches in front of the one it yields."""
     pending: deque[tuple[Batch, Future[Encoded]]] = deque()
     for batch in batches:

@@ -16,7 +16,8 @@ class Progress:
         self._stream, self._name = stream, name
         self._terminal = stream is not None and stream.isatty()
         self._interval = TERMINAL_INTERVAL if self._terminal else LOG_INTERVAL
-        self._first_tokens, self._first_fraction = tokens, None
+        self._first_tokens = tokens
+        self._first_fraction: float | None = None
         self._started = self._drawn = time.monotonic()
         self._width = 0
 

@@ -1,10 +1,10 @@
 """Token shards on disk: the one format between preparation and training.
 
 A source is a folder. `shard_00000.bin` holds token ids, little-endian, uint16 if the vocabulary fits and
-uint32 if not; documents lie back to back, each ended by EOS, and none crosses a shard. `shard_00000.idx` holds
-the offset, in tokens, at which each document of that shard starts, little-endian int64. `manifest.json` names
-the tokenizer, the specification of the source and every shard with its counts and checksums; a shard exists
-when the manifest lists it. Every file is written under a temporary name, synced and renamed.
+uint32 if not; documents lie back to back, each ended by EOS, and none crosses a shard. `shard_00000.idx`
+holds the offset, in tokens, at which each document of that shard starts, little-endian int64. `manifest.json`
+names the tokenizer, the specification of the source and every shard with its counts and checksums; a shard
+exists when the manifest lists it. Every file is written under a temporary name, synced and renamed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -219,6 +220,7 @@ class TokenStream:
         self._bins = [self._map(shard, "bin", manifest.dtype, shard.tokens) for shard in manifest.shards]
         self._indexes = [self._map(shard, "idx", _INDEX, shard.documents) for shard in manifest.shards]
         self._starts = np.cumsum([0] + [shard.tokens for shard in manifest.shards])
+        self._bisectable = self._starts.tolist()
         self._documents = np.cumsum([0] + [shard.documents for shard in manifest.shards])
         for shard, tokens, index in zip(manifest.shards, self._bins, self._indexes, strict=True):
             if tokens[-1] != self.eos:
@@ -245,7 +247,7 @@ class TokenStream:
 
     def _verify(self, shard: Shard, tokens: np.ndarray, index: np.ndarray) -> None:
         for suffix, array, expected in (("bin", tokens, shard.sha256_bin), ("idx", index, shard.sha256_idx)):
-            if hashlib.sha256(array).hexdigest() != expected:
+            if hashlib.sha256(array.data).hexdigest() != expected:
                 raise DataError(
                     f"{self.folder / shard.name}.{suffix}: sha256 differs from the manifest's; "
                     f"restore it or {_again(self.folder)}"
@@ -259,8 +261,8 @@ class TokenStream:
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Copy `len(out)` tokens from position `start` on, going on at the beginning after the end."""
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
-        offset = start - int(self._starts[shard])
+        shard = bisect_right(self._bisectable, start) - 1
+        offset = start - self._bisectable[shard]
         filled = 0
         while filled < len(out):
             part = self._bins[shard][offset : offset + len(out) - filled]
@@ -268,11 +270,17 @@ class TokenStream:
             filled += len(part)
             shard, offset = (shard + 1) % len(self._bins), 0
 
-    def documents_ended(self, positions: np.ndarray) -> np.ndarray:
-        """How many documents end at or before each position, int64: the EOS tokens in `[0, position)`.
+    def documents_within(self, start: np.ndarray, length: int) -> np.ndarray:
+        """How many documents end in the `length ≤ tokens` positions from each `start` on, as `read` goes.
 
-        Positions go up to `tokens`. A binary search in the index, so that no token is read.
+        A binary search in the index, so that no token is read.
         """
+        end = start + length
+        wrapped = np.maximum(end - self.tokens, 0)
+        return self._ended(end - wrapped) - self._ended(start) + self._ended(wrapped)
+
+    def _ended(self, positions: np.ndarray) -> np.ndarray:
+        """How many documents end at or before each position in `[0, tokens]`."""
         shards = np.maximum(np.searchsorted(self._starts, positions, side="left") - 1, 0)
         ended = np.empty_like(positions)
         for shard in np.unique(shards):
