@@ -270,7 +270,7 @@ def _encode_nvfp4(
         amax = peak.amax((-1, -2))
         encode = _global_encode(amax)[..., None, None]
     scale = encode_e4m3(peak * (encode * (1.0 / E2M1_MAX)))
-    inverse = (1.0 / (decode_e4m3(scale) * (1.0 / encode))).clamp_(max=FLT_MAX)
+    inverse = (decode_e4m3(scale) * encode.reciprocal()).reciprocal_().clamp_(max=FLT_MAX)
     noise = None if seed is None else random_bits(seed, peak.shape, x.device).view(x.shape)
     codes = encode_e2m1((blocks * inverse.unsqueeze(-1)).view(x.shape), noise)
     return pack_e2m1(codes), scale, amax
@@ -278,7 +278,8 @@ def _encode_nvfp4(
 
 def _global_encode(amax: Tensor) -> Tensor:
     """The reciprocal of `global_scale`; 1 for a tensor of zeros and for one that holds an infinity."""
-    encode = ((E4M3_MAX * E2M1_MAX) / amax).clamp_(max=FLT_MAX)
+    # One rounding: torch evaluates `number / tensor` as a reciprocal and a product.
+    encode = torch.full_like(amax, E4M3_MAX * E2M1_MAX).div_(amax).clamp_(max=FLT_MAX)
     return encode.masked_fill_((amax == 0) | (encode == 0), 1.0)
 
 

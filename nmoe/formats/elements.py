@@ -34,13 +34,12 @@ def decode_e4m3(codes: Tensor) -> Tensor:
 def encode_e8m0(x: Tensor) -> Tensor:
     """Non-negative float32 → UE8M0 codes, uint8: the power of two 2^(code - 127) at or above x.
 
-    Zero and anything up to 2^-127 give 0x00; infinity saturates to 0xFE; NaN gives 0xFF. This is
-    cvt.rp.satfinite.ue8m0x2.f32.
+    Zero and anything up to 2^-127 give 0x00; what is above 2^127, infinity too, saturates to 0xFE; NaN gives
+    0xFF. This is cvt.rp.satfinite.ue8m0x2.f32.
     """
     bits = x.contiguous().view(torch.int32)
     code = (bits + 0x007F_FFFF >> 23) - ((bits > 0) & (bits <= 0x0040_0000)).int()
-    code.masked_fill_(x == float("inf"), 254).masked_fill_(x.isnan(), 255)
-    return code.to(torch.uint8)
+    return code.clamp_(max=254).masked_fill_(x.isnan(), 255).to(torch.uint8)
 
 
 def decode_e8m0(codes: Tensor) -> Tensor:
