@@ -90,8 +90,8 @@ class Checkpointer:
         """Read the newest intact checkpoint into `tensors`; its step and meta, or None when there is none.
 
         A checkpoint that does not match its manifest is passed over with a warning. CheckpointError when all
-        are damaged, or when names, shapes or dtypes differ from those of `tensors`; before these are compared,
-        `check` sees the meta and may raise. Tensors change only after all of this has passed.
+        are damaged, or when names, shapes or dtypes differ from those of `tensors`. `check` sees the meta before
+        these are compared and may raise. Tensors change only after all of this has passed.
         """
         self._complete_pending()
         choice = self._on_first_rank(self._newest_intact)
@@ -153,7 +153,7 @@ class Checkpointer:
             )
         except CheckpointException as e:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise self._failure(target, next(iter(e.failures.values()))[0]) from e
+            raise self._failure(target, _root(next(iter(e.failures.values()))[0])) from e
         self._on_first_rank(lambda: self._publish(temporary, target, step, meta))
 
     def _prepare(self, target: Path) -> Path:
@@ -243,9 +243,7 @@ class Checkpointer:
             for name, entry in found.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        known = set().union(
-            *self._gather(list(wanted))
-        )  # other ranks may hold tensors that this one does not
+        known = set().union(*self._gather(list(wanted)))  # on any rank: each may hold tensors of its own
         problems = [f"missing {name}" for name in wanted if name not in stored]
         problems += [f"unexpected {name}" for name in stored if name not in known]
         problems += [
@@ -290,6 +288,9 @@ def _problem(path: Path, step: int) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text())
         if (manifest["format"], manifest["step"]) != (_FORMAT, step):
             return f"manifest.json is of format {manifest['format']}, step {manifest['step']}"
+        for required in (".metadata", "meta.json"):
+            if required not in manifest["files"]:
+                return f"manifest.json does not list {required}"
         for name, expected in manifest["files"].items():
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
@@ -303,6 +304,14 @@ def _problem(path: Path, step: int) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         return f"manifest.json is malformed: {type(e).__name__}: {e}"
     return None
+
+
+def _root(error: BaseException) -> BaseException:
+    """The operating system's error behind `error`, if any: torch's zip writer reports a follow-up of it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
 
 
 def _parse(path: Path) -> tuple[int | None, str]:

@@ -23,14 +23,15 @@ import numpy as np
 
 from nmoe.errors import UserError
 
-# A reader opens the published file, then locks it: two system calls. A file that is no longer published is left
-# alone for this long, so that a reader caught between the two has its lock before the writer asks for one.
+# A reader opens the published file and then locks it, two system calls. The copy that was replaced rests for
+# so long before it is written: a reader caught between the two has its lock before the writer asks for one.
 _REST_SECONDS = 0.5
 
 _CREATE = "CREATE TABLE metrics(step BIGINT, tag VARCHAR, value DOUBLE, ts TIMESTAMP)"
+# DuckDB takes a NaN in a numpy column for a missing value; a diverged loss must stay one.
 _INSERT = """
 INSERT INTO metrics
-SELECT step, tag, value, make_timestamp(ts)
+SELECT step, tag, coalesce(value, 'nan'), make_timestamp(ts)
 FROM batch JOIN (SELECT unnest($tags) AS tag, unnest(range(len($tags))) AS tag_id) USING (tag_id)
 """
 
@@ -51,9 +52,9 @@ class _Rows:
 class Metrics:
     """Writer of table `metrics(step BIGINT, tag VARCHAR, value DOUBLE, ts TIMESTAMP)` in DuckDB file `path`.
 
-    `ts` is UTC. Rows reach readers within about `flush_seconds`, whole `log` calls at a time; that much is what
-    a SIGKILL can lose. Other processes open `path` with `read_only=True`; a connection shows the moment at which
-    it was opened. The process that writes may read after `close`.
+    `ts` is UTC. Rows reach readers within about `flush_seconds`, whole `log` calls at a time; a SIGKILL can
+    lose as much. Other processes open `path` with `read_only=True`; a connection shows the moment at which it
+    was opened. The process that writes may read after `close`.
 
     `resume_step` continues an existing file: rows of later steps are removed, for those steps will run again.
 
@@ -111,7 +112,7 @@ class Metrics:
         self._last_step = step
 
     def flush(self) -> None:
-        """Return when every row logged so far can be read; tens of milliseconds.
+        """Return when readers can see every row logged so far: tens of ms, half a second right after a flush.
 
         Call it before a checkpoint is saved, so that a run resumed from there has the metrics of every step.
         """
@@ -126,7 +127,7 @@ class Metrics:
             try:
                 self._append(rows, tags)
                 self._publish(rows)
-            except (OSError, duckdb.Error) as e:
+            except Exception as e:  # whatever it is, the owner must hear of it
                 self._error = self._failure(e)
                 raise self._error from e
 
@@ -171,8 +172,15 @@ class Metrics:
         self._discard_spare()  # of a killed run: it may be half written, and nobody was promised its rows
         if self._path.exists():
             shutil.copyfile(self._path, self._spare)
-            with self._open_spare() as db:
-                db.execute("DELETE FROM metrics WHERE step > ?", [resume_step])
+            try:
+                with self._open_spare() as db:
+                    db.execute("DELETE FROM metrics WHERE step > ?", [resume_step])
+            except duckdb.Error as e:
+                self._discard_spare()
+                raise UserError(
+                    f"{self._path}: cannot go on writing to this file: {_first_line(e)}; "
+                    "move it aside to resume without its rows"
+                ) from e
         else:
             with self._open_spare() as db:
                 db.execute(_CREATE)
@@ -215,4 +223,10 @@ class Metrics:
         self._spare.with_name(f"{self._spare.name}.wal").unlink(missing_ok=True)
 
     def _failure(self, cause: Exception) -> UserError:
-        return UserError(f"{self._path}: metrics cannot be written: {str(cause).splitlines()[0]}")
+        return UserError(
+            f"{self._path}: metrics cannot be written: {_first_line(cause)}; mend [metrics] dir and resume"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

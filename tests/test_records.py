@@ -1,0 +1,497 @@
+"""Metrics in DuckDB and experiments in SQLite: complete, readable at any moment, loud on failure."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+
+import duckdb
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nmoe.metrics
+from nmoe.errors import UserError
+from nmoe.experiments import Experiments, git_state
+from nmoe.metrics import Metrics
+
+ROOT = Path(__file__).parents[1]
+NEVER = 3600.0  # flush_seconds of a test that flushes itself
+
+
+def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Another process with the plain clients at hand, speaking through its stdin and stdout."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def read(path: Path, sql: str = "SELECT step, tag, value FROM metrics ORDER BY rowid") -> list[tuple]:
+    """Only for files that no writer of this process has open."""
+    with duckdb.connect(str(path), read_only=True) as db:
+        return db.execute(sql).fetchall()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics" / "run" / "rank_0.duckdb"
+
+
+@pytest.fixture
+def restless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No reader is around, so the spare need not rest."""
+    monkeypatch.setattr(nmoe.metrics, "_REST_SECONDS", 0.0)
+
+
+# Metrics: what is written
+
+
+def test_table_is_as_documented(path: Path) -> None:
+    before = datetime.now(UTC).replace(tzinfo=None)
+    with Metrics(path) as metrics:
+        metrics.log(3, {"loss": 2.5, "router/layers.1/load_max": 1})
+        metrics.log(3, {"lr": torch.tensor(1e-3, dtype=torch.float64)})
+        metrics.log(4, {})
+        metrics.log(5, {"loss": float("nan"), "lr": float("inf")})
+    after = datetime.now(UTC).replace(tzinfo=None)
+
+    assert read(path, "SELECT column_name, column_type FROM (DESCRIBE metrics)") == [
+        ("step", "BIGINT"),
+        ("tag", "VARCHAR"),
+        ("value", "DOUBLE"),
+        ("ts", "TIMESTAMP"),
+    ]
+    assert read(path)[:3] == [(3, "loss", 2.5), (3, "router/layers.1/load_max", 1.0), (3, "lr", 1e-3)]
+    assert str(read(path)[3:]) == "[(5, 'loss', nan), (5, 'lr', inf)]"
+    [(first, last)] = read(path, "SELECT min(ts), max(ts) FROM metrics")
+    assert before <= first <= last <= after
+    assert os.listdir(path.parent) == ["rank_0.duckdb"], "nothing else stays behind"
+
+
+@pytest.mark.usefixtures("restless")
+@settings(max_examples=15, deadline=None)
+@given(
+    calls=st.lists(
+        st.one_of(
+            st.just("flush"),
+            st.dictionaries(st.text(max_size=3), st.floats(allow_nan=False), max_size=4),
+        ),
+        max_size=12,
+    )
+)
+def test_every_row_once_and_in_order_however_flushes_fall(
+    calls: list, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("metrics") / "rank_0.duckdb"
+    expected = []
+    with Metrics(path, flush_seconds=NEVER) as metrics:
+        for step, call in enumerate(calls):
+            if call == "flush":
+                metrics.flush()
+            else:
+                metrics.log(step, call)
+                expected += [(step, tag, value) for tag, value in call.items()]
+    assert read(path) == expected
+
+
+def test_rows_appear_without_being_asked_for(path: Path) -> None:
+    with Metrics(path, flush_seconds=0.01) as metrics:
+        metrics.log(1, {"loss": 1.0})
+        counter = """
+        import sys, duckdb
+        rows = []
+        while not rows:
+            rows = duckdb.connect(sys.argv[1], read_only=True).execute("FROM metrics").fetchall()
+        """
+        assert start_python(counter, path).wait(timeout=30) == 0
+
+
+@pytest.mark.usefixtures("restless")
+def test_a_flush_copies_no_old_rows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    copy = shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda *args: copies.append(args) or copy(*args))
+    with Metrics(path, flush_seconds=NEVER) as metrics:
+        for step in range(8):
+            metrics.log(step, {"loss": step})
+            metrics.flush()
+    assert len(copies) == 1, "the spare is made once"
+    assert len(read(path)) == 8
+
+
+# Metrics: readers
+
+
+def test_another_process_reads_at_any_moment(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every read succeeds and sees whole steps, none missing, never fewer than before."""
+    monkeypatch.setattr(nmoe.metrics, "_REST_SECONDS", 0.1)
+    reader = start_python(
+        """
+        import sys, threading, duckdb
+        stop = threading.Event()
+        threading.Thread(target=lambda: (sys.stdin.read(), stop.set())).start()
+        reads = newest = 0
+        while not stop.is_set():
+            with duckdb.connect(sys.argv[1], read_only=True) as db:
+                rows, last = db.execute("SELECT count(*), coalesce(max(step), -1) FROM metrics").fetchone()
+            assert rows == (last + 1) * 7 and rows >= newest, (rows, last, newest)
+            reads, newest = reads + 1, rows
+        print(reads, newest)
+        """,
+        path,
+    )
+    tags = [f"tag{i}" for i in range(7)]
+    with Metrics(path, flush_seconds=0.01) as metrics:
+        for step in range(1000):
+            metrics.log(step, dict.fromkeys(tags, step))
+            time.sleep(0.002)
+        output, _ = reader.communicate()
+    assert reader.returncode == 0
+    reads, newest = map(int, output.split())
+    assert reads > 5
+    assert newest > 0, "rows were visible before the end"
+    assert len(read(path)) == 7000
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("mode", ["read_only=True", "read_only=False"])
+def test_readers_that_stay_hinder_nobody(path: Path, mode: str) -> None:
+    keeper = f"""
+    import sys, duckdb
+    db = duckdb.connect(sys.argv[1], {mode})
+    for line in sys.stdin:
+        print(db.execute("SELECT count(*) FROM metrics").fetchone()[0], flush=True)
+    """
+
+    def count(reader: subprocess.Popen[str]) -> int:
+        reader.stdin.write("\n")
+        reader.stdin.flush()
+        return int(reader.stdout.readline())
+
+    readers, seen = [], []
+    with Metrics(path, flush_seconds=NEVER) as metrics:
+        for step in range(5):
+            metrics.log(step, {"loss": step, "lr": step})
+            metrics.flush()
+            readers.append(start_python(keeper, path))
+            seen.append(count(readers[-1]))
+        assert seen == [2, 4, 6, 8, 10], "a new reader sees what has been flushed"
+        assert [count(reader) for reader in readers] == seen, "an old one keeps its view"
+    for reader in readers:
+        reader.communicate()
+        assert reader.returncode == 0
+    assert [row[0] for row in read(path)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+# Metrics: kill and resume
+
+
+def test_killed_at_any_instant_and_resumed_every_row_is_there_once(path: Path) -> None:
+    """The writer names each step that it has flushed; a killed run resumes after the last that was named."""
+    writer = """
+    import sys
+    import nmoe.metrics
+    from nmoe.metrics import Metrics
+    nmoe.metrics._REST_SECONDS = 0.0
+    resume = int(sys.argv[2])
+    metrics = Metrics(sys.argv[1], resume_step=resume, flush_seconds=0.005)
+    for step in range(resume + 1, 100_000):
+        metrics.log(step, {"loss": step, "lr": -step})
+        if step % 50 == 0:
+            metrics.flush()
+            print(step, flush=True)
+    """
+    rng = random.Random(0)
+    flushed = 0
+    for _ in range(10):
+        process = start_python(writer, path, flushed)
+        lines = [process.stdout.readline() for _ in range(rng.randint(1, 4))]
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        lines += process.communicate()[0].splitlines(keepends=True)
+        flushed = int([line for line in lines if line.endswith("\n")][-1])
+        steps = [step for (step,) in read(path, "SELECT step FROM metrics WHERE tag = 'loss' ORDER BY rowid")]
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) >= flushed
+    with Metrics(path, resume_step=flushed):
+        pass
+    assert read(path) == [(s, *row) for s in range(1, flushed + 1) for row in (("loss", s), ("lr", -s))]
+    assert os.listdir(path.parent) == ["rank_0.duckdb"]
+
+
+def test_resume_removes_the_steps_that_run_again(path: Path) -> None:
+    with Metrics(path) as metrics:
+        for step in range(1, 6):
+            metrics.log(step, {"loss": step})
+    with Metrics(path, resume_step=3) as metrics:
+        metrics.log(4, {"loss": 40})
+    assert read(path) == [(1, "loss", 1), (2, "loss", 2), (3, "loss", 3), (4, "loss", 40)]
+
+
+def test_resume_without_a_file_starts_one(path: Path) -> None:
+    with Metrics(path, resume_step=3) as metrics:
+        metrics.log(4, {"loss": 1})
+    assert read(path) == [(4, "loss", 1)]
+
+
+# Metrics: bad input
+
+
+def test_a_new_run_does_not_append_to_an_old_file(path: Path) -> None:
+    Metrics(path).close()
+    with pytest.raises(UserError) as error:
+        Metrics(path)
+    assert str(error.value) == (
+        f"{path}: this run already has metrics; resume it or start it under a new run id"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("text", "not a valid DuckDB database file!"),
+        ("empty", "not a valid DuckDB database file!"),
+        ("table", "Table with name metrics does not exist!"),
+    ],
+)
+def test_resume_from_a_file_that_is_no_metrics_database(path: Path, content: str, reason: str) -> None:
+    path.parent.mkdir(parents=True)
+    if content == "table":
+        with duckdb.connect(str(path)) as db:
+            db.execute("CREATE TABLE losses(step BIGINT)")
+    else:
+        path.write_text("text" * 5000 if content == "text" else "")
+    before = path.read_bytes()
+    with pytest.raises(UserError) as error:
+        Metrics(path, resume_step=1)
+    start, middle, end = str(error.value).partition(reason)
+    assert start.startswith(f"{path}: cannot go on writing to this file: ")
+    assert (middle, end) == (reason, "; move it aside to resume without its rows")
+    assert path.read_bytes() == before, "the file is left as it was"
+    assert os.listdir(path.parent) == ["rank_0.duckdb"]
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "rank_0.duckdb"
+    with pytest.raises(UserError) as error:
+        Metrics(path)
+    assert str(error.value) == (
+        f"{path}: metrics cannot be written: [Errno 17] File exists: '{path.parent}'; "
+        "mend [metrics] dir and resume"
+    )
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("call", ["log", "flush", "close"])
+def test_a_failure_in_the_background_is_raised_by_the_next_call(path: Path, call: str) -> None:
+    metrics = Metrics(path, flush_seconds=0.01)
+    shutil.rmtree(path.parent)
+    metrics.log(1, {"loss": 1.0})
+    metrics._thread.join(timeout=30)  # it ends when it fails
+    calls = {"log": lambda: metrics.log(2, {"loss": 1.0}), "flush": metrics.flush, "close": metrics.close}
+    with pytest.raises(UserError) as error:
+        calls[call]()
+    missing = f"[Errno 2] No such file or directory: '{path}'"
+    assert str(error.value) == f"{path}: metrics cannot be written: {missing}; mend [metrics] dir and resume"
+
+
+def test_disk_full(path: Path) -> None:
+    """A limit on the file size stands in for the disk's end: the write fails in the kernel all the same."""
+    code = """
+    import resource, signal, sys
+    from nmoe.errors import UserError
+    from nmoe.metrics import Metrics
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    metrics = Metrics(sys.argv[1], flush_seconds=3600)
+    metrics.log(1, {"loss": 1.0})
+    metrics.flush()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    for i in range(200_000):
+        metrics.log(2, {f"tag{i}": i * 0.7})
+    try:
+        metrics.close()
+    except UserError as e:
+        print(e)
+    """
+    process = start_python(code, path)
+    message = process.communicate()[0]
+    assert message.startswith(f"{path}: metrics cannot be written: ")
+    assert "File too large" in message
+    assert message.endswith("; mend [metrics] dir and resume\n")
+    assert read(path) == [(1, "loss", 1.0)], "what was published stays readable"
+
+
+def test_steps_must_not_decrease(path: Path) -> None:
+    with Metrics(path, resume_step=7) as metrics:
+        metrics.log(8, {"loss": 1.0})
+        with pytest.raises(
+            ValueError, match=r"^metrics of step 6 after those of step 8: steps must not decrease$"
+        ):
+            metrics.log(6, {"loss": 1.0})
+
+
+@pytest.mark.parametrize("value", ["1.0", None, 1j, [1.0]])
+def test_values_are_numbers(path: Path, value: object) -> None:
+    with Metrics(path) as metrics:
+        with pytest.raises(
+            TypeError, match=r"^metrics of tags loss, lr: a value is not a number: must be real"
+        ):
+            metrics.log(1, {"loss": 1.0, "lr": value})
+        metrics.log(1, {"loss": 1.0})
+    assert read(path) == [(1, "loss", 1.0)], "a refused call leaves no trace"
+
+
+# Experiments
+
+
+def rows(db: Path) -> list[dict]:
+    with sqlite3.connect(db) as connection:
+        connection.row_factory = sqlite3.Row
+        return [dict(row) for row in connection.execute("SELECT * FROM runs ORDER BY run_id")]
+
+
+@pytest.mark.parametrize("status", ["finished", "interrupted", "failed"])
+def test_a_run_from_start_to_end(tmp_path: Path, status: str) -> None:
+    db = tmp_path / "new" / "experiments.db"
+    experiments = Experiments(db)
+    experiments.start("a", '{"run": {}}', "f1", "c1-dirty")
+    [row] = rows(db)
+    started = row.pop("started")
+    assert datetime.fromisoformat(started).tzinfo is not None
+    assert row == {
+        "run_id": "a",
+        "status": "running",
+        "config": '{"run": {}}',
+        "fingerprint": "f1",
+        "git": "c1-dirty",
+        "ended": None,
+        "summary": None,
+    }
+    experiments.finish("a", status, {"loss": 2.5})
+    [row] = rows(db)
+    assert (row["status"], row["started"], json.loads(row["summary"])) == (status, started, {"loss": 2.5})
+    assert row["ended"] >= started
+
+
+@pytest.mark.parametrize("end", ["interrupted", "failed", None])
+def test_resuming_keeps_when_the_run_started(tmp_path: Path, end: str | None) -> None:
+    """`end` None: the run was killed, so its row still says running."""
+    db = tmp_path / "experiments.db"
+    Experiments(db).start("a", "{}", "f1", "c1")
+    Experiments(db).start("b", "{}", "f1", "c1")
+    with sqlite3.connect(db) as connection:
+        connection.execute("UPDATE runs SET started = '2024-01-01T00:00:00+00:00'")
+    if end:
+        Experiments(db).finish("a", end, {"loss": 3.0})
+    Experiments(db).start("a", '{"steps": 9}', "f2", "c2")
+    resumed, other = rows(db)
+    assert list(resumed.values()) == [
+        "a", "running", '{"steps": 9}', "f2", "c2", "2024-01-01T00:00:00+00:00", None, None
+    ]  # fmt: skip
+    assert other["fingerprint"] == "f1", "other runs are not touched"
+
+
+def _run_some(db: Path, process: int) -> None:
+    for i in range(20):
+        Experiments(db).start(f"{process}-{i}", "{}", "f", "c")
+        Experiments(db).finish(f"{process}-{i}", "finished", {"i": i})
+
+
+def test_processes_share_the_file(tmp_path: Path) -> None:
+    db = tmp_path / "experiments.db"
+    with ProcessPoolExecutor(4, mp_context=get_context("forkserver")) as pool:
+        done = [pool.submit(_run_some, db, process) for process in range(4)]
+        for future in done:
+            future.result()
+    found = rows(db)
+    assert len(found) == 80
+    assert {row["status"] for row in found} == {"finished"}
+
+
+def test_readers_do_not_wait_for_a_writer(tmp_path: Path) -> None:
+    db = tmp_path / "experiments.db"
+    experiments = Experiments(db)
+    experiments.start("a", "{}", "f", "c")
+    writer = sqlite3.connect(db, isolation_level=None, check_same_thread=False)
+    writer.execute("BEGIN IMMEDIATE")
+    writer.execute("UPDATE runs SET status = 'failed'")
+    assert [row["status"] for row in rows(db)] == ["running"]
+    waiting = threading.Thread(target=experiments.finish, args=("a", "finished", {}))
+    waiting.start()
+    writer.execute("ROLLBACK")
+    waiting.join()
+    assert [row["status"] for row in rows(db)] == ["finished"]
+
+
+def test_finish_of_an_unknown_run(tmp_path: Path) -> None:
+    db = tmp_path / "experiments.db"
+    with pytest.raises(UserError) as error:
+        Experiments(db).finish("ghost", "finished", {})
+    assert str(error.value) == f"{db}: run 'ghost' is not in table runs, so it cannot end as finished"
+
+
+def test_finish_with_an_unknown_status(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^status 'done': expected one of finished, interrupted, failed$"):
+        Experiments(tmp_path / "experiments.db").finish("a", "done", {})
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("text", "file is not a database"),
+        ("folder", "unable to open database file"),
+        ("text/experiments.db", "[Errno 17] File exists: '{tmp}/text'"),
+        ("other.db", "table runs has no column named fingerprint"),
+    ],
+)
+def test_experiments_file_that_cannot_be_used(tmp_path: Path, place: str, reason: str) -> None:
+    (tmp_path / "text").write_text("not a database" * 100)
+    (tmp_path / "folder").mkdir()
+    with sqlite3.connect(tmp_path / "other.db") as connection:
+        connection.execute("CREATE TABLE runs(run_id TEXT PRIMARY KEY, status TEXT, config TEXT)")
+    db = tmp_path / place
+    with pytest.raises(UserError) as error:
+        Experiments(db).start("a", "{}", "f", "c")
+    assert str(error.value) == (
+        f"{db}: cannot record the run: {reason.format(tmp=tmp_path)}; "
+        "point [metrics] experiments at a writable SQLite file or at a new one"
+    )
+
+
+def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=n", "-c", "user.email=e")
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_state(tmp_path) == "", "outside a repository"
+    git("init")
+    assert git_state(tmp_path) == "", "before the first commit"
+    (tmp_path / "tracked").write_text("1")
+    git("add", "tracked")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "HEAD")
+    (tmp_path / "untracked").write_text("1")
+    assert git_state(tmp_path) == commit
+    (tmp_path / "tracked").write_text("2")
+    assert git_state(tmp_path) == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert git_state(tmp_path) == "", "where git is not installed"
