@@ -136,7 +136,7 @@ def _moe_rules(config: Config) -> Iterator[Rule]:
         "moe.topk_groups moe.groups",
         f"found {moe.topk_groups}, expected at most groups = {moe.groups}; use topk_groups = {moe.groups}",
     )
-    per_group = moe.experts // moe.groups
+    per_group, pairs = moe.experts // moe.groups, _divisor(moe.experts, max(moe.experts // 2, 1))
     reach = moe.topk_groups * per_group
     yield (
         moe.experts % moe.groups == 0 and moe.topk_groups <= moe.groups and reach < moe.topk <= moe.experts,
@@ -149,7 +149,7 @@ def _moe_rules(config: Config) -> Iterator[Rule]:
         moe.groups > 1 and moe.experts % moe.groups == 0 and moe.score == "sigmoid" and per_group < 2,
         "moe.groups moe.experts moe.score",
         f"found {moe.groups}, expected at least 2 of the experts = {moe.experts} in a group, "
-        f'for score = "sigmoid" ranks groups by their best two; use groups = {max(moe.experts // 2, 1)}',
+        f'for score = "sigmoid" ranks groups by their best two; use groups = {pairs}',
     )
     sure = train.micro_batch_size * train.seq_len * moe.topk
     yield (

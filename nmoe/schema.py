@@ -23,7 +23,7 @@ Seed = Annotated[int, Bound("an integer from 0 to 2^63 - 1", lambda v: 0 <= v < 
 Positive = Annotated[float, Bound("a number > 0", lambda v: v > 0)]
 NonNegative = Annotated[float, Bound("a number ≥ 0", lambda v: v >= 0)]
 Fraction = Annotated[float, Bound("a number from 0 to 1", lambda v: 0 <= v <= 1)]
-Decay = Annotated[float, Bound("a number from 0 up to, not including, 1", lambda v: 0 <= v < 1)]
+Decay = Annotated[float, Bound("a number ≥ 0 and < 1", lambda v: 0 <= v < 1)]
 Factor = Annotated[float, Bound("a number ≥ 1", lambda v: v >= 1)]
 Name = Annotated[
     str,
@@ -119,8 +119,8 @@ class Moe:
     topk: Count  # routed experts of a token
     intermediate_size: Count  # width of an expert
     shared_experts: Amount = 0  # one shared ffn of shared_experts × intermediate_size; 0: none
-    groups: Count = 1  # group-limited routing: the experts in this many groups,
-    topk_groups: Count = 1  # a token picks its experts from so many best groups
+    groups: Count = 1  # group-limited routing: the experts form so many groups,
+    topk_groups: Count = 1  # of which a token's best so many hold all its experts
     score: Literal["sigmoid", "softmax"] = "sigmoid"  # from router logits to weights
     normalize_topk: bool = True  # the weights of a token's experts sum to 1 before route_scale
     route_scale: Positive = 1.0  # factor on the weights

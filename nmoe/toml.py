@@ -8,6 +8,7 @@ what a value must satisfy beyond its type. This module knows no particular schem
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import inspect
 import json
@@ -29,6 +30,7 @@ T = TypeVar("T")
 Key = tuple[str | int, ...]  # ("model", "layers", 1, "ffn"): names, and indices of arrays of tables
 
 NAMES: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+SPELT_ALIKE = (float, datetime.date, datetime.time)  # in Python and in TOML, unlike in JSON
 STAND_IN: dict[Any, Any] = {int: 1, float: 1.0, bool: False, str: "?"}
 
 
@@ -146,12 +148,12 @@ class TomlFile:
     def _unknown(self, schema: Any, name: str, raw: Any, key: Key) -> str | None:
         """Reports an unknown key or section; returns its sibling that was probably meant."""
         section = isinstance(raw[0] if isinstance(raw, list) and raw else raw, dict)
-        close = next(iter(difflib.get_close_matches(name, hints(schema), n=1)), None)
+        close = _nearest(name, hints(schema))
         elsewhere = next((at for at in keys(self.schema) if at[-1] == name), None)
-        if elsewhere and not close:
-            hint = f"; did you mean {self._label(elsewhere)}?"
+        if close or elsewhere:
+            hint = f"; did you mean {self._label((*key, close) if close else elsewhere or key)}?"
         else:
-            hint = _did_you_mean(name, hints(schema)) or f", expected one of {', '.join(hints(schema))}"
+            hint = f", expected one of {', '.join(hints(schema))}"
         self._bad.update((*key, wrong) for wrong in (name, close) if wrong)
         self._note((*key, name), f"unknown {'section' if section else 'key'}{hint}", section=section)
         return close
@@ -167,8 +169,7 @@ class TomlFile:
         try:
             return self._convert(kind, self._expand(raw))
         except _Mismatch as wrong:
-            expected = (wrong.expected or describe(kind)) + wrong.hint
-            self._note(key, f"found {_show(wrong.found)}, expected {expected}", bad=True)
+            self._note(key, f"found {_show(wrong.found)}, expected {wrong.expected}", bad=True)
             return _stand_in(kind)
 
     def _convert(self, kind: Any, raw: Any) -> Any:
@@ -176,21 +177,22 @@ class TomlFile:
         origin, arguments = typing.get_origin(base), typing.get_args(base)
         if origin is Literal:
             if not any(raw == choice and type(raw) is type(choice) for choice in arguments):
-                hint = _did_you_mean(raw, arguments) if isinstance(raw, str) else ""
-                raise _Mismatch(raw, describe(base), hint)
+                raise _Mismatch(raw, describe(base) + _did_you_mean(raw, arguments))
             return raw
         if origin is tuple:
             variadic = arguments[-1] is Ellipsis
             items = [raw] if variadic and not isinstance(raw, list | dict) else raw  # one for a list of one
             if not isinstance(items, list) or not (variadic or len(items) == len(arguments)):
-                raise _Mismatch(raw)
+                raise _Mismatch(raw, describe(kind))
             inner = [arguments[0]] * len(items) if variadic else arguments
             value: Any = tuple(self._convert(k, item) for k, item in zip(inner, items, strict=True))
         else:
             value = float(raw) if base is float and type(raw) is int else raw
-            if type(value) is not base or (base is float and not math.isfinite(value)):
+            if type(value) is float and not math.isfinite(value):
+                raise _Mismatch(raw, "a finite number")
+            if type(value) is not base:
                 whole = base is int and type(raw) is float and raw.is_integer()
-                raise _Mismatch(raw, hint=f"; write {int(raw)}" if whole else "")
+                raise _Mismatch(raw, describe(kind) + (f"; write {int(raw)}" if whole else ""))
         for bound in _bounds(kind):
             if not bound.holds(value):
                 raise _Mismatch(raw, bound.text)
@@ -215,8 +217,8 @@ class TomlFile:
 
 
 class _Mismatch(Exception):
-    def __init__(self, found: Any, expected: str = "", hint: str = "") -> None:
-        self.found, self.expected, self.hint = found, expected, hint
+    def __init__(self, found: Any, expected: str) -> None:
+        self.found, self.expected = found, expected
 
 
 # ---- the schema -------------------------------------------------------------------------------------
@@ -262,8 +264,8 @@ def describe(kind: Any) -> str:
         *others, last = map(_show, arguments)
         return f"{', '.join(others)} or {last}" if others else last
     if typing.get_origin(kind) is tuple:
-        count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} × "
-        return f"a list of {count}{describe(arguments[0])}"
+        count = "" if arguments[-1] is Ellipsis else f" of {len(arguments)}"
+        return f"a list{count}, each {describe(arguments[0])}"
     return NAMES[kind]
 
 
@@ -360,19 +362,21 @@ def _parse(kind: Any, text: str) -> Any:
     return document["value"] if len(document) == 1 else text
 
 
-def _did_you_mean(name: str, valid: Iterable[str]) -> str:
-    valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1)
-    return f'; did you mean "{close[0]}"?' if close else ""
+def _nearest(name: str, valid: Iterable[Any]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, [v for v in valid if isinstance(v, str)], n=1)), None)
+
+
+def _did_you_mean(found: Any, valid: Iterable[Any]) -> str:
+    close = _nearest(found, valid) if isinstance(found, str) else None
+    return f'; did you mean "{close}"?' if close else ""
 
 
 def _show(value: Any) -> str:
     if isinstance(value, dict):
         return "a table"
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except TypeError:  # TOML dates and times
-        text = str(value)
+    text = (
+        str(value) if isinstance(value, SPELT_ALIKE) else json.dumps(value, default=str, ensure_ascii=False)
+    )
     return text if len(text) <= 80 else text[:77] + "…"
 
 
