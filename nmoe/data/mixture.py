@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
@@ -90,48 +89,39 @@ class ShuffledWindows:
     """
 
     def __init__(self, name: str, tokens: int, seq_len: int, seed: int):
-        self._name, self._seed = name, seed
         self._tokens, self._seq_len = tokens, seq_len
+        self._key = np.frombuffer(hashlib.blake2b(f"{seed}/{name}".encode()).digest(), dtype="<u8")
         self.count = tokens // seq_len  # windows an epoch
 
     def starts(self, nth: np.ndarray) -> np.ndarray:
-        """Position in the source at which the window of its `nth` sequence starts; int64, any shape."""
-        epochs, index = np.divmod(nth, self.count)
-        starts = np.empty_like(nth)
-        for epoch in np.unique(epochs):
-            offset, *keys = _keys(f"{self._seed}/{self._name}/{epoch}")
-            here = epochs == epoch
-            starts[here] = permute(index[here], self.count, keys) * self._seq_len + offset % self._tokens
-        return starts % self._tokens
+        """Position in the source at which the window of its `nth` sequence starts; int64 `[n]`."""
+        epoch, index = np.divmod(nth, self.count)
+        offset, *keys = _mix(self._key[:, None] + epoch.astype(np.uint64) * _GOLDEN)
+        cut = (offset % np.uint64(self._tokens)).astype(np.int64)
+        return (permute(index, self.count, keys) * self._seq_len + cut) % self._tokens
 
 
-@lru_cache(maxsize=1024)
-def _keys(name: str) -> tuple[int, ...]:
-    """Eight 63-bit numbers that belong to `name`."""
-    digest = hashlib.blake2b(name.encode(), digest_size=64).digest()
-    return tuple(int.from_bytes(digest[i : i + 8], "little") >> 1 for i in range(0, 64, 8))
+def permute(index: np.ndarray, count: int, keys: Sequence[np.ndarray]) -> np.ndarray:
+    """Image of each `index` under the pseudo-random permutation of `[0, count)` that its keys select.
 
-
-def permute(index: np.ndarray, count: int, keys: Sequence[int]) -> np.ndarray:
-    """Images of `index` under a pseudo-random permutation of `[0, count)`; int64 in, int64 out.
-
-    A Feistel network, one round a key (Luby and Rackoff, SIAM J. Comput. 17, 1988), over the smallest domain
-    of 4^n ≥ count; images outside are enciphered again until they fall inside (cycle walking: Black and
-    Rogaway, CT-RSA 2002), fewer than four times on average.
+    `index` is int64 `[n]`, `keys` are one uint64 `[n]` a round. A Feistel network (Luby and Rackoff, SIAM J.
+    Comput. 17, 1988) over the smallest domain of 4^n ≥ count; images outside are enciphered again until they
+    fall inside (cycle walking: Black and Rogaway, CT-RSA 2002), fewer than four times on average.
     """
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-
-    def encipher(block: np.ndarray) -> np.ndarray:
-        left, right = block >> half, block & mask
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    image = index.astype(np.uint64)
+    walking = np.arange(len(image))
+    while len(walking):
+        left, right = image[walking] >> half, image[walking] & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right + np.uint64(key)) & mask)
-        return (left << half) | right
-
-    image = encipher(index.astype(np.uint64))
-    while (outside := image >= count).any():
-        image[outside] = encipher(image[outside])
+            left, right = right, left ^ (_mix(right + key[walking]) & mask)
+        image[walking] = (left << half) | right
+        walking = walking[image[walking] >= count]
     return image.astype(np.int64)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # the increment of SplitMix64: 2^64 / golden ratio
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

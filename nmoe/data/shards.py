@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -181,19 +180,6 @@ class ShardWriter:
             sha256_bin=self._sha256.hexdigest(),
             sha256_idx=hashlib.sha256(starts).hexdigest(),
         )
-
-
-def write_source(folder: Path, manifest: Manifest, shards: Iterable[Iterable[np.ndarray]]) -> Manifest:
-    """Write a whole source at once from documents already tokenized, one inner iterable a shard."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for documents in shards:
-        writer = ShardWriter(folder, len(manifest.shards), manifest.dtype)
-        for document in documents:
-            writer.append(document)
-        manifest = manifest.with_shard(writer.close(), {})
-    manifest = manifest.completed()
-    manifest.save(folder)
-    return manifest
 
 
 class TokenStream:
