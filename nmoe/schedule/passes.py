@@ -104,7 +104,9 @@ def recompute(graph: Graph, policy: Recompute) -> Graph:
 
     def again(op: Op) -> bool:
         definition: OpDef = OPS[op.kind]
-        if op.phase != "micro" or definition.accumulates or op.kind == "moe_plan":
+        pairs = zip(definition.outputs, op.outputs, strict=True)
+        adds = any(out is not None and label in definition.accumulates for label, out in pairs)
+        if op.phase != "micro" or adds or op.kind in ("router", "moe_plan"):
             return False
         if policy == "selective":
             return definition.cheap
