@@ -189,9 +189,7 @@ def test_stochastic_rounding_is_unbiased():
     error = (total / n / unit - x) * x.sign()
     assert (error < 5 * step / 2 / n**0.5).all()
     assert (error > -5 * step / 2 / n**0.5 - step / 256).all()
-    # Averaged over the 256 elements the bound is 16 times tighter, which rounding to nearest also passes, but
-    # a rounding up or down of the byte's range would not.
-    assert abs((error / step).mean() + 1 / 512) < 5 / 2 / (n * 256) ** 0.5
+    assert abs((error / step).mean()) < 5 / 2 / (n * x.numel()) ** 0.5 + 1 / 256
 
 
 def test_stochastic_rounding_repeats_on_any_number_of_threads():
@@ -484,8 +482,7 @@ def test_error_bounds(seed, copy, rounding, spread, exponent):
     limit += bound.tensor * x.abs().amax((-1, -2), keepdim=True)
     error = (dequantize(q, torch.float64) - x).abs()
     assert (error <= limit * (1 + 1e-6)).all()
-    if format == "mxfp8" or rounding == "stochastic":
-        assert error.max() > 0.2 * limit.max()  # the bound is not vacuous
+    assert (error / limit).max() > 0.4  # the bound is not vacuous
 
 
 @given(SEEDS, st.sampled_from(COPIES))
