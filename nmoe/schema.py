@@ -271,7 +271,8 @@ def layers(config: Config) -> tuple[Layer, ...]:
     dgrad and wgrad; [schedule] precision.
     """
     schedule, total = config.schedule, sum(group.repeat for group in config.model.layers)
-    scheduled = Precisions(*(getattr(schedule, name) or schedule.precision for name in Precisions._fields))
+    base = schedule.precision
+    scheduled = Precisions(schedule.fprop or base, schedule.dgrad or base, schedule.wgrad or base)
     result: list[Layer] = []
     for group in config.model.layers:
         for repeat in range(group.repeat):
