@@ -1,5 +1,5 @@
 """Layer graph → schedule: named passes over the graph, then placement of its ops and of its memory."""
 
-from nmoe.schedule.lower import Call, Schedule, lower
+from nmoe.schedule.lower import Call, Schedule, lower, place
 
-__all__ = ["Call", "Schedule", "lower"]
+__all__ = ["Call", "Schedule", "lower", "place"]

@@ -108,17 +108,29 @@ def lower(
     sequences = sequences or config.train.micro_batch_size or config.train.batch_size
     graph = model.build(config, mode, activation=activation)
     stages = [differentiate, passes.merge_loss] if mode == "train" else []
-    stages += [passes.quantize_operands, lambda g: passes.recompute(g, config.schedule.recompute), passes.drop_unused]
+    stages += [
+        passes.quantize_operands,
+        lambda g: passes.recompute(g, config.schedule.recompute),
+        passes.drop_unused,
+    ]
     for stage in stages:
         graph = stage(graph)
         if debug:
             check(graph)
     dims = model.bind_dims(config, sequences)
+    return place(graph, config.target.device, dims, overlap=config.rdep.ranks > 1)
+
+
+def place(graph: Graph, target: str, dims: Mapping[str, int], *, overlap: bool = False) -> Schedule:
+    """The schedule of a graph as it is: its ops grouped into calls, on streams (several if `overlap`), in memory.
+
+    The CPU target has no fused kernels and gives every op its scratch; a GPU kernel brings its own.
+    """
     groups = fuse(graph)
-    calls = assign_streams([Call(group) for group in groups], overlap=config.rdep.ranks > 1)
-    on_cpu = config.target.device == "cpu"
+    calls = assign_streams([Call(group) for group in groups], overlap)
+    on_cpu = target == "cpu"
     fused = frozenset() if on_cpu else frozenset(internal(graph, groups))
-    return _plan_memory(graph, config.target.device, dims, calls, fused, scratch=on_cpu)
+    return _plan_memory(graph, target, dims, calls, fused, scratch=on_cpu)
 
 
 def assign_streams(calls: list[Call], overlap: bool) -> tuple[Call, ...]:
@@ -142,7 +154,7 @@ def assign_streams(calls: list[Call], overlap: bool) -> tuple[Call, ...]:
                 other = placed[producer].stream
                 latest[other] = max(latest.get(other, -1), producer)
         placed.append(replace(call, stream=stream, waits=tuple(sorted(latest.values()))))
-        made_by.update({name: index for name in call.outputs})
+        made_by.update(dict.fromkeys(call.outputs, index))
     return tuple(placed)
 
 
@@ -173,7 +185,12 @@ def _clock(calls: tuple[Call, ...]) -> tuple[list[int], list[int]]:
 
 
 def _plan_memory(
-    graph: Graph, target: str, dims: Mapping[str, int], calls: tuple[Call, ...], fused: frozenset[str], scratch: bool
+    graph: Graph,
+    target: str,
+    dims: Mapping[str, int],
+    calls: tuple[Call, ...],
+    fused: frozenset[str],
+    scratch: bool,
 ) -> Schedule:
     starts, ends = _clock(calls)
     last = len(calls)
@@ -197,9 +214,16 @@ def _plan_memory(
                 out, source = op.outputs[OPS[op.kind].outputs.index(label)], op.inputs[operand]
                 if out is None or source is None or not (planned(out) and planned(source)):
                     continue
-                last_user = users[source][-1] == index and sum(source in member.inputs for member in call.ops) == 1
+                last_user = (
+                    users[source][-1] == index and sum(source in member.inputs for member in call.ops) == 1
+                )
                 same = graph.tensors[out].spec == graph.tensors[source].spec
-                if last_user and same and op.inputs.count(source) == 1 and graph.tensors[source].kind == "activation":
+                if (
+                    last_user
+                    and same
+                    and op.inputs.count(source) == 1
+                    and graph.tensors[source].kind == "activation"
+                ):
                     root = aliases.get(source, source)
                     aliases[out] = root
                     dies[root] = max(dies[root], dies[out])
@@ -218,7 +242,9 @@ def _plan_memory(
                 names = []
                 for i, spec in enumerate(scratch_specs(graph, op, dims)):
                     names.append(f"{op.name}#{i}")
-                    lifetimes[names[-1]] = memory.Lifetime(names[-1], nbytes(spec), starts[index], ends[index])
+                    lifetimes[names[-1]] = memory.Lifetime(
+                        names[-1], nbytes(spec), starts[index], ends[index]
+                    )
                 scratch_names[op.name] = tuple(names)
     turn = next((i for i, call in enumerate(calls) if call.ops[0].stage == "backward"), last + 1)
     offsets, arena = memory.place(lifetimes.values(), turn)
