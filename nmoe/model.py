@@ -22,6 +22,7 @@ TOKENS, POSITIONS, TARGETS, MTP_TARGETS, SCALE = "tokens", "positions", "targets
 # state that a step accumulates
 LOSS, MTP_LOSS, BALANCE_LOSS, Z_LOSS = "loss.main", "loss.mtp", "loss.balance", "loss.z"
 LOGITS = "logits"  # the output of the "logits" graph
+LATENT_EPS = 1e-6  # of the norms of MLA's latents, whatever norm_eps is: so do DeepSeek's published models
 COUNTER = "counter"  # counts micro-batches; seeds stochastic rounding
 
 
@@ -80,10 +81,10 @@ class _Builder:
             self.g.add(name, shape, format or self.wide, "state")
         return name
 
-    def norm(self, x: Name, name: str) -> Name:
+    def norm(self, x: Name, name: str, eps: float = 0.0) -> Name:
         width = int(self.g.tensors[x or ""].shape[1])
         weight = self.param(name, width)
-        return self.g.emit("rms_norm", f"{name}.apply", [x, weight], {"eps": self.config.model.norm_eps})[0]
+        return self.g.emit("rms_norm", f"{name}.apply", [x, weight], {"eps": eps or self.config.model.norm_eps})[0]
 
     def linear(self, x: Name, name: str, out: int, layer: Layer | None) -> Name:
         """Layers quantize as their recipe says; a linear outside the layers (layer None) never does."""
@@ -118,20 +119,21 @@ class _Builder:
         g.add(SCALE, (1,), self.wide, "input")
         self.loss(h, head, TARGETS, LOSS, 1.0)
         if model.mtp_depth:
-            self.multi_token_prediction(x, embedding, head, all_layers[-1])
+            self.multi_token_prediction(h, embedding, head, all_layers[-1])
         return g
 
     def loss(self, h: Name, head: str, targets: str, into: str, weight: float) -> None:
         self.g.emit("linear_cross_entropy", f"{into}.apply", [h, head, targets, SCALE], {"weight": weight},
                     into={"loss": self.state(into, 1)})  # fmt: skip
 
-    def multi_token_prediction(self, x: Name, embedding: str, head: str, layer: Layer) -> None:
-        """One more layer that predicts the token after next from the trunk's output and the next token's embedding
-        (arXiv 2412.19437 eq. 21–23). The targets are the next tokens; beyond a document they are negative."""
+    def multi_token_prediction(self, h: Name, embedding: str, head: str, layer: Layer) -> None:
+        """One more layer that predicts the token after next from the trunk's output `h`, after the final norm as in
+        transformers, and the next token's embedding (arXiv 2412.19437 eq. 21–23). The targets are the next tokens;
+        beyond a document they are negative."""
         g = self.g
         g.add(MTP_TARGETS, ("T",), "i32", "input")
         (e,) = g.emit("embedding", "mtp.0.embed.apply", [TARGETS, embedding])
-        pair = g.emit("concat", "mtp.0.concat", [self.norm(e, "mtp.0.embed_norm"), self.norm(x, "mtp.0.hidden_norm")])[0]
+        pair = g.emit("concat", "mtp.0.concat", [self.norm(e, "mtp.0.embed_norm"), self.norm(h, "mtp.0.hidden_norm")])[0]
         x = self.linear(pair, "mtp.0.project", self.config.model.hidden_size, layer)
         x = self.layer(x, "mtp.0", layer)
         h = self.norm(x, "mtp.0.final_norm")
@@ -154,14 +156,14 @@ class _Builder:
         g, a = self.g, self.config.model.attention
         query = a.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
         if a.q_lora_rank:
-            latent = self.norm(self.linear(h, f"{path}.q_a", a.q_lora_rank, layer), f"{path}.q_norm")
+            latent = self.norm(self.linear(h, f"{path}.q_a", a.q_lora_rank, layer), f"{path}.q_norm", LATENT_EPS)
             q = self.linear(latent, f"{path}.q_b", query, layer)
         else:
             q = self.linear(h, f"{path}.q", query, layer)
         joint = self.linear(h, f"{path}.kv_a", a.kv_lora_rank + a.qk_rope_head_dim, layer)
         latent, k_rope = g.emit("split", f"{path}.kv_split", [joint], {"at": a.kv_lora_rank})
         kv = self.linear(
-            self.norm(latent, f"{path}.kv_norm"), f"{path}.kv_b", a.heads * (a.qk_nope_head_dim + a.v_head_dim), layer
+            self.norm(latent, f"{path}.kv_norm", LATENT_EPS), f"{path}.kv_b", a.heads * (a.qk_nope_head_dim + a.v_head_dim), layer
         )
         rope = {"dim": a.qk_rope_head_dim, "inverse": False}
         (q,) = g.emit("rope", f"{path}.q_rope", [q, POSITIONS, *self.table], {**rope, "heads": a.heads})
