@@ -90,8 +90,8 @@ class Checkpointer:
         """Read the newest intact checkpoint into `tensors`; its step and meta, or None when there is none.
 
         A checkpoint that does not match its manifest is passed over with a warning. CheckpointError when all
-        are damaged, or when names, shapes or dtypes differ from those of `tensors`. `check` sees the meta before
-        these are compared and may raise. Tensors change only after all of this has passed.
+        are damaged, or when names, shapes or dtypes differ from those of `tensors`. `check` sees the meta
+        before these are compared and may raise. Tensors change only after all of this has passed.
         """
         self._complete_pending()
         choice = self._on_first_rank(self._newest_intact)

@@ -311,7 +311,7 @@ DAMAGE = [
     ("meta.json", lambda file: file.write_text("{}"), r"meta.json has 2 bytes, expected 14"),
     ("manifest.json", Path.unlink, r"manifest.json is missing"),
     ("manifest.json", cut, r"manifest.json is malformed: JSONDecodeError: .*"),
-    ("manifest.json", lambda file: file.write_bytes(b"\xff"), r"manifest.json is malformed: UnicodeDecodeError.*"),
+    ("manifest.json", lambda file: file.write_bytes(b"\xff"), r"manifest.json is malformed: UnicodeDecode.*"),
     ("manifest.json", lambda file: file.write_text("[]"), r"manifest.json is malformed: TypeError: .*"),
     ("manifest.json", lambda file: file.write_text("{}"), r"manifest.json is malformed: KeyError: 'format'"),
     ("manifest.json", edit("step", 3), r"manifest.json is of format 1, step 3"),

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -11,14 +12,12 @@ import sys
 import textwrap
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
-from multiprocessing import get_context
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,7 +65,7 @@ def test_table_is_as_documented(path: Path) -> None:
     before = datetime.now(UTC).replace(tzinfo=None)
     with Metrics(path) as metrics:
         metrics.log(3, {"loss": 2.5, "router/layers.1/load_max": 1})
-        metrics.log(3, {"lr": torch.tensor(1e-3, dtype=torch.float64)})
+        metrics.log(3, {"lr": np.float32(0.5)})
         metrics.log(4, {})
         metrics.log(5, {"loss": float("nan"), "lr": float("inf")})
     after = datetime.now(UTC).replace(tzinfo=None)
@@ -77,7 +76,7 @@ def test_table_is_as_documented(path: Path) -> None:
         ("value", "DOUBLE"),
         ("ts", "TIMESTAMP"),
     ]
-    assert read(path)[:3] == [(3, "loss", 2.5), (3, "router/layers.1/load_max", 1.0), (3, "lr", 1e-3)]
+    assert read(path)[:3] == [(3, "loss", 2.5), (3, "router/layers.1/load_max", 1.0), (3, "lr", 0.5)]
     assert str(read(path)[3:]) == "[(5, 'loss', nan), (5, 'lr', inf)]"
     [(first, last)] = read(path, "SELECT min(ts), max(ts) FROM metrics")
     assert before <= first <= last <= after
@@ -323,8 +322,7 @@ def test_disk_full(path: Path) -> None:
     metrics.log(1, {"loss": 1.0})
     metrics.flush()
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-    for i in range(200_000):
-        metrics.log(2, {f"tag{i}": i * 0.7})
+    metrics.log(2, {f"tag{i}": i * 0.7 for i in range(100_000)})
     try:
         metrics.close()
     except UserError as e:
@@ -408,18 +406,17 @@ def test_resuming_keeps_when_the_run_started(tmp_path: Path, end: str | None) ->
     assert other["fingerprint"] == "f1", "other runs are not touched"
 
 
-def _run_some(db: Path, process: int) -> None:
-    for i in range(20):
-        Experiments(db).start(f"{process}-{i}", "{}", "f", "c")
-        Experiments(db).finish(f"{process}-{i}", "finished", {"i": i})
-
-
 def test_processes_share_the_file(tmp_path: Path) -> None:
     db = tmp_path / "experiments.db"
-    with ProcessPoolExecutor(4, mp_context=get_context("forkserver")) as pool:
-        done = [pool.submit(_run_some, db, process) for process in range(4)]
-        for future in done:
-            future.result()
+    runner = """
+    import sys
+    from nmoe.experiments import Experiments
+    for i in range(20):
+        Experiments(sys.argv[1]).start(f"{sys.argv[2]}-{i}", "{}", "f", "c")
+        Experiments(sys.argv[1]).finish(f"{sys.argv[2]}-{i}", "finished", {"i": i})
+    """
+    processes = [start_python(runner, db, process) for process in range(4)]
+    assert [process.wait(timeout=60) for process in processes] == [0] * 4
     found = rows(db)
     assert len(found) == 80
     assert {row["status"] for row in found} == {"finished"}
@@ -495,3 +492,57 @@ def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert git_state(tmp_path) == f"{commit}-dirty"
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     assert git_state(tmp_path) == "", "where git is not installed"
+
+
+# The documents
+
+
+def documented(section: str) -> list[str]:
+    """The SQL statements of a section of docs/records.md, the table's definition first."""
+    text = (ROOT / "docs" / "records.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```sql\n(.*?)```", text, flags=re.DOTALL)
+    return [statement for block in blocks for statement in block.split(";") if statement.strip()]
+
+
+def test_documented_queries_of_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run, offset in (("a", 0.0), ("b", -0.5)):
+        with Metrics(Path("metrics", run, "rank_0.duckdb")) as metrics:
+            for step in range(3):
+                router = {
+                    f"router/layers.{i}/{name}": i for i in (1, 2) for name in ("max_over_mean", "dead")
+                }
+                metrics.log(step, {"loss": 4.0 - step + offset, "grad_norm": 1, **router})
+    table, curve, attach_a, attach_b, compare, router_load, wide = documented("Metrics")
+    with duckdb.connect("metrics/a/rank_0.duckdb", read_only=True) as db:
+        written = db.execute("DESCRIBE metrics").fetchall()
+        assert db.execute(curve).fetchall() == [(0, 4.0), (1, 3.5), (2, 3.0)]
+        assert db.execute(router_load).fetchall() == [
+            (2, "router/layers.2/max_over_mean", 2.0),
+            (2, "router/layers.1/max_over_mean", 1.0),
+        ]
+        assert db.execute(wide).fetchall() == [(0, 1.0, 4.0), (1, 1.0, 3.0), (2, 1.0, 2.0)]
+    with duckdb.connect() as db:
+        db.execute(table)
+        assert db.execute("DESCRIBE metrics").fetchall() == written
+        db.execute(attach_a)
+        db.execute(attach_b)
+        assert db.execute(compare).fetchall() == [
+            (0, 4.0, 3.5, -0.5),
+            (1, 3.0, 2.5, -0.5),
+            (2, 2.0, 1.5, -0.5),
+        ]
+
+
+def test_documented_queries_of_experiments(tmp_path: Path) -> None:
+    db = tmp_path / "experiments.db"
+    Experiments(db).start("a", '{"optim": {"lr": 3e-4}}', "f", "c")
+    Experiments(db).finish("a", "finished", {"loss": 2.5})
+    table, latest, by_config = documented("Experiments")
+    with sqlite3.connect(":memory:") as fresh, sqlite3.connect(db) as connection:
+        fresh.execute(table)
+        columns = "PRAGMA table_info(runs)"
+        assert fresh.execute(columns).fetchall() == connection.execute(columns).fetchall()
+        [(run_id, status, _, loss)] = connection.execute(latest).fetchall()
+        assert (run_id, status, loss) == ("a", "finished", 2.5)
+        assert connection.execute(by_config).fetchall() == [("a",)]
