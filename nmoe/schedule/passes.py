@@ -28,7 +28,9 @@ def merge_loss(graph: Graph) -> Graph:
     for op in g.ops:
         if op.kind == "linear_cross_entropy" and op.inputs in backward:
             twin = backward[op.inputs]
-            ops.append(replace(op, kind="linear_cross_entropy_fwd_bwd", outputs=(op.outputs[0], *twin.outputs[1:])))
+            ops.append(
+                replace(op, kind="linear_cross_entropy_fwd_bwd", outputs=(op.outputs[0], *twin.outputs[1:]))
+            )
         elif op.name not in dropped:
             ops.append(op)
     g.ops = ops
@@ -43,20 +45,25 @@ def quantize_operands(graph: Graph) -> Graph:
     """
     g = graph.copy()
     g.ops = []
-    wanted: dict[str, dict[str, tuple[recipes.QuantizeSpec, Name]]] = {}  # tensor → copy's suffix → (how, offsets)
+    wanted: dict[
+        str, dict[str, tuple[recipes.QuantizeSpec, Name]]
+    ] = {}  # tensor → copy's suffix → (how, offsets)
     users: dict[tuple[str, int], str] = {}  # (op, operand) → copy's name
     for op in graph.ops:
         if op.kind not in ("gemm", "grouped_gemm") or not op.attrs["precision"]:
             continue
         role = op.attrs["role"]
-        for slot in (0, 1):
+        operands: tuple[recipes.Slot, recipes.Slot] = ("A", "B")
+        for slot, operand in enumerate(operands):
             name = op.inputs[slot]
-            how = recipes.operand(op.attrs["precision"][role], role, "AB"[slot])
+            how = recipes.operand(op.attrs["precision"][role], role, operand)
             if how is None or name is None:
                 continue
             assert how.axis == CONTRACTED[role][slot]
             is_rows = op.kind == "grouped_gemm" and graph.tensors[name].kind != "param"
-            suffix = f"{how.format}.{'row' if how.axis else 'col'}{'.sr' if how.rounding == 'stochastic' else ''}"
+            suffix = (
+                f"{how.format}.{'row' if how.axis else 'col'}{'.sr' if how.rounding == 'stochastic' else ''}"
+            )
             wanted.setdefault(name, {})[suffix] = (how, op.inputs[2] if is_rows else None)
             users[op.name, slot] = f"{name}.{suffix}"
 
@@ -72,7 +79,9 @@ def quantize_operands(graph: Graph) -> Graph:
         if graph.tensors[name].kind == "param":
             copies(name, "step", "forward")
     for op in graph.ops:
-        inputs = tuple(f"{users[op.name, i]}.q" if (op.name, i) in users else x for i, x in enumerate(op.inputs))
+        inputs = tuple(
+            f"{users[op.name, i]}.q" if (op.name, i) in users else x for i, x in enumerate(op.inputs)
+        )
         g.ops.append(replace(op, inputs=inputs))
         for output in op.outputs:
             if output is not None:
@@ -112,6 +121,10 @@ def recompute(graph: Graph, policy: Recompute) -> Graph:
             return definition.cheap
         return op.name.startswith(("layers.", "mtp.")) and not any(out in boundary for out in op.outputs)
 
+    quantizers: dict[Name, list[str]] = {}
+    for op in graph.ops:
+        if op.kind == "quantize":
+            quantizers.setdefault(op.inputs[0], []).extend(out for out in op.outputs if out is not None)
     g = graph.copy()
     g.ops = []
     copies: dict[str, str] = {}
@@ -119,15 +132,22 @@ def recompute(graph: Graph, policy: Recompute) -> Graph:
     def available(name: Name) -> Name:
         if name is None or name not in producer or not again(producer[name]):
             return name
-        if name not in copies:
-            op = producer[name]
-            inputs = tuple(available(x) for x in op.inputs)
+        if name in copies:
+            return copies[name]
+        op = producer[name]
+        inputs = tuple(available(x) for x in op.inputs)
+        if name not in copies:  # an input's copies may have brought it
             for out in op.outputs:
                 if out is not None:
                     copies[out] = f"{out}.again"
                     g.tensors[copies[out]] = replace(g.tensors[out], name=copies[out])
             outputs = tuple(copies[out] if out is not None else None for out in op.outputs)
-            g.ops.append(replace(op, name=f"{op.name}.again", inputs=inputs, outputs=outputs, stage="backward"))
+            g.ops.append(
+                replace(op, name=f"{op.name}.again", inputs=inputs, outputs=outputs, stage="backward")
+            )
+            for out in op.outputs:  # beside their source, so that one kernel makes them from registers
+                for copy in quantizers.get(out, ()):
+                    available(copy)
         return copies[name]
 
     for op in graph.ops:
@@ -157,5 +177,3 @@ def drop_unused(graph: Graph) -> Graph:
     g.ops = kept[::-1]
     g.tensors = {name: t for name, t in g.tensors.items() if t.kind != "activation" or name in needed}
     return g
-
-
