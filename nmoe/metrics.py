@@ -28,6 +28,9 @@ from nmoe.errors import UserError
 _REST_SECONDS = 0.5
 
 _CREATE = "CREATE TABLE metrics(step BIGINT, tag VARCHAR, value DOUBLE, ts TIMESTAMP)"
+# Moves rows from the write-ahead log, which is not published, to the file. Closing would do so too, but silently
+# leave them in the log when that fails.
+_SEAL = "CHECKPOINT"
 # DuckDB takes a NaN in a numpy column for a missing value; a diverged loss must stay one.
 _INSERT = """
 INSERT INTO metrics
@@ -175,6 +178,7 @@ class Metrics:
             try:
                 with self._open_spare() as db:
                     db.execute("DELETE FROM metrics WHERE step > ?", [resume_step])
+                    db.execute(_SEAL)
             except duckdb.Error as e:
                 self._discard_spare()
                 raise UserError(
@@ -184,6 +188,7 @@ class Metrics:
         else:
             with self._open_spare() as db:
                 db.execute(_CREATE)
+                db.execute(_SEAL)
         os.replace(self._spare, self._path)
 
     def _append(self, rows: _Rows, tags: list[str]) -> None:
@@ -204,6 +209,7 @@ class Metrics:
                     db.register("batch", batch.columns())
                     db.execute(_INSERT, {"tags": tags})
                     db.unregister("batch")
+            db.execute(_SEAL)
 
     def _publish(self, rows: _Rows) -> None:
         """Exchange the two copies. A crash at any point leaves a complete database at `path`."""

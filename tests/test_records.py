@@ -311,29 +311,30 @@ def test_a_failure_in_the_background_is_raised_by_the_next_call(path: Path, call
     assert str(error.value) == f"{path}: metrics cannot be written: {missing}; mend [metrics] dir and resume"
 
 
-def test_disk_full(path: Path) -> None:
+@pytest.mark.parametrize("tags", [100_000, 500], ids=["in one flush", "after some flushes"])
+def test_disk_full(path: Path, tags: int) -> None:
     """A limit on the file size stands in for the disk's end: the write fails in the kernel all the same."""
     code = """
     import resource, signal, sys
+    import nmoe.metrics
     from nmoe.errors import UserError
-    from nmoe.metrics import Metrics
+    nmoe.metrics._REST_SECONDS = 0.0
+    path, tags = sys.argv[1], int(sys.argv[2])
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    metrics = Metrics(sys.argv[1], flush_seconds=3600)
-    metrics.log(1, {"loss": 1.0})
-    metrics.flush()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-    metrics.log(2, {f"tag{i}": i * 0.7 for i in range(100_000)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (800_000, 800_000))
+    metrics = nmoe.metrics.Metrics(path, flush_seconds=3600)
     try:
-        metrics.close()
+        for step in range(1000):
+            print(step * tags)
+            metrics.log(step, {f"tag{i}": (step + i) * 0.7137 for i in range(tags)})
+            metrics.flush()
     except UserError as e:
         print(e)
     """
-    process = start_python(code, path)
-    message = process.communicate()[0]
+    *_, flushed, message = start_python(code, path, tags).communicate()[0].splitlines()
     assert message.startswith(f"{path}: metrics cannot be written: ")
-    assert "File too large" in message
-    assert message.endswith("; mend [metrics] dir and resume\n")
-    assert read(path) == [(1, "loss", 1.0)], "what was published stays readable"
+    assert message.endswith("; mend [metrics] dir and resume")
+    assert read(path, "SELECT count(*) FROM metrics") == [(int(flushed),)], "what was flushed stays readable"
 
 
 def test_steps_must_not_decrease(path: Path) -> None:
