@@ -17,19 +17,20 @@ def differentiate(forward: Graph) -> Graph:
     """
     g = forward.copy()
     g.stage = "backward"
-    contributions: dict[str, list[str]] = defaultdict(list)
+    contributions: dict[str, list[Name]] = defaultdict(list)
 
-    def total(name: Name) -> Name:
+    def gradient_of(name: Name) -> Name:
         if name is None or not contributions[name]:
             return None
         parts = contributions[name]
         while len(parts) > 1:
             a, b = parts[:2]
-            parts[:2] = list(g.emit("add", f"{name}.sum.{len(parts)}", [a, b]))  # type: ignore[list-item]
+            (total,) = g.emit("add", f"{name}.sum.{len(parts)}", [a, b])
+            parts[:2] = [total]
         return parts[0]
 
     for op in reversed(forward.ops):
-        douts = tuple(total(name) for name in op.outputs)
+        douts = tuple(gradient_of(name) for name in op.outputs)
         is_loss = any(name is not None and name.startswith("loss.") for name in op.outputs)
         if all(d is None for d in douts) and not (is_loss and op.kind != "router"):
             continue

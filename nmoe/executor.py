@@ -15,8 +15,9 @@ import torch
 
 from nmoe import formats
 from nmoe.errors import UserError
-from nmoe.graph import QUANTIZED, Phase, Spec
+from nmoe.graph import QUANTIZED, Kind, Phase, Spec
 from nmoe.ops import OPS
+from nmoe.ops.base import buffers
 from nmoe.schedule import Schedule
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "i64": torch.int64,
@@ -29,7 +30,9 @@ class Executor:
     """`tensors` holds everything that outlives a step, by name: parameters in their working format, gradients,
     state and inputs. `allocate` makes those that the caller does not bring."""
 
-    def __init__(self, schedule: Schedule, tensors: Mapping[str, torch.Tensor], arena: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, schedule: Schedule, tensors: Mapping[str, torch.Tensor], arena: torch.Tensor | None = None
+    ) -> None:
         if schedule.target != "cpu":
             raise UserError(
                 f'[target] device = "{schedule.target}" cannot run here: this build executes schedules on '
@@ -39,7 +42,9 @@ class Executor:
         self.tensors = dict(tensors)
         self.arena = arena if arena is not None else torch.empty(schedule.arena_bytes, dtype=torch.uint8)
         if self.arena.numel() < schedule.arena_bytes:
-            raise ValueError(f"the arena has {self.arena.numel()} bytes, the schedule needs {schedule.arena_bytes}")
+            raise ValueError(
+                f"the arena has {self.arena.numel()} bytes, the schedule needs {schedule.arena_bytes}"
+            )
         for tensor in schedule.graph.of_kind("const"):
             if tensor.name not in self.tensors and tensor.format not in QUANTIZED:
                 self.tensors[tensor.name] = empty(schedule.spec(tensor.name))
@@ -72,16 +77,20 @@ class Executor:
     def _view(self, offset: int, spec: Spec, name: str = "") -> Any:
         if spec.format not in QUANTIZED:
             return self._plain(offset, spec.shape, DTYPES[spec.format])
-        buffers = {}
-        storage = formats.storage(spec.format, spec.shape, spec.axis, spec.segments or None)
-        for label, (shape, dtype) in sorted(storage.items(), key=lambda item: -item[1][1].itemsize):  # aligned
-            buffers[label] = self._plain(offset, shape, dtype)
-            offset += math.prod(shape) * dtype.itemsize
+        parts = {}
+        for label, (shape, dtype) in buffers(spec).items():
+            parts[label] = self._plain(offset, shape, dtype)
+            offset += parts[label].nbytes
         maker = self._quantizers[name]
+        segments, hadamard = self.operand(maker.inputs[1]), maker.attrs["hadamard"]
         return formats.from_buffers(
-            spec.format, spec.shape, spec.axis, buffers,
-            segments=self.operand(maker.inputs[1]), hadamard=maker.attrs["hadamard"],
-        )  # fmt: skip
+            maker.attrs["format"],
+            spec.shape,
+            maker.attrs["axis"],
+            parts,
+            segments=segments,
+            hadamard=hadamard,
+        )
 
     def _plain(self, offset: int, shape: tuple, dtype: torch.dtype) -> torch.Tensor:
         return self.arena[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
@@ -101,15 +110,15 @@ def empty(spec: Spec) -> torch.Tensor:
     return torch.empty(spec.shape, dtype=DTYPES[spec.format])
 
 
-def allocate(schedule: Schedule) -> dict[str, torch.Tensor]:
-    """Zeroed tensors for all parameters, gradients, state and inputs of a schedule."""
-    kinds = schedule.graph.of_kind("param", "grad", "state", "input")
-    return {t.name: empty(schedule.spec(t.name)).zero_() for t in kinds}
+def allocate(schedule: Schedule, *kinds: Kind) -> dict[str, torch.Tensor]:
+    """Zeroed tensors for what outlives a step, of the given kinds; of all kinds when none is given."""
+    wanted = kinds or ("param", "grad", "state", "input")
+    return {t.name: empty(schedule.spec(t.name)).zero_() for t in schedule.graph.of_kind(*wanted)}
 
 
 def executor_bytes(executor: Executor) -> int:
     """Bytes that the executor and its persistent tensors really hold; equals the plan's peak."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in executor.tensors.values()}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in executor.tensors.values()
+    }
     return executor.arena.numel() + sum(storages.values())
-
-

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Dim = int | str
-Shape = tuple[Dim, ...]
+Shape = tuple[Any, ...]  # ints and symbols
 Kind = Literal["input", "const", "param", "grad", "state", "activation", "output"]
 Phase = Literal["init", "step", "micro"]  # once a process, once an optimizer step, once a micro-batch
 Stage = Literal["forward", "backward"]
@@ -113,13 +112,18 @@ class Graph:
         self.ops.append(Op(name, kind, tuple(inputs), tuple(outputs), attrs, phase, self.stage))
         return tuple(outputs)
 
-    def grad(self, param: str) -> str:
+    def grad(self, param: Name) -> str:
         """The gradient accumulator of a parameter: FP32 (FP64 under float64), zeroed once a step."""
+        assert param is not None
         name = f"{param}.grad"
         if name not in self.tensors:
             spec = self.tensors[param].spec
             self.add(name, spec.shape, "f64" if spec.format == "f64" else "f32", "grad")
         return name
+
+    def shape(self, name: Name) -> Shape:
+        assert name is not None
+        return self.tensors[name].shape
 
     def of_kind(self, *kinds: Kind) -> Iterator[Tensor]:
         return (t for t in self.tensors.values() if t.kind in kinds)
@@ -155,7 +159,9 @@ def check(graph: Graph) -> None:
             dict(op.attrs), *[None if i is None else graph.tensors[i].spec for i in op.inputs]
         )
         if len(op.outputs) != len(definition.outputs):
-            raise GraphError(f"op {op.name} has {len(op.outputs)} outputs, {op.kind} defines {definition.outputs}")
+            raise GraphError(
+                f"op {op.name} has {len(op.outputs)} outputs, {op.kind} defines {definition.outputs}"
+            )
         for label, out in zip(definition.outputs, op.outputs, strict=True):
             if out is None:
                 continue
@@ -163,7 +169,9 @@ def check(graph: Graph) -> None:
                 raise GraphError(f"op {op.name} writes {label}, which {op.kind} does not give here")
             tensor = graph.tensors[out]
             if tensor.shape != specs[label].shape:
-                raise GraphError(f"op {op.name}: {out} has shape {tensor.shape}, its rule gives {specs[label].shape}")
+                raise GraphError(
+                    f"op {op.name}: {out} has shape {tensor.shape}, its rule gives {specs[label].shape}"
+                )
             if label in definition.accumulates:
                 if tensor.kind not in ("grad", "state"):
                     raise GraphError(f"op {op.name} accumulates into {out} of kind {tensor.kind}")

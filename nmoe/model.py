@@ -7,7 +7,7 @@ A parameter's group, initialisation and weight decay follow from its name and ra
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 from nmoe.config import Config, Layer, layers
 from nmoe.graph import Graph, Name
@@ -82,13 +82,15 @@ class _Builder:
         return name
 
     def norm(self, x: Name, name: str, eps: float = 0.0) -> Name:
-        width = int(self.g.tensors[x or ""].shape[1])
+        width = self.g.shape(x)[1]
         weight = self.param(name, width)
-        return self.g.emit("rms_norm", f"{name}.apply", [x, weight], {"eps": eps or self.config.model.norm_eps})[0]
+        return self.g.emit(
+            "rms_norm", f"{name}.apply", [x, weight], {"eps": eps or self.config.model.norm_eps}
+        )[0]
 
     def linear(self, x: Name, name: str, out: int, layer: Layer | None) -> Name:
         """Layers quantize as their recipe says; a linear outside the layers (layer None) never does."""
-        weight = self.param(name, out, int(self.g.tensors[x or ""].shape[1]))
+        weight = self.param(name, out, self.g.shape(x)[1])
         return self.g.emit("gemm", f"{name}.gemm", [x, weight], self.gemm_attrs(layer))[0]
 
     def gemm_attrs(self, layer: Layer | None) -> dict:
@@ -133,7 +135,9 @@ class _Builder:
         g = self.g
         g.add(MTP_TARGETS, ("T",), "i32", "input")
         (e,) = g.emit("embedding", "mtp.0.embed.apply", [TARGETS, embedding])
-        pair = g.emit("concat", "mtp.0.concat", [self.norm(e, "mtp.0.embed_norm"), self.norm(h, "mtp.0.hidden_norm")])[0]
+        pair = g.emit(
+            "concat", "mtp.0.concat", [self.norm(e, "mtp.0.embed_norm"), self.norm(h, "mtp.0.hidden_norm")]
+        )[0]
         x = self.linear(pair, "mtp.0.project", self.config.model.hidden_size, layer)
         x = self.layer(x, "mtp.0", layer)
         h = self.norm(x, "mtp.0.final_norm")
@@ -156,14 +160,19 @@ class _Builder:
         g, a = self.g, self.config.model.attention
         query = a.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
         if a.q_lora_rank:
-            latent = self.norm(self.linear(h, f"{path}.q_a", a.q_lora_rank, layer), f"{path}.q_norm", LATENT_EPS)
+            latent = self.norm(
+                self.linear(h, f"{path}.q_a", a.q_lora_rank, layer), f"{path}.q_norm", LATENT_EPS
+            )
             q = self.linear(latent, f"{path}.q_b", query, layer)
         else:
             q = self.linear(h, f"{path}.q", query, layer)
         joint = self.linear(h, f"{path}.kv_a", a.kv_lora_rank + a.qk_rope_head_dim, layer)
         latent, k_rope = g.emit("split", f"{path}.kv_split", [joint], {"at": a.kv_lora_rank})
         kv = self.linear(
-            self.norm(latent, f"{path}.kv_norm", LATENT_EPS), f"{path}.kv_b", a.heads * (a.qk_nope_head_dim + a.v_head_dim), layer
+            self.norm(latent, f"{path}.kv_norm", LATENT_EPS),
+            f"{path}.kv_b",
+            a.heads * (a.qk_nope_head_dim + a.v_head_dim),
+            layer,
         )
         rope = {"dim": a.qk_rope_head_dim, "inverse": False}
         (q,) = g.emit("rope", f"{path}.q_rope", [q, POSITIONS, *self.table], {**rope, "heads": a.heads})
@@ -187,7 +196,7 @@ class _Builder:
         local, n = moe.experts // self.config.rdep.ranks, moe.intermediate_size
         router = self.param(f"{path}.router", moe.experts, d)
         bias = self.state(f"{path}.router_bias", moe.experts) if moe.bias_rate else None
-        attrs = {"topk": moe.topk, "groups": moe.groups, "topk_groups": moe.topk_groups, "score": moe.score,
+        attrs: dict[str, Any] = {"topk": moe.topk, "groups": moe.groups, "topk_groups": moe.topk_groups, "score": moe.score,
                  "normalize": moe.normalize_topk, "route_scale": moe.route_scale, "balance": moe.balance_loss,
                  "z": moe.z_loss, "seq_len": self.config.train.seq_len,
                  "inverse_sequences": 1.0 / self.config.train.batch_size}  # fmt: skip

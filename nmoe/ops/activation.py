@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nmoe.graph import Graph, Name, Op, Spec
-from nmoe.ops.base import Attrs, Cost, OpDef, memory_bytes, numel, register, wide
+from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
 
 
 def _sigmoid_split(h: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, sigmoid: torch.Tensor) -> None:
@@ -36,10 +36,10 @@ class SwiGlu(OpDef):
         h, weight = op.inputs
         return g.emit("swiglu_bwd", f"{op.name}.bwd", [douts[0], h, weight])
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return Cost(6.0 * numel(outs[0].shape), memory_bytes(*ins, *outs))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         return [Spec(outs[0].shape, wide(ins[0].format))] * 3
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
@@ -64,10 +64,10 @@ class SwiGluBwd(OpDef):
     def infer(self, attrs: Attrs, da: Spec, h: Spec, weight: Spec | None = None) -> dict[str, Spec]:
         return {"dh": h} if weight is None else {"dh": h, "ds": weight}
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return Cost(14.0 * numel(ins[0].shape), memory_bytes(*ins, *outs))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         return [Spec(ins[0].shape, wide(ins[1].format))] * 5
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nmoe.graph import Graph, Name, Op, Spec
-from nmoe.ops.base import Attrs, Cost, OpDef, memory_bytes, register, wide
+from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, register, wide
 
 QUERY_BLOCK = 128  # queries that the reference scores at once
 
@@ -82,10 +82,10 @@ class Rope(OpDef):
         (dx,) = g.emit("rope", f"{op.name}.bwd", [douts[0], *op.inputs[1:]], attrs)
         return (dx, None, None, None)
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return Cost(3.0 * ins[0].shape[0] * attrs["heads"] * attrs["dim"], memory_bytes(ins[0], outs[0]))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         rows, heads, half = ins[0].shape[0], attrs["heads"], attrs["dim"] // 2
         table, pair = Spec((rows, half), ins[2].format), Spec((rows, heads, half), ins[2].format)
         return [table, table, pair, pair, pair]
@@ -188,12 +188,12 @@ class Attention(OpDef):
         dq, dkv, dk_rope = g.emit("attention_bwd", f"{op.name}.bwd", [douts[0], *op.inputs, o, lse], op.attrs)
         return (dq, dkv, dk_rope, None)
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         products = attrs["nope"] + attrs["rope"] + attrs["v"]
         flops = 2.0 * ins[0].shape[0] * attrs["heads"] * products * _average_keys(attrs)
         return Cost(flops, memory_bytes(*ins, *outs))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         fmt = outs[1].format
         column = Spec((attrs["heads"] * min(QUERY_BLOCK, attrs["seq_len"]),), fmt)
         out = Spec((column.shape[0] * attrs["v"],), fmt)
@@ -231,12 +231,12 @@ class AttentionBwd(OpDef):
     def infer(self, attrs: Attrs, *ins: Spec) -> dict[str, Spec]:
         return {"dq": ins[1], "dkv": ins[2], "dk_rope": ins[3]}
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         products = 3 * (attrs["nope"] + attrs["rope"]) + 2 * attrs["v"]
         flops = 2.0 * ins[0].shape[0] * attrs["heads"] * products * _average_keys(attrs)
         return Cost(flops, memory_bytes(*ins, *outs))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         fmt = ins[6].format
         common = _common_scratch(attrs, fmt)
         key, value, scores = common[1], common[2], common[3]

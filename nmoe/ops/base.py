@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from nmoe import formats
 from nmoe.graph import ELEMENT_BYTES, QUANTIZED, Graph, Name, Op, Shape, Spec
 
 Attrs = Mapping[str, Any]
+Specs = list[Any]  # of operands in order: a Spec with concrete shape, or None where one is absent
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +31,16 @@ def numel(shape: Shape) -> int:
     return math.prod(int(d) for d in shape)
 
 
+def buffers(spec: Spec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The parts of a quantized value in memory, widest elements first so that each is aligned."""
+    parts = formats.storage(spec.format, spec.shape, spec.axis, spec.segments or None)  # type: ignore[arg-type]
+    return dict(sorted(parts.items(), key=lambda part: -part[1][1].itemsize))
+
+
 def nbytes(spec: Spec) -> int:
     """Bytes of a value whose shape is concrete, scale factors and amax included."""
     if spec.format in QUANTIZED:
-        buffers = formats.storage(spec.format, spec.shape, spec.axis, spec.segments or None)
-        return sum(numel(shape) * dtype.itemsize for shape, dtype in buffers.values())
+        return sum(numel(shape) * dtype.itemsize for shape, dtype in buffers(spec).values())
     return numel(spec.shape) * ELEMENT_BYTES[spec.format]
 
 
@@ -57,10 +65,10 @@ class OpDef:
         """
         raise NotImplementedError(f"{self.kind} has no gradient")
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return Cost(0.0, float(sum(nbytes(s) for s in [*ins, *outs] if s is not None)))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         return []
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:

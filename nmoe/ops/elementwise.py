@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nmoe.graph import Graph, Name, Op, Spec
-from nmoe.ops.base import Attrs, Cost, OpDef, memory_bytes, numel, register
+from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register
 
 
 @register
@@ -26,7 +26,7 @@ class Add(OpDef):
     def gradient(self, g: Graph, op: Op, douts: tuple[Name, ...]) -> tuple[Name, ...]:
         return (douts[0], douts[0])
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return Cost(float(numel(ins[0].shape)), memory_bytes(*ins, *outs))
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
@@ -67,7 +67,7 @@ class Concat(OpDef):
         return {"y": Spec((a.shape[0], a.shape[1] + b.shape[1]), a.format)}
 
     def gradient(self, g: Graph, op: Op, douts: tuple[Name, ...]) -> tuple[Name, ...]:
-        at = g.tensors[op.inputs[0]].shape[1]
+        at = g.shape(op.inputs[0])[1]
         return g.emit("split", f"{op.name}.bwd", douts, {"at": at})
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:

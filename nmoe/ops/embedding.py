@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nmoe.graph import ELEMENT_BYTES, Graph, Name, Op, Spec
-from nmoe.ops.base import Attrs, Cost, OpDef, memory_bytes, numel, register, wide
+from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
 
 
 @register
@@ -25,10 +25,10 @@ class Embedding(OpDef):
         g.emit("embedding_bwd", f"{op.name}.wgrad", [douts[0], tokens, w], into={"dw": g.grad(w)})
         return (None, None)
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return Cost(0.0, 2 * memory_bytes(outs[0]) + memory_bytes(ins[0]))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         return [ins[0]]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
@@ -47,11 +47,11 @@ class EmbeddingBwd(OpDef):
     def infer(self, attrs: Attrs, dx: Spec, tokens: Spec, w: Spec) -> dict[str, Spec]:
         return {"dw": Spec(w.shape, wide(w.format))}
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         rows = numel(ins[0].shape)
         return Cost(float(rows), memory_bytes(ins[0], ins[1]) + 2.0 * rows * ELEMENT_BYTES[outs[0].format])
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         return [ins[1], Spec(ins[0].shape, outs[0].format)]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from nmoe import formats
 from nmoe.graph import QUANTIZED, Graph, Name, Op, Spec
-from nmoe.ops.base import Attrs, Cost, OpDef, memory_bytes, numel, register, wide
+from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
 
 # Which axis of each operand, in its own layout, a role contracts: 1 is the last one.
 CONTRACTED = {"fprop": (1, 1), "dgrad": (1, 0), "wgrad": (0, 0)}
@@ -52,7 +52,9 @@ class _Product(OpDef):
         role = attrs["role"]
         for spec, axis in zip((a, b), CONTRACTED[role], strict=True):
             if spec.axis not in (None, axis):
-                raise ValueError(f"{role} contracts axis {axis}, but an operand is quantized along axis {spec.axis}")
+                raise ValueError(
+                    f"{role} contracts axis {axis}, but an operand is quantized along axis {spec.axis}"
+                )
         if role == "fprop":
             return {"y": Spec((a.shape[0], b.shape[-2]), attrs["format"])}
         if role == "dgrad":
@@ -65,12 +67,12 @@ class _Product(OpDef):
         dy = douts[0]
         attrs = {**op.attrs, "role": "wgrad"}
         if self.grouped:
-            attrs["experts"] = g.tensors[w].shape[0]
+            attrs["experts"] = g.shape(w)[0]
         g.emit(self.kind, f"{op.name}.wgrad", [dy, x, *rest], attrs, into={"dw": g.grad(w)})
         dx, _ = g.emit(self.kind, f"{op.name}.dgrad", [dy, w, *rest], {**op.attrs, "role": "dgrad"})
         return (dx, None, *[None for _ in rest])
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         a, b = ins[0], ins[1]
         if attrs["role"] == "wgrad":
             flops = 2.0 * numel(a.shape) * b.shape[-1]
@@ -78,7 +80,7 @@ class _Product(OpDef):
         return Cost(2.0 * numel(a.shape) * (b.shape[-2] if attrs["role"] == "fprop" else b.shape[-1]),
                     memory_bytes(a, b, outs[0]))  # fmt: skip
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         role, (a, b) = attrs["role"], ins[:2]
         out = outs[1] if role == "wgrad" else outs[0]
         compute = _compute_format(role, a, b, out)
@@ -123,7 +125,7 @@ class GroupedGemm(_Product):
     kind = "grouped_gemm"
     grouped = True
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return super().cost(attrs, ins[:2], outs)
 
     def multiply(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, ins: list[Any]) -> None:
@@ -137,5 +139,3 @@ class GroupedGemm(_Product):
         for e, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
             if end > start:
                 dw[e].addmm_(dy[start:end].t(), x[start:end])
-
-

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nmoe.graph import Graph, Name, Op, Spec
-from nmoe.ops.base import Attrs, Cost, OpDef, memory_bytes, numel, register, wide
+from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
 
 CHUNK_ELEMENTS = 4 << 20  # logits that exist at a time
 
@@ -32,15 +32,23 @@ class _LinearCrossEntropy(OpDef):
         specs = {"loss": Spec((1,), wide(h.format))} if self.with_loss else {}
         return specs | ({"dh": h, "dw": Spec(w.shape, wide(w.format))} if self.with_grad else {})
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         products = 1 + 2 * self.with_grad
         return Cost(2.0 * products * numel(ins[0].shape) * ins[1].shape[0], memory_bytes(*ins, *outs[1:]))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         (rows, dim), vocab, fmt = ins[0].shape, ins[1].shape[0], wide(ins[0].format)
         chunk = chunk_rows(rows, vocab)
         column = Spec((chunk, 1), fmt)
-        need = [Spec((chunk, vocab), fmt), column, column, column, column, Spec((chunk, 1), "i64"), Spec((1,), fmt)]
+        need = [
+            Spec((chunk, vocab), fmt),
+            column,
+            column,
+            column,
+            column,
+            Spec((chunk, 1), "i64"),
+            Spec((1,), fmt),
+        ]
         if ins[0].format != fmt:
             need += [Spec((chunk, dim), fmt), Spec(ins[1].shape, fmt)]
         return need

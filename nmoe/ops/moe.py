@@ -13,7 +13,7 @@ import torch
 
 from nmoe.errors import UserError
 from nmoe.graph import Graph, Name, Op, Spec
-from nmoe.ops.base import Attrs, Cost, OpDef, memory_bytes, numel, register, wide
+from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
 
 EPSILON = 1e-20  # keeps the normalisation of all-zero scores finite (as DeepSeek-V3)
 
@@ -54,10 +54,10 @@ class Router(OpDef):
         dx, _ = g.emit("router_bwd", f"{op.name}.bwd", inputs, op.attrs, into={"dw": g.grad(w)})
         return (dx, None, None)
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return Cost(2.0 * numel(ins[0].shape) * ins[1].shape[0], memory_bytes(*ins, *outs[:3]))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         (rows, experts), fmt = outs[2].shape, outs[2].format
         groups, seq = attrs["groups"], attrs["seq_len"]
         full = Spec((rows, experts), fmt)
@@ -134,17 +134,28 @@ class RouterBwd(OpDef):
     outputs = ("dx", "dw")
     accumulates = ("dw",)
 
-    def infer(self, attrs: Attrs, dweights: Spec, x: Spec, w: Spec, indices: Spec, logits: Spec) -> dict[str, Spec]:
+    def infer(
+        self, attrs: Attrs, dweights: Spec, x: Spec, w: Spec, indices: Spec, logits: Spec
+    ) -> dict[str, Spec]:
         return {"dx": x, "dw": w}
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return Cost(4.0 * numel(ins[1].shape) * ins[2].shape[0], memory_bytes(*ins, *outs))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         (rows, experts), fmt = ins[4].shape, ins[4].format
         full, column = Spec((rows, experts), fmt), Spec((rows, 1), fmt)
         chosen = Spec((rows, attrs["topk"]), fmt)
-        need = [Spec(ins[1].shape, fmt), full, full, Spec(chosen.shape, "i64"), chosen, chosen, column, column]
+        need = [
+            Spec(ins[1].shape, fmt),
+            full,
+            full,
+            Spec(chosen.shape, "i64"),
+            chosen,
+            chosen,
+            column,
+            column,
+        ]
         if attrs["balance"]:
             seq = attrs["seq_len"]
             sums = Spec((rows // seq, experts), fmt)
@@ -202,7 +213,12 @@ class RouterBwd(OpDef):
         frequency = _frequency(attrs, indices, rest[1:])
         frequency.mul_(attrs["balance"] * attrs["inverse_sequences"] / attrs["seq_len"])
         per_token = share.view(-1, attrs["seq_len"], share.shape[1])
-        torch.sum(per_token.mul_(frequency.unsqueeze(1)), dim=-1, keepdim=True, out=dot.view(*per_token.shape[:2], 1))
+        torch.sum(
+            per_token.mul_(frequency.unsqueeze(1)),
+            dim=-1,
+            keepdim=True,
+            out=dot.view(*per_token.shape[:2], 1),
+        )
         # (f_e − Σ_j f_j s'_j) / Σ s
         torch.sub(frequency.unsqueeze(1), dot.view(*per_token.shape[:2], 1), out=per_token)
         d.add_(share.div_(column))
@@ -225,10 +241,21 @@ class MoePlan(OpDef):
         return {"slots": indices, "row_source": Spec(("R",), "i32"), "offsets": Spec((experts + 1,), "i32"),
                 "load": Spec((experts,), attrs["format"])}  # fmt: skip
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         choices, experts = numel(ins[0].shape), attrs["experts"]
         flat, per = Spec((choices,), "i64"), Spec((experts,), "i64")
-        return [flat, flat, flat, flat, per, per, per, per, Spec((experts,), outs[3].format), Spec((choices,), "i32")]
+        return [
+            flat,
+            flat,
+            flat,
+            flat,
+            per,
+            per,
+            per,
+            per,
+            Spec((experts,), outs[3].format),
+            Spec((choices,), "i32"),
+        ]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
         (slots, row_source, offsets, load), align = outs, attrs["align"]
@@ -279,10 +306,10 @@ class Dispatch(OpDef):
         dx, dweights = g.emit("combine", f"{op.name}.bwd", [douts[0], douts[1], *op.inputs[2:]])
         return (dx, dweights, None, None, None)
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return Cost(0.0, memory_bytes(ins[0], *outs))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         rows = ins[3].shape
         return [Spec(rows, "i32"), Spec(rows, "i32"), Spec(rows, "bool")]
 
@@ -311,7 +338,9 @@ class Combine(OpDef):
     kind = "combine"
     outputs = ("y", "values")
 
-    def infer(self, attrs: Attrs, rows: Spec, row_values: Spec | None, slots: Spec, *plan: Spec) -> dict[str, Spec]:
+    def infer(
+        self, attrs: Attrs, rows: Spec, row_values: Spec | None, slots: Spec, *plan: Spec
+    ) -> dict[str, Spec]:
         y = {"y": Spec((slots.shape[0], rows.shape[1]), rows.format)}
         return y if row_values is None else y | {"values": Spec(slots.shape, row_values.format)}
 
@@ -319,10 +348,10 @@ class Combine(OpDef):
         drows, _ = g.emit("dispatch", f"{op.name}.bwd", [douts[0], None, *op.inputs[2:]])
         return (drows, None, None, None, None)
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return Cost(float(numel(ins[0].shape)), memory_bytes(ins[0], *outs))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         y, fmt = outs[0], wide(outs[0].format)
         return [Spec(y.shape, y.format), Spec(y.shape, fmt), Spec(y.shape[:1], "i32")]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nmoe.graph import Graph, Name, Op, Spec
-from nmoe.ops.base import Attrs, Cost, OpDef, memory_bytes, numel, register, wide
+from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
 
 
 @register
@@ -27,10 +27,10 @@ class RmsNorm(OpDef):
         dx, _ = g.emit("rms_norm_bwd", f"{op.name}.bwd", [douts[0], x, w, op.outputs[1]], into=into)
         return (dx, None)
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return Cost(4.0 * numel(ins[0].shape), memory_bytes(*ins, *outs))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         return [Spec(ins[0].shape, wide(ins[0].format))] * 2
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
@@ -53,10 +53,10 @@ class RmsNormBwd(OpDef):
     def infer(self, attrs: Attrs, dy: Spec, x: Spec, w: Spec, rstd: Spec) -> dict[str, Spec]:
         return {"dx": x, "dw": w}
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return Cost(9.0 * numel(ins[1].shape), memory_bytes(*ins, *outs))
 
-    def scratch(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> list[Spec]:
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         full, row = Spec(ins[1].shape, wide(ins[1].format)), ins[3]
         return [full, full, full, row, ins[2]]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from nmoe import formats
 from nmoe.graph import Spec
-from nmoe.ops.base import Attrs, Cost, OpDef, memory_bytes, numel, register
+from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register
 
 
 @register
@@ -20,11 +20,13 @@ class Quantize(OpDef):
     kind = "quantize"
     outputs = ("q",)
 
-    def infer(self, attrs: Attrs, x: Spec, offsets: Spec | None = None, counter: Spec | None = None) -> dict[str, Spec]:
+    def infer(
+        self, attrs: Attrs, x: Spec, offsets: Spec | None = None, counter: Spec | None = None
+    ) -> dict[str, Spec]:
         segments = 0 if offsets is None else int(offsets.shape[0]) - 1
         return {"q": Spec(x.shape, attrs["format"], attrs["axis"], segments)}
 
-    def cost(self, attrs: Attrs, ins: list[Spec | None], outs: list[Spec | None]) -> Cost:
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         reads = 2 if attrs["format"] == "nvfp4" else 1  # the global amax is a pass of its own
         return Cost(4.0 * numel(ins[0].shape), reads * memory_bytes(ins[0]) + memory_bytes(outs[0]))
 

@@ -24,7 +24,8 @@ def place(lifetimes: Iterable[Lifetime], turn: int) -> tuple[dict[str, int], int
     Best fit in the order of time, in two regions: buffers that live across `turn`, the first backward call, in one
     and the others in the other, so that the many short-lived ones do not split the room of the long-lived.
     """
-    short, long = [], []
+    short: list[Lifetime] = []
+    long: list[Lifetime] = []
     for life in lifetimes:
         (long if life.start < turn <= life.end else short).append(life)
     offsets, base = _best_fit(long)
@@ -94,7 +95,9 @@ def peak(lifetimes: Iterable[Lifetime]) -> tuple[int, int]:
 
 def largest(lifetimes: Iterable[Lifetime], at: int, count: int = 5) -> list[Lifetime]:
     """The largest buffers alive at a call, for the error of a plan that does not fit."""
-    return sorted((life for life in lifetimes if life.start <= at <= life.end), key=lambda x: -x.bytes)[:count]
+    return sorted((life for life in lifetimes if life.start <= at <= life.end), key=lambda x: -x.bytes)[
+        :count
+    ]
 
 
 def overlaps(lifetimes: Mapping[str, Lifetime], offsets: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -105,6 +108,8 @@ def overlaps(lifetimes: Mapping[str, Lifetime], offsets: Mapping[str, int]) -> l
     for life in order:
         alive = [other for other in alive if other.end >= life.start]
         low, high = offsets[life.name], offsets[life.name] + life.bytes
-        found += [(o.name, life.name) for o in alive if offsets[o.name] < high and low < offsets[o.name] + o.bytes]
+        found += [
+            (o.name, life.name) for o in alive if offsets[o.name] < high and low < offsets[o.name] + o.bytes
+        ]
         alive.append(life)
     return found

@@ -1,0 +1,140 @@
+"""The `nmoe` command: argument parsing and printing only.
+
+Exit codes: 0 done; 1 a bug in nmoe (with a traceback); 2 a mistake in the command, config, data or checkpoint; 3 the
+run diverged (NaN or Inf) and stopped; 130 interrupted, after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import nmoe
+from nmoe.errors import UserError
+
+EXIT_CODES = "exit codes: 0 done, 1 a bug in nmoe, 2 your input, 3 the run diverged, 130 interrupted"
+
+
+def _train(args: argparse.Namespace) -> int:
+    from nmoe.train import train
+
+    outcome = train(args.load(), resume=args.resume, out=_line)
+    return 0 if outcome.status == "finished" else 130
+
+
+def _prep_mixture(args: argparse.Namespace) -> int:
+    from nmoe.data.prep import prepare
+
+    for source in prepare(args.load().data, workers=args.workers, progress=sys.stderr):
+        _line(str(source))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from nmoe.plan import format_plan, plan
+
+    _line(format_plan(plan(args.load(), world=args.world)))
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from nmoe.schedule import lower
+    from nmoe.schedule.explain import explain
+
+    _line(explain(lower(args.load())))
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from nmoe.bench import bench, format_bench
+
+    _line(format_bench(bench(args.load(), steps=args.steps, baseline=args.baseline, save=args.save)))
+    return 0
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from nmoe.codegen.spec import format_specs, specs
+    from nmoe.schedule import lower
+
+    config = args.load()
+    if not args.list:
+        raise UserError("nmoe compile: this build lists the kernels that a config needs; run it with --list")
+    _line(format_specs(config, specs(lower(config))))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from nmoe.export import export
+
+    _line(export(args.load(), Path(args.folder)))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from nmoe.doctor import format_findings, report
+
+    _line(format_findings(report()))
+    return 0
+
+
+def _line(text: str) -> None:
+    print(text, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(
+        prog="nmoe",
+        description="Mixture-of-Experts training for NVIDIA B200. The TOML file is the source of truth; "
+        "NMOE_SECTION__KEY=value in the environment overrides one key.",
+        epilog=EXIT_CODES,
+    )
+    main.add_argument("--version", action="version", version=f"nmoe {nmoe.__version__}")
+    commands = main.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, summary: str, config: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=EXIT_CODES)
+        sub.set_defaults(run=run)
+        if config:
+            sub.add_argument("config", metavar="config.toml")
+        return sub
+
+    sub = command("train", _train, "train the model from the cache of kernels")
+    sub.add_argument(
+        "--resume", action="store_true", help="go on from the newest intact checkpoint, if there is one"
+    )
+    sub = command(
+        "prep-mixture", _prep_mixture, "turn the config's datasets into token shards; resumes when killed"
+    )
+    sub.add_argument("--workers", type=int, metavar="N", help="tokenizing processes (default: one a core)")
+    sub = command("plan", _plan, "predict memory, FLOPs, bytes and step time; refuse what does not fit")
+    sub.add_argument("--world", type=int, default=1, metavar="N", help="ranks, one a GPU (default 1)")
+    command("explain", _explain, "print the schedule: every kernel, its cost, stream and memory")
+    sub = command("bench", _bench, "time training steps by range and compare with a baseline")
+    sub.add_argument("--steps", type=int, default=200, metavar="N", help="steps to time (default 200)")
+    sub.add_argument("--baseline", type=Path, metavar="FILE", help="compare with a result saved by --save")
+    sub.add_argument("--save", type=Path, metavar="FILE", help="store the result as a baseline")
+    sub = command("compile", _compile, "the kernels that the config's schedule needs")
+    sub.add_argument(
+        "--list", action="store_true", help="print them with their keys instead of building them"
+    )
+    sub = command("export", _export, "write the newest checkpoint as HuggingFace safetensors and config.json")
+    sub.add_argument("folder", help="folder to create")
+    command("doctor", _doctor, "what is installed, which targets can run or compile here", config=False)
+    return main
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        if hasattr(args, "config"):
+            from nmoe.config import load
+
+            args.load = lambda: load(args.config)
+        return args.run(args)
+    except UserError as error:
+        print(f"nmoe: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("nmoe: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,141 @@
+"""One optimizer step: micro-batches through the schedule, then the update. The unit that `train` repeats and `bench`
+measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from nmoe import model
+from nmoe.config import Config
+from nmoe.data.loader import Batch
+from nmoe.errors import UserError
+from nmoe.executor import Executor, allocate
+from nmoe.optim import AdamW, lr_factor, total_tokens
+from nmoe.parameters import Parameters
+from nmoe.schedule import lower
+
+Range = Callable[[str], AbstractContextManager]
+
+
+class NonFinite(UserError):
+    """The loss or a gradient is NaN or infinite; nothing was updated."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one step measured. `losses` by state name without "loss.": main, mtp, balance, z; `load` is the tokens of
+    each expert by MoE layer, `bias` its routing bias; both change with the next step."""
+
+    losses: dict[str, float]
+    grad_norm: float
+    lr_factor: float
+    load: dict[str, torch.Tensor]
+    bias: dict[str, torch.Tensor]
+
+
+def high_precision(config: Config) -> Config:
+    """The config of the run's last `bf16_last_tokens`: every layer and pass in BF16."""
+    groups = tuple(replace(group, precision=None) for group in config.model.layers)
+    schedule = replace(config.schedule, precision="bf16", fprop=None, dgrad=None, wgrad=None)
+    return replace(config, model=replace(config.model, layers=groups), schedule=schedule)
+
+
+def checkpoint_state(
+    parameters: Parameters, optimizer: AdamW, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Everything that the next step depends on beside the step's number: masters, moments and routing biases."""
+    masters = {f"master.{name}": t for name, t in parameters.masters.items()}
+    return masters | optimizer.state() | {n: t for n, t in state.items() if n.endswith(".router_bias")}
+
+
+class Step:
+    """Owns the parameters, the optimizer and the executor(s) of one rank."""
+
+    def __init__(self, config: Config, ranges: Range = lambda name: nullcontext()) -> None:
+        self.config, self._range = config, ranges
+        self.sequences = config.train.micro_batch_size or config.train.batch_size
+        self.micro_batches = config.train.batch_size // self.sequences
+        late = config.schedule.bf16_last_tokens
+        self.schedules = [lower(config)] + ([lower(high_precision(config))] if late else [])
+        self.schedule = self.schedules[0]
+        self.parameters = Parameters(self.schedule.graph)
+        self.optimizer = AdamW(self.parameters, config.optim)
+        self.tensors = allocate(self.schedule, "state", "input") | self.parameters.tensors()
+        arena = torch.empty(max(s.arena_bytes for s in self.schedules), dtype=torch.uint8)
+        self.executors = [Executor(s, self.tensors, arena) for s in self.schedules]
+        self._losses = {n: t for n, t in self.tensors.items() if n.startswith("loss.")}
+        self._loads = {n.removesuffix(".load"): t for n, t in self.tensors.items() if n.endswith(".load")}
+        self._biases = {
+            n.removesuffix(".router_bias"): t for n, t in self.tensors.items() if n.endswith(".router_bias")
+        }
+        self._total = total_tokens(config)
+        self._tokens_per_step = config.train.batch_size * config.train.seq_len
+
+    def executor(self, step: int) -> Executor:
+        """The one that runs step `step`: the BF16 schedule for the steps that end in the run's last tokens."""
+        done = (step + 1) * self._tokens_per_step
+        return self.executors[-1 if done > self._total - self.config.schedule.bf16_last_tokens else 0]
+
+    def run(self, step: int, batch: Batch) -> Result:
+        """Raises NonFinite before the optimizer touches anything."""
+        executor = self.executor(step)
+        with self._range("zero"):
+            self.parameters.grad.zero_()
+            for tensor in (*self._losses.values(), *self._loads.values()):
+                tensor.zero_()
+        with self._range("weights"):
+            executor.run("step")
+        with self._range("forward_backward"):
+            self.tensors[model.SCALE].fill_(1.0 / max(batch.valid, 1))
+            for micro in range(self.micro_batches):
+                self.tensors[model.COUNTER].fill_(step * self.micro_batches + micro)
+                self._feed(batch, slice(micro * self.sequences, (micro + 1) * self.sequences))
+                executor.run("micro")
+        with self._range("optimizer"):
+            losses = {name.removeprefix("loss."): float(t) for name, t in self._losses.items()}
+            norm = self.optimizer.grad_norm()
+            if not all(map(math.isfinite, (norm, *losses.values()))):
+                raise self._non_finite(step, losses, norm)
+            factor = lr_factor(self.config.optim, (step + 1) * self._tokens_per_step, self._total)
+            self.optimizer.step(factor, norm)
+            self._balance_experts()
+        return Result(losses, norm, factor, self._loads, self._biases)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds, by name."""
+        return checkpoint_state(self.parameters, self.optimizer, self.tensors)
+
+    def restore(self, step: int) -> None:
+        """Call after the tensors of `state` were overwritten with those of a run that has done `step` steps."""
+        self.optimizer.steps = step
+        self.parameters.refresh()
+
+    def _feed(self, batch: Batch, rows: slice) -> None:
+        arrays: dict[str, np.ndarray] = {model.TOKENS: batch.tokens, model.POSITIONS: batch.positions}
+        arrays |= dict(zip((model.TARGETS, model.MTP_TARGETS), batch.targets, strict=False))
+        for name, array in arrays.items():
+            self.tensors[name].copy_(torch.from_numpy(array[rows].reshape(-1)))
+
+    def _balance_experts(self) -> None:
+        """Auxiliary-loss-free balancing (arXiv 2408.15664 alg. 1): overloaded experts lose, idle ones gain."""
+        rate = self.config.moe.bias_rate if self.config.moe else 0.0
+        for layer, bias in self._biases.items():
+            load = self._loads[layer]
+            bias.add_(torch.sign(load.mean() - load), alpha=rate)
+
+    def _non_finite(self, step: int, losses: dict[str, float], norm: float) -> NonFinite:
+        bad = [name for name, grad in self.parameters.grads.items() if not bool(torch.isfinite(grad).all())]
+        where = f"; non-finite gradients in {len(bad)} parameters, first {bad[0]}" if bad else ""
+        shown = ", ".join(f"{name} {value}" for name, value in losses.items())
+        return NonFinite(
+            f"step {step + 1}: loss {shown}, gradient norm {norm}{where}. Nothing was updated. Resume from the last "
+            "checkpoint with a lower [optim] lr or a higher [schedule] precision"
+        )
