@@ -54,7 +54,7 @@ def load(path: str | Path, env: Mapping[str, str] = os.environ) -> Config:
     """
     env = {"NMOE_STDLIB": sysconfig.get_path("stdlib"), **env}
     source = TomlFile(path, env, Config)
-    config: Config = source.build()
+    config = source.build()
     for broken, keys, text in rules(config):
         if broken:
             source.report([_key(name) for name in keys.split()], text)

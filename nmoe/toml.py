@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tomli
 
@@ -42,7 +42,7 @@ class Bound:
     holds: Callable[[Any], bool]
 
 
-class TomlFile:
+class TomlFile(Generic[T]):
     """One TOML file and the environment over it.
 
     `build` never stops at a mistake: it notes it, puts a stand-in in its place and goes on, so that
@@ -50,7 +50,7 @@ class TomlFile:
     `finish` raises one ConfigError with a line for each mistake.
     """
 
-    def __init__(self, path: str | Path, env: Mapping[str, str], schema: type) -> None:
+    def __init__(self, path: str | Path, env: Mapping[str, str], schema: type[T]) -> None:
         """Raises ConfigError if `path` cannot be read or is not TOML."""
         self.path = Path(path)
         self.schema = schema
@@ -73,7 +73,7 @@ class TomlFile:
             if name.startswith("NMOE_") and "__" in name:
                 self._override(name, env[name])
 
-    def build(self) -> Any:
+    def build(self) -> T:
         """An instance of the schema; stand-ins where the file is wrong."""
         return self._table(self.schema, self._tree, ())
 
@@ -114,13 +114,12 @@ class TomlFile:
     def _override(self, name: str, text: str) -> None:
         key: Key = tuple(name.removeprefix("NMOE_").lower().split("__"))
         kind = kind_at(self.schema, key)
-        if kind is None or _is_schema(_plain(kind)):
-            known = {
-                "NMOE_" + "__".join(map(str, k)).upper(): kind_at(self.schema, k) for k in keys(self.schema)
-            }
-            valid = [k for k, at in known.items() if at is not None and not _is_schema(_plain(at))]
-            problem = f"{name} (environment): names no key{_did_you_mean(name, valid)}"
-            self._problems.append(((True, 0, len(self._problems)), problem))
+        if not _is_settable(kind):
+            settable = (k for k in keys(self.schema) if _is_settable(kind_at(self.schema, k)))
+            hint = _did_you_mean(name, ["NMOE_" + "__".join(map(str, k)).upper() for k in settable])
+            self._problems.append(
+                ((True, 0, len(self._problems)), f"{name} (environment): names no key{hint}")
+            )
             return
         table = self._tree
         for part in key[:-1]:
@@ -301,6 +300,11 @@ def _row(kind: Any) -> Any:
 
 def _is_table(kind: Any) -> bool:
     return _is_schema(_row(kind))
+
+
+def _is_settable(kind: Any) -> bool:
+    """Can one override hold it? A section is set key by key; a missing key has kind None."""
+    return kind is not None and not _is_schema(_plain(kind))
 
 
 def _required(schema: Any) -> list[str]:

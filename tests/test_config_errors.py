@@ -65,6 +65,33 @@ def test_message(row: Row) -> None:
     assert message_of("c.toml", row.env) == row.message
 
 
+EDGES = {
+    "every expert chosen": {"MOE__TOPK": "8"},
+    "the best of all groups": {"MOE__TOPK": "8", "MOE__GROUPS": "4", "MOE__TOPK_GROUPS": "4"},
+    "one expert": {"MOE__EXPERTS": "1", "MOE__TOPK": "1", "MOE__NORMALIZE_TOPK": "false"},
+    "groups of one by softmax": {"MOE__GROUPS": "8", "MOE__TOPK_GROUPS": "2", "MOE__SCORE": "softmax"},
+    "one expert a rank": {"RDEP__RANKS": "8"},
+    "capacity of the balanced load": {"RDEP__CAPACITY": "128", "TRAIN__MICRO_BATCH_SIZE": "2"},
+    "every layer in bf16": {"SCHEDULE__BF16_FIRST_LAYERS": "1", "SCHEDULE__BF16_LAST_LAYERS": "2"},
+    "all tokens in bf16": {"SCHEDULE__BF16_LAST_TOKENS": "1280"},
+    "warm-up, then decay": {"OPTIM__WARMUP_TOKENS": "640", "OPTIM__DECAY_TOKENS": "640"},
+    "as long as yarn allows": {
+        "MODEL__ATTENTION__YARN__FACTOR": "2",
+        "MODEL__ATTENTION__YARN__ORIGINAL_SEQ_LEN": "16",
+    },
+    "yarn turned off": {
+        "MODEL__ATTENTION__YARN__ORIGINAL_SEQ_LEN": "16",
+        "MODEL__ATTENTION__YARN__BETA_FAST": "1",
+        "MODEL__ATTENTION__YARN__BETA_SLOW": "32",
+    },
+}
+
+
+@pytest.mark.parametrize("overrides", EDGES.values(), ids=EDGES)
+def test_edge_is_accepted(overrides: dict[str, str]) -> None:
+    load(FOLDER / "base.toml", {f"NMOE_{key}": value for key, value in overrides.items()})
+
+
 def test_rows_differ() -> None:
     assert len(ROWS) >= 100
     assert len({row.name for row in ROWS}) == len(ROWS)
