@@ -380,6 +380,7 @@ def test_nvfp4_packs_as_torchao():
     codes = formats.encode_e2m1(x)
     assert torch.equal(codes, f32_to_f4_unpacked(x.clamp(-6, 6)))
     assert torch.equal(formats.pack_e2m1(codes), pack_uint4(codes))
+    assert torch.equal(formats.pack_e2m1(codes.T, dim=-2), pack_uint4(codes).T)
 
 
 def test_products_are_exact_in_bfloat16():

@@ -8,6 +8,7 @@ wrong one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -99,24 +100,19 @@ def quantize(
     else:
         _check_buffers(out, format, x.shape, axis, groups)
 
+    data, scale = _flat(out.data), _flat(out.scale)
     rows = x.shape[-2] if segments is None else int(segments[-1])
-    live = x.detach()[..., :rows, :].float()
-    if live.numel() == 0:
-        for buffer in (out.data, out.scale, out.amax):
-            if buffer is not None:
-                buffer.zero_()
-    elif format == "mxfp8":
-        data, scale = _encode_mxfp8(live, axis)
-        _write(out.data, data, dim=-2)
-        _write(out.scale, scale, dim=-2 if axis == 1 else -1)
-    else:
-        assert out.amax is not None
-        live = hadamard_transform(live, axis) if hadamard else live
-        lines = live if axis == 1 else live.transpose(-1, -2)
-        data, scale, amax = _encode_nvfp4(lines.contiguous(), axis, square, seed, segments)
-        _write(out.data, data, dim=-2 if axis == 1 else -1)
-        _write(out.scale, scale, dim=-2 if axis == 1 else -1)
-        out.amax.copy_(amax)
+    tail = (slice(None), slice(rows, x.shape[-2]))
+    _part(data, tail, 1 if format == "mxfp8" else axis, 2).zero_()
+    _part(scale, tail, axis, BLOCK[format]).zero_()
+    live = x.detach().reshape(data.shape[0], *x.shape[-2:])[:, :rows]
+    amax = torch.zeros(())
+    if live.numel() and format == "mxfp8":
+        _encode_mxfp8(live, axis, data, scale)
+    elif live.numel():
+        amax = _encode_nvfp4(live, axis, data, scale, seed, hadamard, square, segments)
+    if out.amax is not None:
+        out.amax.copy_(amax.view(out.amax.shape) if amax.ndim else amax)
     return Quantized(format, axis, tuple(x.shape), out.data, out.scale, out.amax, segments, hadamard)
 
 
@@ -135,17 +131,15 @@ def dequantize(
     A Hadamard transform is not undone: both operands of wgrad share it, and there it cancels.
     The result is written to `out`, in its dtype, if given.
     """
-    if q.format == "mxfp8":
-        values = _decode_mxfp8(q)
-    else:
-        values = _decode_nvfp4(q, without_global)
-        if q.axis == 0:
-            values = values.transpose(-1, -2)
     if out is None:
-        return values.to(dtype).contiguous()
-    if out.shape != q.shape:
+        out = torch.empty(q.shape, dtype=dtype, device=q.data.device)
+    elif out.shape != q.shape:
         raise ValueError(f"out has shape {tuple(out.shape)}, expected {tuple(q.shape)}")
-    return out.copy_(values)
+    if out.numel() and q.format == "mxfp8":
+        _decode_mxfp8(q, _flat(out))
+    elif out.numel():
+        _decode_nvfp4(q, _flat(out), without_global)
+    return out
 
 
 def check_operand(q: Quantized, axis: Axis) -> None:
@@ -210,35 +204,65 @@ def empty(
     return Quantized(format, axis, tuple(shape), buffers["data"], buffers["scale"], buffers.get("amax"))
 
 
-def _write(buffer: Tensor, values: Tensor, dim: int) -> None:
-    """Copies values to the start of `dim` and zeroes the rest."""
-    used = values.shape[dim]
-    buffer.narrow(dim, 0, used).copy_(values)
-    buffer.narrow(dim, used, buffer.shape[dim] - used).zero_()
+# Pieces of a tensor [E, M, K]
+
+# Elements of a piece. Temporaries of this size stay in the cache and in the allocator's heap; the pages of
+# those of a whole tensor are mapped anew by every operation, which takes ten times as long as the arithmetic.
+_PIECE = 1 << 18
+
+Piece = tuple[slice, slice]  # entries of E, rows of M
+
+
+def _flat(t: Tensor) -> Tensor:
+    """[..., a, b] → [E, a, b], sharing the memory."""
+    return t.view(-1, *t.shape[-2:])
+
+
+def _pieces(shape: torch.Size, step: int) -> Iterator[Piece]:
+    """Cuts [E, M, K] into pieces of several entries, or of a multiple of `step` rows of one."""
+    entries, rows, columns = shape
+    height = max(step, _PIECE // columns // step * step)
+    width = max(1, _PIECE // (rows * columns))
+    for entry in range(0, entries, width):
+        for row in range(0, rows, height):
+            yield slice(entry, min(entry + width, entries)), slice(row, min(row + height, rows))
+
+
+def _part(t: Tensor, piece: Piece, axis: Axis, elements: int) -> Tensor:
+    """The piece's part of t, [E, M, K / elements] for axis 1 or [E, K, M / elements] for axis 0."""
+    entries, rows = piece
+    if axis == 1:
+        return t[entries, rows]
+    return t[entries, :, rows.start // elements : rows.stop // elements]
 
 
 # MXFP8
 
 
-def _encode_mxfp8(x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """float32 [..., M, K] → E4M3 codes [..., M, K] and UE8M0 codes [..., M, K/32] or [..., K, M/32]."""
+def _encode_mxfp8(x: Tensor, axis: Axis, data: Tensor, scale: Tensor) -> None:
+    """x [E, M, K] → E4M3 codes [E, M, K], UE8M0 codes [E, M, K/32] or [E, K, M/32]."""
+    block = BLOCK["mxfp8"]
     dim = -1 if axis == 1 else -2
-    blocks = x.unflatten(dim, (-1, BLOCK["mxfp8"]))  # the block is the last or the last but one dimension
-    peak = blocks.abs().amax(dim)
-    scale = encode_e8m0(peak * (1.0 / E4M3_MAX))
-    # 2^(127 - code), built from its bits: code 254 gives the subnormal 2^-127, 255 gives NaN.
-    bits = (254 - scale.int()) << 23
-    bits.masked_fill_(scale == 254, 0x0040_0000).masked_fill_(scale == 255, 0x7FC0_0000)
-    data = encode_e4m3(blocks * bits.view(torch.float32).unsqueeze(dim)).reshape(x.shape)
-    return data, scale if axis == 1 else scale.transpose(-1, -2)
+    for piece in _pieces(x.shape, block if axis == 0 else 1):
+        blocks = x[piece].float().unflatten(dim, (-1, block))
+        codes = encode_e8m0(blocks.abs().amax(dim) * (1.0 / E4M3_MAX))
+        # 2^(127 - code), built from its bits: code 254 gives the subnormal 2^-127, 255 gives NaN.
+        bits = (254 - codes.int()) << 23
+        bits.masked_fill_(codes == 254, 0x0040_0000).masked_fill_(codes == 255, 0x7FC0_0000)
+        values = blocks * bits.view(torch.float32).unsqueeze(dim)
+        data[piece] = encode_e4m3(values.flatten(dim - 1, dim))
+        _part(scale, piece, axis, block).copy_(codes if axis == 1 else codes.mT)
 
 
-def _decode_mxfp8(q: Quantized) -> Tensor:
+def _decode_mxfp8(q: Quantized, out: Tensor) -> None:
+    block = BLOCK["mxfp8"]
     dim = -1 if q.axis == 1 else -2
-    scale = decode_e8m0(q.scale if q.axis == 1 else q.scale.transpose(-1, -2))
-    values = decode_e4m3(q.data)
-    values.unflatten(dim, (-1, BLOCK["mxfp8"])).mul_(scale.unsqueeze(dim))
-    return values
+    data, scale = _flat(q.data), _flat(q.scale)
+    for piece in _pieces(out.shape, block if q.axis == 0 else 1):
+        factor = decode_e8m0(_part(scale, piece, q.axis, block))
+        values = decode_e4m3(data[piece]).unflatten(dim, (-1, block))
+        values.mul_((factor if q.axis == 1 else factor.mT).unsqueeze(dim))
+        out[piece] = values.flatten(dim - 1, dim)
 
 
 # NVFP4
@@ -250,30 +274,56 @@ def global_scale(amax: Tensor) -> Tensor:
 
 
 def _encode_nvfp4(
-    x: Tensor, axis: Axis, square: bool, seed: int | None, segments: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 lines [..., L, C], blocks along C → E2M1 codes [..., L, C/2], UE4M3 codes [..., L, C/16], amax.
+    x: Tensor,
+    axis: Axis,
+    data: Tensor,
+    scale: Tensor,
+    seed: int | None,
+    hadamard: bool,
+    square: bool,
+    segments: Tensor | None,
+) -> Tensor:
+    """x [E, M, K], in lines [E, L, C] along `axis` → E2M1 pairs [E, L, C/2], UE4M3 codes [E, L, C/16]; amax."""
+    block = BLOCK["nvfp4"]
+    dim: Literal[-2, -1] = -1 if axis == 1 else -2
+    step = block if axis == 0 or square else 1
+    everything = (slice(0, x.shape[0]), slice(0, x.shape[1]))
 
-    `axis` is that of the tensor: row segments divide its lines (1) or its blocks (0).
-    """
-    blocks = x.unflatten(-1, (-1, BLOCK["nvfp4"]))
-    peak = blocks.abs().amax(-1)
+    def load(piece: Piece) -> Tensor:
+        part = x[piece].float()
+        return (hadamard_transform(part, axis) if hadamard else part).unflatten(dim, (-1, block))
+
+    scale = _part(scale, everything, axis, block)
+    peak = torch.empty(scale.shape, device=x.device)
+    for piece in _pieces(x.shape, step):
+        largest = load(piece).abs().amax(dim)
+        _part(peak, piece, axis, block).copy_(largest if axis == 1 else largest.mT)
     if square:
-        tiles = peak.unflatten(-2, (-1, BLOCK["nvfp4"]))
+        tiles = peak.unflatten(-2, (-1, block))
         peak = tiles.amax(-2, keepdim=True).expand_as(tiles).flatten(-3, -2)
-    if segments is not None:
+    if segments is None:
+        amax = peak.amax((-1, -2))
+        encode = _global_encode(amax)[:, None, None]
+    else:
         index = _segment_index(segments, peak.shape, axis)
         amax = peak.new_zeros(len(segments) - 1)
-        amax.scatter_reduce_(0, index.flatten(), peak.amax(-1 if axis == 1 else -2), "amax")
+        amax.scatter_reduce_(0, index.flatten(), peak[0].amax(-1 if axis == 1 else -2), "amax")
         encode = _global_encode(amax)[index]
-    else:
-        amax = peak.amax((-1, -2))
-        encode = _global_encode(amax)[..., None, None]
-    scale = encode_e4m3(peak * (encode * (1.0 / E2M1_MAX)))
-    inverse = (decode_e4m3(scale) * encode.reciprocal()).reciprocal_().clamp_(max=FLT_MAX)
-    noise = None if seed is None else random_bits(seed, peak.shape, x.device).view(x.shape)
-    codes = encode_e2m1((blocks * inverse.unsqueeze(-1)).view(x.shape), noise)
-    return pack_e2m1(codes), scale, amax
+    codes = encode_e4m3(peak * (encode * (1.0 / E2M1_MAX)))
+    scale.copy_(codes)
+    inverse = (decode_e4m3(codes) * encode.reciprocal()).reciprocal_().clamp_(max=FLT_MAX)
+    for piece in _pieces(x.shape, step):
+        factor = _part(inverse, piece, axis, block)
+        values = load(piece) * (factor if axis == 1 else factor.mT.contiguous()).unsqueeze(dim)
+        noise = None
+        if seed is not None:
+            entry, row = piece[0].start, piece[1].start
+            start = (entry, row, 0) if axis == 1 else (entry, 0, row // block)
+            noise = random_bits(seed, factor.shape, start, x.device).flatten(-2)
+            noise = (noise if axis == 1 else noise.mT.contiguous()).view(values.shape)
+        pairs = pack_e2m1(encode_e2m1(values, noise), dim).flatten(dim - 1, dim)
+        _part(data, piece, axis, 2).copy_(pairs if axis == 1 else pairs.mT)
+    return amax
 
 
 def _global_encode(amax: Tensor) -> Tensor:
@@ -283,30 +333,33 @@ def _global_encode(amax: Tensor) -> Tensor:
     return encode.masked_fill_((amax == 0) | (encode == 0), 1.0)
 
 
-def _decode_nvfp4(q: Quantized, without_global: bool) -> Tensor:
-    """→ float32 lines [..., L, C]."""
+def _decode_nvfp4(q: Quantized, out: Tensor, without_global: bool) -> None:
     assert q.amax is not None
-    values = unpack_e2m1(q.data)
-    blocks = values.unflatten(-1, (-1, BLOCK["nvfp4"]))
-    blocks.mul_(decode_e4m3(q.scale).unsqueeze(-1))
-    if without_global:
-        return values
+    block = BLOCK["nvfp4"]
+    data, scale = _flat(q.data), _flat(q.scale)
     factor = global_scale(q.amax)
     if q.segments is None:
-        return values.mul_(factor[..., None, None])
-    index = _segment_index(q.segments, q.scale.shape, q.axis)
-    blocks.mul_(torch.cat([factor, factor.new_zeros(1)])[index].unsqueeze(-1))
-    return values
+        factor = factor.view(-1, 1, 1)
+    else:
+        factor = torch.cat([factor, factor.new_zeros(1)])[_segment_index(q.segments, scale.shape, q.axis)]
+    factor = factor.expand(scale.shape)
+    for piece in _pieces(out.shape, block if q.axis == 0 else 1):
+        values = unpack_e2m1(_part(data, piece, q.axis, 2)).unflatten(-1, (-1, block))
+        values.mul_(decode_e4m3(_part(scale, piece, q.axis, block)).unsqueeze(-1))
+        if not without_global:
+            values.mul_(_part(factor, piece, q.axis, block).unsqueeze(-1))
+        lines = values.flatten(-2)
+        out[piece] = lines if q.axis == 1 else lines.mT
 
 
 def _segment_index(segments: Tensor, blocks: torch.Size, axis: Axis) -> Tensor:
-    """The segment of each line [L, 1] (axis 1) or block [1, C/16] (axis 0) of scales [L, C/16].
+    """The segment of each line [1, L, 1] (axis 1) or block [1, 1, C/16] (axis 0) of scales [1, L, C/16].
 
     It is G, one past the last segment, in the tail.
     """
     ends = segments[1:] if axis == 1 else segments[1:] // BLOCK["nvfp4"]
     positions = torch.arange(blocks[-2 if axis == 1 else -1], dtype=ends.dtype, device=ends.device)
-    return torch.bucketize(positions, ends, right=True).unsqueeze(axis)
+    return torch.bucketize(positions, ends, right=True).view((1, -1, 1) if axis == 1 else (1, 1, -1))
 
 
 # The random Hadamard transform
@@ -322,11 +375,14 @@ def hadamard_transform(x: Tensor, axis: Axis) -> Tensor:
     signs = torch.tensor(SIGNS, dtype=x.dtype, device=x.device)
     tiles = x.unflatten(dim, (-1, HADAMARD_SIZE))
     y = tiles * (signs if axis == 1 else signs.unsqueeze(-1))
+    z = torch.empty_like(y)
     for stage in (1, 2, 4, 8):
-        pairs = y.unflatten(dim, (-1, 2, stage))
-        low, high = pairs.unbind(dim - 1)
-        y = torch.stack((low + high, low - high), dim - 1).flatten(dim - 2, dim)
-    return (y * 0.25).reshape(x.shape)
+        low, high = y.unflatten(dim, (-1, 2, stage)).unbind(dim - 1)
+        total, difference = z.unflatten(dim, (-1, 2, stage)).unbind(dim - 1)
+        torch.add(low, high, out=total)
+        torch.sub(low, high, out=difference)
+        y, z = z, y
+    return y.mul_(0.25).flatten(dim - 1, dim)
 
 
 # Error bounds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -76,10 +78,13 @@ def decode_e2m1(codes: Tensor) -> Tensor:
     return _lookup(_E2M1_VALUES, codes)
 
 
-def pack_e2m1(codes: Tensor) -> Tensor:
-    """uint8 codes [..., 2n] → uint8 pairs [..., n], the even element in the low nibble."""
-    pairs = codes.view(torch.int16)
-    return (pairs | pairs >> 4).to(torch.uint8)
+def pack_e2m1(codes: Tensor, dim: Literal[-2, -1] = -1) -> Tensor:
+    """uint8 codes → uint8 pairs, half as many along `dim`, the even element in the low nibble."""
+    if dim == -1:
+        both = codes.view(torch.int16)  # even + 256 · odd
+        return (both | both >> 4).to(torch.uint8)
+    even, odd = codes.unflatten(-2, (-1, 2)).unbind(-2)
+    return even | odd << 4
 
 
 def unpack_e2m1(pairs: Tensor) -> Tensor:
@@ -89,5 +94,5 @@ def unpack_e2m1(pairs: Tensor) -> Tensor:
 
 def _lookup(table: Tensor, codes: Tensor) -> Tensor:
     """table[codes], several times faster than indexing or casting from float8."""
-    flat = codes.reshape(-1).int()
+    flat = codes.int().flatten()
     return table.to(codes.device).index_select(0, flat).view(codes.shape)

@@ -30,14 +30,19 @@ def philox(counter: tuple[Tensor | int, ...], seed: int) -> tuple[Tensor, ...]:
     return c0, c1, c2, c3
 
 
-def random_bits(seed: int, blocks: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """uint8 [*blocks, 16]: a random byte for each element of NVFP4 blocks [..., L, C/16].
+def random_bits(
+    seed: int,
+    blocks: tuple[int, ...],
+    start: tuple[int, int, int] = (0, 0, 0),
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """uint8 [E, L, N, 16]: a random byte for each element of NVFP4 blocks [E, L, N] that begin at `start`.
 
-    Block b of line l of batch entry e gets philox(counter=(b, l, e, 0), seed); word w, byte i (the least
+    Block n of line l of batch entry e gets philox(counter=(n, l, e, 0), seed); word w, byte i (the least
     significant first) belongs to element 4w + i. A thread that owns a block makes one call.
     """
-    *batch, lines, count = blocks
-    entries = torch.arange(torch.Size(batch).numel(), device=device).view(-1, 1, 1)
-    rows = torch.arange(lines, device=device).view(-1, 1)
-    words = philox((torch.arange(count, device=device), rows, entries, 0), seed)
-    return torch.stack(torch.broadcast_tensors(*words), -1).int().view(torch.uint8).view(*blocks, 16)
+    entry, line, block = (
+        torch.arange(first, first + size, device=device) for first, size in zip(start, blocks, strict=True)
+    )
+    words = philox((block, line[:, None], entry[:, None, None], 0), seed)
+    return torch.stack(torch.broadcast_tensors(*words), -1).int().view(torch.uint8)
