@@ -35,7 +35,7 @@ TINY = Config(
     model=Model(
         vocab_size=96,
         hidden_size=64,
-        attention=Attention(2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32),
+        attention=Attention(2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=32, v_head_dim=32),
         layers=(LayerGroup("dense", intermediate_size=64), LayerGroup("moe", repeat=2)),
     ),
     moe=Moe(experts=4, topk=2, intermediate_size=32, shared_experts=1),
