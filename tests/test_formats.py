@@ -19,7 +19,7 @@ from torchao.prototype.mx_formats.utils import from_blocked as ao_from_blocked
 from torchao.prototype.mx_formats.utils import to_blocked as ao_to_blocked
 
 from nmoe import formats, recipes
-from nmoe.formats import BLOCK, Quantized, dequantize, quantize
+from nmoe.formats import BLOCK, Quantized, block_scaled, dequantize, quantize
 
 INF, NAN = math.inf, math.nan
 FORMATS = ("mxfp8", "nvfp4")
@@ -157,6 +157,7 @@ def test_random_bits_depend_on_seed_and_position_alone():
     assert not torch.equal(bits, formats.random_bits(7 + 2**32, (3, 40, 5)))
 
 
+@settings(deadline=None)
 @given(st.floats(-6, 6, width=32))
 def test_stochastic_rounding_goes_up_in_proportion(value):
     """Of the 256 bytes, floor(256 · fraction) round |value| away from zero, all others towards zero."""
@@ -508,6 +509,39 @@ def test_axis_zero_is_axis_one_of_the_transpose(format, axis):
     assert torch.equal(dequantize(q), dequantize(t).mT)
     if format == "nvfp4":
         assert torch.equal(q.data, t.data)
+
+
+@pytest.mark.parametrize("shape", [(5, 32, 48), (1, 96, 32), (160, 64)])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "mxfp8"},
+        {"format": "nvfp4", "square": True},
+        {"format": "nvfp4", "rounding": "stochastic", "seed": 2**63 + 9, "hadamard": True},
+    ],
+)
+def test_pieces_do_not_show(monkeypatch, shape, axis, options):
+    """The size of the pieces in which the work is done changes no byte; 1 makes them as small as they get."""
+    x = randn(15, *shape, spread=1)
+    if options["format"] == "mxfp8" and axis == 1:
+        x = x[..., :32]
+    segments = torch.tensor([0, 64, 64, 128]) if x.ndim == 2 else None
+    results, values = [], []
+    for piece in (1, 32 * 48 * 2, 1 << 20):
+        monkeypatch.setattr(block_scaled, "_PIECE", piece)
+        results.append(quantize(x, axis=axis, segments=segments, **options))
+        values.append(dequantize(results[0]))
+    assert same(results[0], results[2]) and same(results[1], results[2])
+    assert torch.equal(values[0], values[2]) and torch.equal(values[1], values[2])
+
+
+@pytest.mark.parametrize(("format", "axis"), COPIES)
+@pytest.mark.parametrize("shape", [(0, 32), (0, 32, 32), (3, 0, 32)])
+def test_no_elements(format, axis, shape):
+    q = quantize(torch.ones(shape), format, axis)
+    assert dequantize(q).shape == shape
+    assert q.amax is None or (q.amax == 0).all()
 
 
 @pytest.mark.parametrize(("format", "axis"), COPIES)

@@ -106,13 +106,13 @@ def quantize(
     _part(data, tail, 1 if format == "mxfp8" else axis, 2).zero_()
     _part(scale, tail, axis, BLOCK[format]).zero_()
     live = x.detach().reshape(data.shape[0], *x.shape[-2:])[:, :rows]
-    amax = torch.zeros(())
+    if out.amax is not None:
+        out.amax.zero_()
     if live.numel() and format == "mxfp8":
         _encode_mxfp8(live, axis, data, scale)
     elif live.numel():
-        amax = _encode_nvfp4(live, axis, data, scale, seed, hadamard, square, segments)
-    if out.amax is not None:
-        out.amax.copy_(amax.view(out.amax.shape) if amax.ndim else amax)
+        assert out.amax is not None
+        _encode_nvfp4(live, axis, data, scale, out.amax.view(-1), seed, hadamard, square, segments)
     return Quantized(format, axis, tuple(x.shape), out.data, out.scale, out.amax, segments, hadamard)
 
 
@@ -215,7 +215,7 @@ Piece = tuple[slice, slice]  # entries of E, rows of M
 
 def _flat(t: Tensor) -> Tensor:
     """[..., a, b] → [E, a, b], sharing the memory."""
-    return t.view(-1, *t.shape[-2:])
+    return t.view(t.shape[:-2].numel(), *t.shape[-2:])
 
 
 def _pieces(shape: torch.Size, step: int) -> Iterator[Piece]:
@@ -278,12 +278,16 @@ def _encode_nvfp4(
     axis: Axis,
     data: Tensor,
     scale: Tensor,
+    amax: Tensor,
     seed: int | None,
     hadamard: bool,
     square: bool,
     segments: Tensor | None,
-) -> Tensor:
-    """x [E, M, K], in lines [E, L, C] along `axis` → E2M1 pairs [E, L, C/2], UE4M3 codes [E, L, C/16]; amax."""
+) -> None:
+    """x [E, M, K] → E2M1 pairs [E, L, C/2], UE4M3 codes [E, L, C/16], amax [E] or, of zeros, [G].
+
+    A line, one of L, is a row for axis 1 and a column for axis 0; blocks run along its C elements.
+    """
     block = BLOCK["nvfp4"]
     dim: Literal[-2, -1] = -1 if axis == 1 else -2
     step = block if axis == 0 or square else 1
@@ -302,11 +306,10 @@ def _encode_nvfp4(
         tiles = peak.unflatten(-2, (-1, block))
         peak = tiles.amax(-2, keepdim=True).expand_as(tiles).flatten(-3, -2)
     if segments is None:
-        amax = peak.amax((-1, -2))
+        amax.copy_(peak.amax((-1, -2)))
         encode = _global_encode(amax)[:, None, None]
     else:
         index = _segment_index(segments, peak.shape, axis)
-        amax = peak.new_zeros(len(segments) - 1)
         amax.scatter_reduce_(0, index.flatten(), peak[0].amax(-1 if axis == 1 else -2), "amax")
         encode = _global_encode(amax)[index]
     codes = encode_e4m3(peak * (encode * (1.0 / E2M1_MAX)))
@@ -323,7 +326,6 @@ def _encode_nvfp4(
             noise = (noise if axis == 1 else noise.mT.contiguous()).view(values.shape)
         pairs = pack_e2m1(encode_e2m1(values, noise), dim).flatten(dim - 1, dim)
         _part(data, piece, axis, 2).copy_(pairs if axis == 1 else pairs.mT)
-    return amax
 
 
 def _global_encode(amax: Tensor) -> Tensor:
