@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,22 +24,27 @@ from nmoe.schedule import Schedule
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "i64": torch.int64,
           "i32": torch.int32, "bool": torch.bool, "u8": torch.uint8}  # fmt: skip
 
+TARGETS = ("cpu",)  # what this build can execute; the others it can only plan
+
 Bound = Callable[[], None]
+Observe = Callable[[str], AbstractContextManager]
 
 
 class Executor:
     """`tensors` holds everything that outlives a step, by name: parameters in their working format, gradients,
-    state and inputs. `allocate` makes those that the caller does not bring."""
+    state and inputs. `allocate` makes those that the caller does not bring. `observe`, when set, is called with the
+    name of each op that runs and returns what surrounds it."""
 
     def __init__(
         self, schedule: Schedule, tensors: Mapping[str, torch.Tensor], arena: torch.Tensor | None = None
     ) -> None:
-        if schedule.target != "cpu":
+        if schedule.target not in TARGETS:
             raise UserError(
                 f'[target] device = "{schedule.target}" cannot run here: this build executes schedules on '
                 'device = "cpu" only; set [target] device = "cpu" in the config'
             )
         self.schedule = schedule
+        self.observe: Observe | None = None
         self.tensors = dict(tensors)
         self.arena = arena if arena is not None else torch.empty(schedule.arena_bytes, dtype=torch.uint8)
         if self.arena.numel() < schedule.arena_bytes:
@@ -99,9 +105,11 @@ class Executor:
     def run(self, phase: Phase) -> None:
         """Runs every call of a phase in order: "init" once, "step" after the parameters changed, "micro" for each
         micro-batch."""
+        unobserved = nullcontext()
         for name, call in self._phases[phase]:
             try:
-                call()
+                with self.observe(name) if self.observe else unobserved:
+                    call()
             except UserError as error:
                 raise type(error)(f"{name}: {error}") from None
 

@@ -17,7 +17,8 @@ Phase = Literal["init", "step", "micro"]  # once a process, once an optimizer st
 Stage = Literal["forward", "backward"]
 Name = str | None  # None: an optional operand that is absent
 
-ELEMENT_BYTES = {"f64": 8, "f32": 4, "bf16": 2, "i64": 8, "i32": 4, "bool": 1, "u8": 1}
+# "register": a value that a fused kernel never stores.
+ELEMENT_BYTES = {"f64": 8, "f32": 4, "bf16": 2, "i64": 8, "i32": 4, "bool": 1, "u8": 1, "register": 0}
 QUANTIZED = ("mxfp8", "nvfp4")
 
 
@@ -135,50 +136,50 @@ class Graph:
 
 
 def check(graph: Graph) -> None:
-    """Verifies the rules that every pass keeps: each tensor is written before it is read, by one op; shapes
-    and formats are those that the op's own rule gives; nothing quantized is used along its other axis.
+    """Verifies the rules that every pass keeps: a tensor is written before it is read, once, by an op of the same or
+    an earlier phase and stage; what an op takes and gives is what its own rule says, in shape, format and blocked
+    axis; only gradients and state are accumulated, and parameters and inputs never written.
 
     Raises GraphError naming the op and the tensor.
     """
-    from nmoe.ops import OPS
-
-    written = {t.name for t in graph.tensors.values() if t.kind != "activation" and t.kind != "const"}
-    writer: dict[str, str] = {}
+    external = {t.name for t in graph.of_kind("input", "param", "grad", "state")}
+    writer: dict[str, Op] = {}
     names: set[str] = set()
     for op in graph.ops:
         if op.name in names:
             raise GraphError(f"two ops are named {op.name}")
         names.add(op.name)
-        definition = OPS.get(op.kind)
-        if definition is None:
-            raise GraphError(f"op {op.name}: unknown kind {op.kind}")
         for name in op.inputs:
-            if name is not None and name not in written:
-                raise GraphError(f"op {op.name} reads {name} before any op writes it")
-        specs = definition.infer(
-            dict(op.attrs), *[None if i is None else graph.tensors[i].spec for i in op.inputs]
-        )
-        if len(op.outputs) != len(definition.outputs):
-            raise GraphError(
-                f"op {op.name} has {len(op.outputs)} outputs, {op.kind} defines {definition.outputs}"
-            )
-        for label, out in zip(definition.outputs, op.outputs, strict=True):
-            if out is None:
+            if name is None or name in external:
                 continue
-            if label not in specs:
-                raise GraphError(f"op {op.name} writes {label}, which {op.kind} does not give here")
-            tensor = graph.tensors[out]
-            if tensor.shape != specs[label].shape:
+            if name not in writer:
+                raise GraphError(f"op {op.name} reads {name} before any op writes it")
+            maker = writer[name]
+            if (PHASES.index(op.phase), STAGES.index(op.stage)) < (PHASES.index(maker.phase), STAGES.index(maker.stage)):
                 raise GraphError(
-                    f"op {op.name}: {out} has shape {tensor.shape}, its rule gives {specs[label].shape}"
+                    f"op {op.name} of {op.phase}/{op.stage} reads {name}, which {maker.name} writes later, in "
+                    f"{maker.phase}/{maker.stage}"
                 )
-            if label in definition.accumulates:
-                if tensor.kind not in ("grad", "state"):
-                    raise GraphError(f"op {op.name} accumulates into {out} of kind {tensor.kind}")
-            else:
-                if tensor.spec != specs[label]:
-                    raise GraphError(f"op {op.name}: {out} is {tensor.spec}, its rule gives {specs[label]}")
-                if out in writer:
-                    raise GraphError(f"{out} is written by {writer[out]} and by {op.name}")
-                writer[out] = op.name
-            written.add(out)
+        for label, out, spec in _results(graph, op):
+            if out is None:
+                raise GraphError(f"op {op.name} has no tensor for {label}, which its rule gives: {spec}")
+            if out not in graph.tensors:
+                raise GraphError(f"op {op.name} writes {out}, which is not declared")
+            tensor = graph.tensors[out]
+            if tensor.spec != spec:
+                raise GraphError(f"op {op.name}: {out} is {tensor.spec}, its rule gives {spec}")
+            accumulates = label in OPS[op.kind].accumulates
+            if tensor.kind not in (("grad", "state") if accumulates else ("activation", "const", "output")):
+                verb = "accumulates into" if accumulates else "writes"
+                raise GraphError(f"op {op.name} {verb} {out}, whose kind is {tensor.kind}")
+            if not accumulates and out in writer:
+                raise GraphError(f"{out} is written by {writer[out].name} and by {op.name}")
+            writer[out] = op
+    for tensor in graph.of_kind("output"):
+        if tensor.name not in writer:
+            raise GraphError(f"no op writes the output {tensor.name}")
+
+
+def _results(graph: Graph, op: Op) -> Iterator[tuple[str, Name, Spec]]:
+    """Label, name and what the op's own rule gives for each of its outputs."""
+    from nmoe.ops import OPS
