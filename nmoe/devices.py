@@ -129,7 +129,9 @@ def of_name(name: str) -> Device:
     for key, device in TABLE.items():
         if key in name:
             return device
-    raise UserError(f"device {name!r} is not in nmoe/devices.py, which has {', '.join(TABLE)}; add its data sheet")
+    raise UserError(
+        f"device {name!r} is not in nmoe/devices.py, which has {', '.join(TABLE)}; add its data sheet"
+    )
 
 
 def peak_flops(target: str, precision: str) -> float:
