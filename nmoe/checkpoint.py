@@ -42,8 +42,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 class Checkpointer:
     """The checkpoints of one run in `dir`, of which the newest `keep` stay.
 
-    Tensors are known by name. With `world` > 1 every method is collective, `dir` is shared by all ranks, and
-    tensors of one name on several ranks are replicas of which one is written.
+    `dir` belongs to one run at a time; to read from it meanwhile is safe. Tensors are known by name. With
+    `world` > 1 every method is collective, `dir` is shared by all ranks, and tensors of one name on several ranks
+    are replicas, of which one is written.
     An error of a background write is raised, as CheckpointError, by the next call of any method but `steps`.
     """
 
@@ -182,11 +183,11 @@ class Checkpointer:
                 target.rename(replaced)
             temporary.rename(target)
             _sync(self._dir)
-            self._damaged.discard(step)
-            self._retain(step)
         except OSError as e:
             shutil.rmtree(temporary, ignore_errors=True)
             raise self._failure(target, e) from e
+        self._damaged.discard(step)
+        self._retain(step)
 
     def _retain(self, newest: int) -> None:
         """Remove all but the `keep` newest that are intact; what is later than `newest` stays out of it."""
@@ -195,11 +196,14 @@ class Checkpointer:
         for path in self._dir.glob("step_*"):
             step, suffix = _parse(path)
             if step is not None and (step < oldest or (suffix and path.with_suffix("").exists())):
-                doomed = path.with_name(
-                    f"{path.name}.tmp-{os.getpid()}"
-                )  # never half a folder under a valid name
-                path.rename(doomed)
-                shutil.rmtree(doomed)
+                doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+                try:
+                    path.rename(doomed)  # first, so that half a folder never has a checkpoint's name
+                    shutil.rmtree(doomed)
+                except OSError as e:
+                    raise CheckpointError(
+                        f"{path}: old checkpoint cannot be removed: {e}; remove it and resume"
+                    ) from e
 
     def _failure(self, target: Path, cause: BaseException) -> CheckpointError:
         return CheckpointError(
@@ -211,9 +215,8 @@ class Checkpointer:
 
     def _folders(self) -> dict[int, Path]:
         found = {}
-        for path in sorted(
-            self._dir.glob("step_*"), reverse=True
-        ):  # step_1.replaced before step_1, which prevails
+        # In descending order step_1.replaced comes before step_1, which prevails where both exist.
+        for path in sorted(self._dir.glob("step_*"), reverse=True):
             step, _ = _parse(path)
             if step is not None:
                 found[step] = path

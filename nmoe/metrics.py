@@ -68,14 +68,15 @@ class Metrics:
     def __init__(self, path: Path, *, resume_step: int | None = None, flush_seconds: float = 5.0) -> None:
         self._path = Path(path)
         self._spare = self._path.with_name(f".{self._path.name}.spare")
+        self._aside = self._path.with_name(
+            f".{self._path.name}.aside"
+        )  # the published copy as the two change places
         self._flush_seconds = flush_seconds
         self._last_step = resume_step
         self._tags: dict[str, int] = {}
         self._rows = _Rows()
         self._rows_lock = threading.Lock()  # held for microseconds: `log` takes it
-        self._missing: _Rows | None = (
-            None  # rows that the spare lacks; None when there is no spare to append to
-        )
+        self._missing: _Rows | None = None  # rows that the spare lacks; None: there is no spare to append to
         self._unpublished_at = 0.0  # when the spare stopped being published, by the monotonic clock
         self._publishing = threading.Lock()
         self._error: UserError | None = None
@@ -173,6 +174,7 @@ class Metrics:
     def _start(self, resume_step: int | None) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._discard_spare()  # of a killed run: it may be half written, and nobody was promised its rows
+        self._aside.unlink(missing_ok=True)
         if self._path.exists():
             shutil.copyfile(self._path, self._spare)
             try:
@@ -213,11 +215,9 @@ class Metrics:
 
     def _publish(self, rows: _Rows) -> None:
         """Exchange the two copies. A crash at any point leaves a complete database at `path`."""
-        aside = self._path.with_name(f".{self._path.name}.aside")
-        aside.unlink(missing_ok=True)
-        os.link(self._path, aside)
+        os.link(self._path, self._aside)
         os.replace(self._spare, self._path)
-        os.replace(aside, self._spare)
+        os.replace(self._aside, self._spare)
         self._missing = rows
         self._unpublished_at = time.monotonic()
 

@@ -449,6 +449,24 @@ def test_an_error_in_the_background_is_raised_once_by_the_next_call(tmp_path: Pa
     checkpointer.close()
 
 
+def test_an_old_checkpoint_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, 2, keep=2)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with Checkpointer(tmp_path, 2) as checkpointer:
+        monkeypatch.setattr(shutil, "rmtree", refuse)
+        with pytest.raises(CheckpointError) as error:
+            checkpointer.save(3, state(3), {"step": 3}, wait=True)
+    old = f"{tmp_path}/step_00000001"
+    assert str(error.value) == (
+        f"{old}: old checkpoint cannot be removed: [Errno 13] Permission denied: '{old}.tmp-{os.getpid()}'; "
+        "remove it and resume"
+    )
+    assert load(tmp_path)[0] == 3, "the new one is complete"
+
+
 def _save_with_little_space(dir: Path, bytes: int, messages: Connection) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     with Checkpointer(dir, 1) as checkpointer:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -231,6 +232,31 @@ def test_killed_at_any_instant_and_resumed_every_row_is_there_once(path: Path) -
     with Metrics(path, resume_step=flushed):
         pass
     assert read(path) == [(s, *row) for s in range(1, flushed + 1) for row in (("loss", s), ("lr", -s))]
+    assert os.listdir(path.parent) == ["rank_0.duckdb"]
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_killed_between_the_renames(path: Path, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """Death after so many of the three calls that exchange the copies."""
+    metrics = Metrics(path, flush_seconds=NEVER)
+    for step in range(3):
+        metrics.log(step, {"loss": step})
+        metrics.flush()
+    metrics.log(3, {"loss": 3})
+    allowed = iter(range(calls))
+
+    def mortal(call: Callable[..., None]) -> Callable[..., None]:
+        return lambda *paths: sys.exit() if next(allowed, None) is None else call(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", mortal(os.link))
+        patch.setattr(os, "replace", mortal(os.replace))
+        with pytest.raises(SystemExit):
+            metrics.flush()
+    assert len(read(path)) == (3 if calls < 2 else 4)
+    Metrics(path, resume_step=2).close()
+    assert [row[0] for row in read(path)] == [0, 1, 2]
     assert os.listdir(path.parent) == ["rank_0.duckdb"]
 
 
