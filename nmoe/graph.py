@@ -15,6 +15,8 @@ Shape = tuple[Any, ...]  # ints and symbols
 Kind = Literal["input", "const", "param", "grad", "state", "activation", "output"]
 Phase = Literal["init", "step", "micro"]  # once a process, once an optimizer step, once a micro-batch
 Stage = Literal["forward", "backward"]
+PHASES: tuple[Phase, ...] = ("init", "step", "micro")
+STAGES: tuple[Stage, ...] = ("forward", "backward")
 Name = str | None  # None: an optional operand that is absent
 
 # "register": a value that a fused kernel never stores.
@@ -142,6 +144,8 @@ def check(graph: Graph) -> None:
 
     Raises GraphError naming the op and the tensor.
     """
+    from nmoe.ops import OPS
+
     external = {t.name for t in graph.of_kind("input", "param", "grad", "state")}
     writer: dict[str, Op] = {}
     names: set[str] = set()
@@ -154,17 +158,13 @@ def check(graph: Graph) -> None:
                 continue
             if name not in writer:
                 raise GraphError(f"op {op.name} reads {name} before any op writes it")
-            maker = writer[name]
-            if (PHASES.index(op.phase), STAGES.index(op.stage)) < (PHASES.index(maker.phase), STAGES.index(maker.stage)):
+            if _moment(op) < _moment(writer[name]):
                 raise GraphError(
-                    f"op {op.name} of {op.phase}/{op.stage} reads {name}, which {maker.name} writes later, in "
-                    f"{maker.phase}/{maker.stage}"
+                    f"op {op.name} reads {name}, which {writer[name].name} writes in a later phase or stage"
                 )
         for label, out, spec in _results(graph, op):
-            if out is None:
-                raise GraphError(f"op {op.name} has no tensor for {label}, which its rule gives: {spec}")
             if out not in graph.tensors:
-                raise GraphError(f"op {op.name} writes {out}, which is not declared")
+                raise GraphError(f"op {op.name} writes {label} to {out}, which is not declared")
             tensor = graph.tensors[out]
             if tensor.spec != spec:
                 raise GraphError(f"op {op.name}: {out} is {tensor.spec}, its rule gives {spec}")
@@ -172,7 +172,7 @@ def check(graph: Graph) -> None:
             if tensor.kind not in (("grad", "state") if accumulates else ("activation", "const", "output")):
                 verb = "accumulates into" if accumulates else "writes"
                 raise GraphError(f"op {op.name} {verb} {out}, whose kind is {tensor.kind}")
-            if not accumulates and out in writer:
+            if out in writer and not accumulates:
                 raise GraphError(f"{out} is written by {writer[out].name} and by {op.name}")
             writer[out] = op
     for tensor in graph.of_kind("output"):
@@ -180,6 +180,26 @@ def check(graph: Graph) -> None:
             raise GraphError(f"no op writes the output {tensor.name}")
 
 
-def _results(graph: Graph, op: Op) -> Iterator[tuple[str, Name, Spec]]:
-    """Label, name and what the op's own rule gives for each of its outputs."""
+def _moment(op: Op) -> tuple[int, int]:
+    return PHASES.index(op.phase), STAGES.index(op.stage)
+
+
+def _results(graph: Graph, op: Op) -> Iterator[tuple[str, str | None, Spec]]:
+    """Label, tensor and spec, by the op's own rule, of each of its outputs."""
     from nmoe.ops import OPS
+
+    if op.kind not in OPS:
+        raise GraphError(f"op {op.name}: unknown kind {op.kind}")
+    definition = OPS[op.kind]
+    try:
+        specs = definition.infer(op.attrs, *[None if i is None else graph.tensors[i].spec for i in op.inputs])
+    except Exception as error:  # whatever a rule trips over when it meets operands that it was not made for
+        raise GraphError(
+            f"op {op.name}: {op.kind} cannot take {', '.join(map(str, op.inputs))}: {error}"
+        ) from error
+    given = {label for label, out in zip(definition.outputs, op.outputs, strict=False) if out is not None}
+    if len(op.outputs) != len(definition.outputs) or given != set(specs):
+        raise GraphError(f"op {op.name} writes {op.outputs} where {op.kind} gives {', '.join(specs)}")
+    return (
+        (label, out, specs[label]) for label, out in zip(definition.outputs, op.outputs, strict=True) if out
+    )
