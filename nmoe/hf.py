@@ -22,13 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nmoe.config import Config, Rdep, layers
+from nmoe.data.tokenizer import EOS
+from nmoe.data.tokenizer import load as load_tokenizer
 from nmoe.errors import CheckpointError, UserError
 from nmoe.model import build
 from nmoe.ops.attention import rope_frequencies, yarn_mscale
 
 SHARD_BYTES = 5 * 10**9  # a file holds at most so many, unless one tensor is larger
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # those that FP32 holds exactly
 _LISTED = 20  # mistakes that an error spells out
 
 # ---- names ------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ _FIXED = {
 }
 
 
-def _config_json(config: Config, dtype: torch.dtype) -> dict[str, Any]:
+def _config_json(config: Config, dtype: torch.dtype, eos: int | None) -> dict[str, Any]:
     yarn = config.model.attention.yarn
     context = int(yarn.factor * yarn.original_seq_len) if yarn.factor > 1 else config.train.seq_len
     result: dict[str, Any] = {
@@ -187,7 +188,7 @@ def _config_json(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         "num_nextn_predict_layers": config.model.mtp_depth,
         "initializer_range": config.model.init_std,
         "bos_token_id": None,
-        "eos_token_id": None,
+        "eos_token_id": eos,
         **_FIXED,
         "rope_parameters": {"mscale": yarn.mscale} if yarn.factor > 1 else {},
     }
@@ -208,12 +209,16 @@ def _found_values(found: Mapping[str, Any]) -> dict[str, Any]:
             factor, mscale, all_dim = rope["factor"], rope.get("mscale"), rope["mscale_all_dim"]
             both = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else None
             rope["attention_factor"] = both or yarn_mscale(factor, 1.0)
-    return {
-        **_FIXED,
+    v3 = found.get("model_type") == "deepseek_v3"
+    absent = {
         "tie_word_embeddings": False,
-        **found,
-        **{f"rope_parameters.{k}": v for k, v in rope.items()},
+        "n_group": 1,
+        "topk_group": 1,
+        "scoring_func": "sigmoid" if v3 else "softmax",
+        "topk_method": "noaux_tc" if v3 else "greedy",
     }
+    stated = {key: value for key, value in found.items() if value is not None}
+    return {**_FIXED, **absent, **stated, **{f"rope_parameters.{key}": value for key, value in rope.items()}}
 
 
 def _require_same_model(config: Config, path: Path) -> None:
@@ -228,14 +233,13 @@ def _require_same_model(config: Config, path: Path) -> None:
         raise CheckpointError(
             f"{path}: found quantization_config, expected plain weights; convert the checkpoint to bf16 first"
         )
-    optional = ("scoring_func", "topk_method")  # implied by the model type where they are absent
     problems = [
-        f"{fact.key} = {_json(found.get(fact.key))}, {fact.toml} gives {_json(fact.value)}"
+        f"{fact.key} = {json.dumps(found.get(fact.key))}, {fact.toml} gives {json.dumps(fact.value)}"
         for fact in _facts(config)
-        if not _same(found.get(fact.key), fact.value) and not (fact.key in optional and fact.key not in found)
+        if not _same(found.get(fact.key), fact.value)
     ]
     problems += [
-        f"{key} = {_json(found[key])}, nmoe has {_json(value)} only"
+        f"{key} = {json.dumps(found[key])}, nmoe has {json.dumps(value)} only"
         for key, value in _FIXED.items()
         if found[key] != value
     ]
@@ -247,10 +251,6 @@ def _same(found: Any, expected: Any) -> bool:
     if isinstance(expected, float) and isinstance(found, int | float):
         return math.isclose(found, expected, rel_tol=1e-9)
     return found == expected
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value)
 
 
 def _require_expressible(config: Config) -> None:
@@ -349,18 +349,19 @@ def export(
     `params` and `router_bias` are the whole model's (all experts), by nmoe's names and in its shapes; tensors are
     written in the dtype that they have, one of FP32, BF16 and FP16, and that of the embedding is what `transformers`
     computes in. `tokenizer`: a tokenizer.json to go with them. Raises UserError when `transformers` cannot compute
-    the model or when `folder` holds anything, CheckpointError when tensors do not fit the config.
+    the model or when `folder` holds anything, CheckpointError when tensors do not fit the config, DataError when the
+    tokenizer cannot be used.
     """
     _require_expressible(config)
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; name a new folder")
+    eos = load_tokenizer(f"hf:{tokenizer}", "").eos if tokenizer else None
     given = {**params, **router_bias}
     wanted, biases = _shapes(config)
     wanted |= biases
-    problems = _differences(wanted, {name: (tuple(t.shape), str(t.dtype)) for name, t in given.items()},
-                            {str(dtype) for dtype in DTYPES.values()})  # fmt: skip
-    if problems:
+    found = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in given.items()}
+    if problems := _differences(wanted, found, ("float32", "bfloat16", "float16")):
         raise CheckpointError(f"the tensors do not fit the config: {_list(problems)}")
     depth = len(layers(config))
     tensors = dict(piece for name in wanted for piece in pieces(name, given[name].detach(), depth))
@@ -369,15 +370,14 @@ def export(
     try:
         temporary.mkdir(parents=True)
         _write_weights(temporary, tensors)
-        _write_json(temporary / "config.json", _config_json(config, params["embed"].dtype))
+        _write_json(temporary / "config.json", _config_json(config, params["embed"].dtype, eos))
         if tokenizer:
-            shutil.copyfile(tokenizer, temporary / "tokenizer.json")
-            _write_json(temporary / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+            _write_tokenizer(temporary, tokenizer)
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
         temporary.rename(folder)  # replaces an empty folder, fails on any other
         _sync(folder.parent)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         raise UserError(f"{folder} cannot be written: {e}") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -404,11 +404,8 @@ def load(config: Config, folder: Path) -> tuple[dict[str, Tensor], dict[str, Ten
             source |= dict.fromkeys(file.keys(), file)
         found = {name: _header(file, name) for name, file in source.items()}
         implied = _implied(config, params)
-        wanted = {
-            name: tuple(t.shape)
-            for name, t in (targets | {n: implied[n] for n in implied if n in found}).items()
-        }
-        problems = _differences(wanted, found, set(DTYPES))
+        wanted = {n: tuple(t.shape) for n, t in (implied | targets).items() if n in targets or n in found}
+        problems = _differences(wanted, found, ("F32", "BF16", "F16"))
         if not problems:
             for name, view in targets.items():
                 view.copy_(source[name].get_tensor(name))
@@ -428,16 +425,20 @@ def _header(file: Any, name: str) -> tuple[tuple[int, ...], str]:
 
 
 def _differences(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[tuple[int, ...], str]], dtypes: set[str]
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[tuple[int, ...], str]],
+    dtypes: Iterable[str],
 ) -> list[str]:
-    problems = [f"missing {name}" for name in wanted if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in wanted]
-    for name in wanted:
-        shape, dtype = found.get(name, (wanted[name], next(iter(dtypes))))
-        if shape != wanted[name]:
-            problems.append(f"{name} is {list(shape)}, expected {list(wanted[name])}")
+    problems = [f"unexpected {name}" for name in found if name not in wanted]
+    for name, expected in wanted.items():
+        if name not in found:
+            problems.append(f"missing {name}")
+            continue
+        shape, dtype = found[name]
+        if shape != expected:
+            problems.append(f"{name} is {list(shape)}, expected {list(expected)}")
         if dtype not in dtypes:
-            problems.append(f"{name} is {dtype}, expected {', '.join(sorted(dtypes))}")
+            problems.append(f"{name} is {dtype}, expected {', '.join(dtypes)}")
     return problems
 
 
@@ -480,6 +481,16 @@ def _files(folder: Path) -> Iterable[Path]:
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{index} cannot be read: {type(e).__name__}: {e}") from e
+
+
+def _write_tokenizer(folder: Path, source: Path) -> None:
+    """tokenizer.json with the tokenizer_config.json beside it, or one that names what nmoe ends documents with."""
+    shutil.copyfile(source, folder / "tokenizer.json")
+    beside = source.with_name("tokenizer_config.json")
+    if beside.is_file():
+        shutil.copyfile(beside, folder / beside.name)
+    else:
+        _write_json(folder / beside.name, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS})
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
