@@ -33,7 +33,7 @@ class Batch:
 
 
 class Documents:
-    """An opened source. `identity` names the data and the reader to which cursors belong.
+    """An opened source. `identity` is what must stay as it is for a cursor to be good.
 
     A text file is one document; bytes that are not UTF-8 become U+FFFD, so that one odd file among millions
     does not stop the preparation. Raises DataError naming the source, what is wrong and the remedy.
@@ -66,9 +66,9 @@ class Documents:
         self._dataset = self._dataset.select_columns([source.text_field])
         sizes = "".join(f"{path}\0{os.path.getsize(path)}\0" for path in files)
         self.identity = {
-            "datasets": datasets.__version__,
+            "version of datasets": datasets.__version__,
             "files": self._dataset.num_shards,
-            "sizes": hashlib.sha256(sizes.encode()).hexdigest(),
+            "names and sizes": hashlib.sha256(sizes.encode()).hexdigest()[:16],
         }
 
     def _files(self) -> list[str]:

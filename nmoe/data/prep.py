@@ -178,10 +178,13 @@ def _write(
 ) -> Manifest:
     """Write the shards that `manifest` lacks; returns the complete manifest."""
     cursor = manifest.cursor
-    if cursor is not None and cursor["identity"] != documents.identity:
+    if cursor is not None and (began := cursor["identity"]) != documents.identity:
+        changes = [
+            f"{key} {began[key]} → {now}" for key, now in documents.identity.items() if began[key] != now
+        ]
         raise DataError(
-            f"{folder}: begun with data {cursor['identity']}, found {documents.identity}; "
-            f"restore it, or delete {folder} and run `nmoe prep-mixture`"
+            f"{folder}: changed since its preparation began: {', '.join(changes)}; restore that, or "
+            f"delete {folder} and run `nmoe prep-mixture`"
         )
     folder.mkdir(parents=True, exist_ok=True)
     shard_tokens, limit = manifest.source["shard_tokens"], manifest.source["max_tokens"] or float("inf")
