@@ -1,6 +1,7 @@
 """Broken data: for each mistake or damage, the exact line a user sees."""
 
 import fcntl
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -42,7 +43,7 @@ def swap_document_starts(folder):
     starts = np.fromfile(path, dtype="<i8")
     starts[1] += 1
     starts.tofile(path)
-    sha = __import__("hashlib").sha256(path.read_bytes()).hexdigest()
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()
     edit(folder / "manifest.json", lambda m: m["shards"][0].update(sha256_idx=sha))
 
 
@@ -252,7 +253,7 @@ UNREADABLE = {
     ),
     "broken jsonl": (
         {"dataset": "json", "files": ("{dir}/broken.jsonl",), "text_field": "body"},
-        '[[data.sources]] "words": json data cannot be read (ArrowInvalid: JSON parse error: Missing a value. '
+        '[[data.sources]] "words": json data cannot be read (ArrowInvalid: JSON parse error: Invalid value. '
         "in row 1); check dataset, files, subset and split",
     ),
     "not parquet": (
@@ -263,14 +264,14 @@ UNREADABLE = {
     ),
     "no such split": (
         {"dataset": "{dir}/hub", "files": (), "split": "test"},
-        "[[data.sources]] \"words\": {dir}/hub data cannot be read (ValueError: Bad split: test. Available "
+        '[[data.sources]] "words": {dir}/hub data cannot be read (ValueError: Bad split: test. Available '
         "splits: ['train']); check dataset, files, subset and split",
     ),
     "only blank documents": (
         {"files": ("{dir}/blank.txt", "{dir}/nothing.txt")},
         '[[data.sources]] "words": all documents are empty; check files and text_field',
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
@@ -352,10 +353,10 @@ def test_data_that_change_under_an_unfinished_preparation_are_refused(corpus):
     after = Documents(data.sources[0])
     with pytest.raises(DataError) as error:
         prep.prepare(data, workers=1)
-    assert before.identity != after.identity
+    old, new = before.identity["names and sizes"], after.identity["names and sizes"]
     assert str(error.value) == (
-        f"{folder}: begun with data {before.identity}, found {after.identity}; "
-        f"restore it, or delete {folder} and run `nmoe prep-mixture`"
+        f"{folder}: changed since its preparation began: names and sizes {old} → {new}; restore that, or "
+        f"delete {folder} and run `nmoe prep-mixture`"
     )
 
 
