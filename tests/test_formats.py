@@ -427,7 +427,8 @@ def test_a_bad_value_spoils_its_nvfp4_tensor(bad, amax):
     q = quantize(x, "nvfp4", 1)
     assert q.amax.isnan() if math.isnan(amax) else q.amax == amax
     assert not dequantize(q).isfinite().any()
-    assert not dequantize(q)[3, 3].isfinite()
+    if math.isinf(bad):  # the scales stay numbers, as TransformerEngine's do
+        assert (q.scale < 0x7F).all() and q.scale[3, 0] == 0x7E
     batch = quantize(torch.stack([x, randn(5, 32, 32)]), "nvfp4", 1)
     assert dequantize(batch)[1].isfinite().all()
     rows = quantize(torch.cat([x, x.nan_to_num(0, 0, 0)]), "nvfp4", 0, segments=torch.tensor([0, 32, 64]))

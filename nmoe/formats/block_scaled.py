@@ -284,13 +284,13 @@ def _encode_nvfp4(
     square: bool,
     segments: Tensor | None,
 ) -> None:
-    """x [E, M, K] → E2M1 pairs [E, L, C/2], UE4M3 codes [E, L, C/16], amax [E] or, of zeros, [G].
+    """x [E, M, K] → E2M1 pairs [E, L, C/2], UE4M3 codes [E, L, C/16], amax [E] or [G], which holds zeros.
 
     A line, one of L, is a row for axis 1 and a column for axis 0; blocks run along its C elements.
     """
     block = BLOCK["nvfp4"]
     dim: Literal[-2, -1] = -1 if axis == 1 else -2
-    step = block if axis == 0 or square else 1
+    step = block if axis == 0 else 1
     everything = (slice(0, x.shape[0]), slice(0, x.shape[1]))
 
     def load(piece: Piece) -> Tensor:
@@ -329,10 +329,10 @@ def _encode_nvfp4(
 
 
 def _global_encode(amax: Tensor) -> Tensor:
-    """The reciprocal of `global_scale`; 1 for a tensor of zeros and for one that holds an infinity."""
+    """The reciprocal of `global_scale`, at most FLT_MAX; 1 for a tensor that holds an infinity."""
     # One rounding: torch evaluates `number / tensor` as a reciprocal and a product.
     encode = torch.full_like(amax, E4M3_MAX * E2M1_MAX).div_(amax).clamp_(max=FLT_MAX)
-    return encode.masked_fill_((amax == 0) | (encode == 0), 1.0)
+    return encode.masked_fill_(encode == 0, 1.0)
 
 
 def _decode_nvfp4(q: Quantized, out: Tensor, without_global: bool) -> None:
