@@ -198,7 +198,7 @@ def compare(
     if total.requires_grad:
         tracked = [i for i, x in enumerate(leaves) if x is not None and x.requires_grad]
         grads = dict(
-            zip(tracked, torch.autograd.grad(total, [leaves[i] for i in tracked], allow_unused=True))
+            zip(tracked, torch.autograd.grad(total, [leaves[i] for i in tracked], allow_unused=True), strict=True)
         )
         for i, found in result.grads.items():
             upto = valid if i in rows_of else None

@@ -136,10 +136,14 @@ def place(graph: Graph, target: str, dims: Mapping[str, int], *, overlap: bool =
 def assign_streams(calls: list[Call], overlap: bool) -> tuple[Call, ...]:
     """With more than one rank, rows travel on COMM and the shared expert runs on SIDE meanwhile.
 
-    A call waits for the last call of each other stream that makes something it reads.
+    A call waits for the calls of other streams that make what it reads, where no earlier wait implies it.
     """
     placed: list[Call] = []
     made_by: dict[str, int] = {}
+    ended: list[
+        dict[int, int]
+    ] = []  # for each call: stream → the last of its calls that ended before, or itself
+    heads: dict[int, dict[int, int]] = {MAIN: {}, COMM: {}, SIDE: {}}
     for index, call in enumerate(calls):
         stream = MAIN
         if overlap and call.phase == "micro":
@@ -147,13 +151,15 @@ def assign_streams(calls: list[Call], overlap: bool) -> tuple[Call, ...]:
                 stream = COMM
             elif ".moe.shared." in call.name:
                 stream = SIDE
-        latest: dict[int, int] = {}
-        for name in call.inputs:
-            producer = made_by.get(name)
-            if producer is not None and placed[producer].stream != stream:
-                other = placed[producer].stream
-                latest[other] = max(latest.get(other, -1), producer)
-        placed.append(replace(call, stream=stream, waits=tuple(sorted(latest.values()))))
+        known, waits = dict(heads[stream]), []
+        for producer in sorted({made_by[name] for name in call.inputs if name in made_by}, reverse=True):
+            if producer > known.get(placed[producer].stream, -1) and placed[producer].stream != stream:
+                waits.append(producer)
+                for other, last in ended[producer].items():
+                    known[other] = max(known.get(other, -1), last)
+        heads[stream] = known | {stream: index}
+        ended.append(heads[stream])
+        placed.append(replace(call, stream=stream, waits=tuple(sorted(waits))))
         made_by.update(dict.fromkeys(call.outputs, index))
     return tuple(placed)
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from nmoe.ops.attention import QUERY_BLOCK, rope_frequencies
 
 NO_YARN = {"factor": 1.0}
-YARN = {"factor": 40.0, "original_seq_len": 4096, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}  # fmt: skip
+YARN = {"factor": 40.0, "original_seq_len": 4096, "beta_fast": 32.0, "beta_slow": 1.0,
+        "mscale": 1.0, "mscale_all_dim": 0.0}  # fmt: skip
 
 
 def documents(lengths: list[int], seq: int) -> torch.Tensor:

@@ -80,7 +80,8 @@ def test_router(routing, sequences, dim, biased, seed, dtype):
         assume(scores.sort(-1).values.diff().abs().min() > 1e-4 and not biased and attrs["groups"] == 1)
     into = {label: torch.tensor([1.5], dtype=dtype) for label in ("balance", "z") if attrs[label]}
     compare("router", [x, w, bias], attrs, lambda x, w, bias=None: route(x, w, bias, attrs), gradient_of=["weights"],
-            params=[1] if bias is None else [1, 2], into=into, tolerance=1e-10 if dtype == torch.float64 else 1e-5)  # fmt: skip
+            params=[1] if bias is None else [1, 2], into=into,
+            tolerance=1e-10 if dtype == torch.float64 else 1e-5)  # fmt: skip
 
 
 def test_ties_go_to_the_lower_expert():

@@ -1,0 +1,244 @@
+"""The schedule: graph passes keep the IR's rules, the memory plan is tight and nothing races on it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import configs
+
+from nmoe.config import Config, load
+from nmoe.ops import OPS
+from nmoe.schedule import Schedule, lower, memory
+from nmoe.schedule.lower import MAIN
+from nmoe.schedule.memory import ALIGNMENT, Lifetime
+
+SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+RECOMPUTE = ("none", "selective", "full")
+
+
+def with_recompute(config: Config, policy: str) -> Config:
+    return replace(config, schedule=replace(config.schedule, recompute=policy))
+
+
+def lowered(config: Config, **options) -> Schedule:
+    return lower(config, sequences=config.train.micro_batch_size or 1, **options)
+
+
+# ---- races ----
+
+
+def races(schedule: Schedule) -> list[str]:
+    """Whatever two calls do in an undefined order that matters. Only the order of a stream and `waits` order calls; a
+    phase ends when all streams have.
+
+    Independent of the planner's clock: the calls that surely ended before each call, as a bit set.
+    """
+    before: list[int] = []
+    latest: dict[int, int] = {}
+    for i, call in enumerate(schedule.calls):
+        known = 0
+        for earlier in (*call.waits, *([latest[call.stream]] if call.stream in latest else [])):
+            known |= before[earlier] | 1 << earlier
+        before.append(known)
+        latest[call.stream] = i
+    phases: dict[str, int] = defaultdict(int)
+    for i, call in enumerate(schedule.calls):
+        phases[call.phase] |= 1 << i
+    for i, call in enumerate(schedule.calls):
+        if call.phase == "micro":
+            before[i] |= phases["init"] | phases["step"]
+
+    found = []
+    writers: dict[str, list[int]] = defaultdict(list)
+    users: dict[str, int] = defaultdict(int)  # of each tensor, as a bit set
+    for i, call in enumerate(schedule.calls):
+        for op in call.ops:
+            for name in op.inputs:
+                if name is not None:
+                    users[name] |= 1 << i
+                    found += [f"{call.name} reads {name} while {schedule.calls[w].name} may write it"
+                              for w in writers[name] if w != i and not before[i] >> w & 1]  # fmt: skip
+            for name in op.outputs:
+                if name is not None:
+                    found += [f"{call.name} and {schedule.calls[w].name} both write {name}"
+                              for w in writers[name] if w != i and not before[i] >> w & 1]  # fmt: skip
+                    users[name] |= 1 << i
+                    writers[name].append(i)
+
+    sharing: dict[str, int] = defaultdict(int)
+    for name, calls in users.items():
+        sharing[schedule.aliases.get(name, name)] |= calls
+    for i, call in enumerate(schedule.calls):
+        for op in call.ops:
+            for name in schedule.scratch_names.get(op.name, ()):
+                sharing[name] |= 1 << i
+            for label, operand in OPS[op.kind].inplace.items():
+                out, source = op.outputs[OPS[op.kind].outputs.index(label)], op.inputs[operand]
+                if out in schedule.aliases:
+                    late = users[source] & ~(1 << i) & ~before[i]
+                    if late:
+                        found.append(
+                            f"{op.name} overwrites {source}, which {_names(schedule, late)} may still use"
+                        )
+
+    placed = []
+    for name, life in schedule.lifetimes.items():
+        common = -1  # what has ended before any use of this buffer
+        for i in _bits(sharing[name]):
+            common &= before[i]
+        lasting = bool(sharing[name] & (phases["step"] | phases["init"])) and not name.count("#")
+        output = name in schedule.graph.tensors and schedule.graph.tensors[name].kind == "output"
+        placed.append((schedule.offsets[name], life.bytes, name, sharing[name], common, lasting, output))
+    placed.sort()
+    open_: list[tuple] = []
+    for item in placed:
+        offset, size, name, calls, common, lasting, output = item
+        open_ = [other for other in open_ if other[0] + other[1] > offset]
+        for _, _, other, other_calls, other_common, other_lasting, other_output in open_:
+            first, then = not calls & ~other_common, not other_calls & ~common
+            held = (lasting and other_calls & phases["micro"]) or (other_lasting and calls & phases["micro"])
+            held = held or (output and first) or (other_output and then)
+            if held or not (first or then):
+                found.append(f"{name} and {other} share bytes at once")
+        if size:
+            open_.append(item)
+    return found
+
+
+def _bits(mask: int) -> list[int]:
+    return [i for i in range(mask.bit_length()) if mask >> i & 1]
+
+
+def _names(schedule: Schedule, mask: int) -> str:
+    return ", ".join(schedule.calls[i].name for i in _bits(mask))
+
+
+def distributed(config: Config, device: str = "sm_100a", ranks: int = 2) -> Config:
+    return replace(
+        config, target=replace(config.target, device=device), rdep=replace(config.rdep, ranks=ranks)
+    )
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("precision", ["bf16", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("device", ["sm_100a", "cpu"])
+def test_no_races_on_several_streams(device, precision, recompute):
+    config = tiny_config(schedule={"precision": precision, "recompute": recompute}, model={"mtp_depth": 1})
+    schedule = lowered(distributed(config, device), debug=True)
+    assert len({call.stream for call in schedule.calls}) == 3
+    assert races(schedule) == []
+
+
+@given(configs(), st.integers(1, 2))
+@settings(max_examples=25, deadline=None)
+def test_no_races_in_random_models(config, ranks):
+    ranks = ranks if config.moe.experts % ranks == 0 else 1
+    schedule = lowered(distributed(config, "cpu", ranks), debug=True)
+    assert races(schedule) == []
+    assert memory.overlaps(schedule.lifetimes, schedule.offsets) == []
+
+
+def test_every_wait_is_needed():
+    schedule = lowered(distributed(tiny_config(), ranks=4))
+    waiting = [(i, wait) for i, call in enumerate(schedule.calls) for wait in call.waits]
+    assert len(waiting) > 20
+    for i, wait in waiting:
+        calls = list(schedule.calls)
+        calls[i] = replace(calls[i], waits=tuple(w for w in calls[i].waits if w != wait))
+        found = races(replace(schedule, calls=tuple(calls)))
+        assert any(f"{calls[i].name} reads" in race and calls[wait].name in race for race in found)
+
+
+def test_sharing_bytes_at_once_is_a_race():
+    schedule = lowered(distributed(tiny_config()))
+    attention = next(op for op in schedule.graph.ops if op.kind == "attention")
+    q, kv = (schedule.aliases.get(name, name) for name in attention.inputs[:2])
+    moved = replace(schedule, offsets={**schedule.offsets, q: schedule.offsets[kv]})
+    assert any("share bytes" in race and q in race and kv in race for race in races(moved))
+
+
+# ---- shipped configs ----
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_config(path):
+    """Every pass keeps the rules of the IR; the plan is sound, and close to the least that any plan needs."""
+    config = load(path)
+    schedule = lowered(config, debug=True)
+    assert memory.overlaps(schedule.lifetimes, schedule.offsets) == []
+    assert set(schedule.offsets) == set(schedule.lifetimes)
+    assert all(offset % ALIGNMENT == 0 for offset in schedule.offsets.values())
+    end = max(schedule.offsets[name] + life.bytes for name, life in schedule.lifetimes.items())
+    assert schedule.arena_bytes - ALIGNMENT < end <= schedule.arena_bytes
+    peak, _ = memory.peak(schedule.lifetimes.values())
+    assert peak <= schedule.arena_bytes <= 1.08 * peak
+    if len(schedule.calls) < 2000:  # the check looks at all pairs of buffers
+        assert races(schedule) == []
+    assert any(call.stream != MAIN for call in schedule.calls) == (config.rdep.ranks > 1)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SHIPPED if "dsv" not in path.stem], ids=lambda path: path.stem
+)
+def test_recompute_shrinks_the_arena(path):
+    arenas = [lowered(with_recompute(load(path), policy)).arena_bytes for policy in RECOMPUTE]
+    assert arenas[0] >= arenas[1] > arenas[2]
+
+
+def test_what_recompute_runs_again():
+    def again(policy):
+        ops = lowered(with_recompute(tiny_config(), policy)).graph.ops
+        return {op.kind for op in ops if op.name.endswith(".again")}
+
+    assert again("none") == set()
+    assert again("selective") == {"rms_norm", "rope", "swiglu", "split"}
+    assert {"attention", "gemm", "grouped_gemm", "dispatch"} <= again("full")
+    assert not {"router", "moe_plan", "linear_cross_entropy_fwd_bwd"} & again("full")
+
+
+# ---- memory ----
+
+
+def test_buffers_are_reused():
+    schedule = lowered(tiny_config())
+    assert schedule.arena_bytes < 0.5 * sum(life.bytes for life in schedule.lifetimes.values())
+    assert schedule.aliases  # some ops work in place
+
+
+lives = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 20), st.integers(0, 20)), max_size=40)
+
+
+@given(lives, st.integers(0, 21))
+@settings(max_examples=200, deadline=None)
+def test_placement(spans, turn):
+    lifetimes = {
+        f"b{i}": Lifetime(f"b{i}", size, min(a, b), max(a, b)) for i, (size, a, b) in enumerate(spans)
+    }
+    offsets, arena = memory.place(lifetimes.values(), turn)
+    assert set(offsets) == set(lifetimes)
+    assert memory.overlaps(lifetimes, offsets) == []
+    for a in lifetimes.values():
+        assert offsets[a.name] >= 0 and offsets[a.name] + a.bytes <= arena
+        for b in lifetimes.values():
+            if a is not b and a.start <= b.end and b.start <= a.end and a.bytes and b.bytes:
+                low, high = sorted([(offsets[a.name], a.bytes), (offsets[b.name], b.bytes)])
+                assert sum(low) <= high[0]
+    rounded = {life.name: -(-life.bytes // ALIGNMENT) * ALIGNMENT for life in lifetimes.values()}
+    alive = [sum(rounded[x.name] for x in lifetimes.values() if x.start <= t <= x.end) for t in range(21)]
+    peak, at = memory.peak(lifetimes.values())
+    assert peak == max(alive) and (not peak or alive[at] == peak)
+    assert peak <= arena <= sum(rounded.values())
+    largest = memory.largest(lifetimes.values(), at, 3)
+    assert [life.bytes for life in largest] == sorted((life.bytes for life in largest), reverse=True)
+
+
+def test_overlaps_are_found():
+    lifetimes = {"a": Lifetime("a", 100, 0, 3), "b": Lifetime("b", 100, 3, 5), "c": Lifetime("c", 100, 4, 6)}
+    assert memory.overlaps(lifetimes, {"a": 0, "b": 99, "c": 0}) == [("a", "b"), ("b", "c")]
+    assert memory.overlaps(lifetimes, {"a": 0, "b": 100, "c": 0}) == []
