@@ -512,6 +512,17 @@ def test_axis_zero_is_axis_one_of_the_transpose(format, axis):
         assert torch.equal(q.data, t.data)
 
 
+@pytest.mark.parametrize(("format", "axis"), COPIES)
+def test_the_default_dtype_does_not_matter(format, axis):
+    x = randn(16, 32, 32)
+    q = quantize(x, format, axis)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(q, quantize(x, format, axis)) and dequantize(q).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("shape", [(5, 32, 48), (1, 96, 32), (160, 64)])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(
@@ -561,7 +572,9 @@ def test_without_global_leaves_the_factor_out():
     x = randn(8, 3, 32, 64)
     q = quantize(x, "nvfp4", 0)
     values = dequantize(q, torch.bfloat16, without_global=True)
-    assert torch.equal(values.float() * formats.global_scale(q.amax)[:, None, None], dequantize(q))
+    factor = formats.global_scale(q.amax)
+    assert torch.equal(factor, torch.from_numpy(q.amax.numpy() / np.float32(2688)))
+    assert torch.equal(values.float() * factor[:, None, None], dequantize(q))
 
 
 @settings(max_examples=20, deadline=None)

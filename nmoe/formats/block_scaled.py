@@ -298,7 +298,7 @@ def _encode_nvfp4(
         return (hadamard_transform(part, axis) if hadamard else part).unflatten(dim, (-1, block))
 
     scale = _part(scale, everything, axis, block)
-    peak = torch.empty(scale.shape, device=x.device)
+    peak = torch.empty(scale.shape, dtype=torch.float32, device=x.device)
     for piece in _pieces(x.shape, step):
         largest = load(piece).abs().amax(dim)
         _part(peak, piece, axis, block).copy_(largest if axis == 1 else largest.mT)

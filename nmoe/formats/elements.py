@@ -11,9 +11,12 @@ E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 
 
-_E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-_E8M0_VALUES = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [float("nan")])
-_E2M1_VALUES = torch.tensor([s * v for s in (1.0, -1.0) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
+_E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+_E8M0_VALUES = torch.tensor(
+    [2.0 ** (code - 127) for code in range(255)] + [float("nan")], dtype=torch.float32
+)
+_E2M1_MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float32)
+_E2M1_VALUES = torch.cat((_E2M1_MAGNITUDES, -_E2M1_MAGNITUDES))
 # Both elements of a byte, low nibble first, in one 8-byte entry.
 _E2M1_PAIRS = torch.stack((_E2M1_VALUES.repeat(16), _E2M1_VALUES.repeat_interleave(16)), -1)
 _E2M1_PAIRS = _E2M1_PAIRS.view(torch.int64).flatten()
