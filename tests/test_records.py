@@ -10,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -449,18 +448,19 @@ def test_processes_share_the_file(tmp_path: Path) -> None:
     assert {row["status"] for row in found} == {"finished"}
 
 
-def test_readers_do_not_wait_for_a_writer(tmp_path: Path) -> None:
+def test_readers_and_writers_do_not_wait_for_each_other(tmp_path: Path) -> None:
     db = tmp_path / "experiments.db"
     experiments = Experiments(db)
     experiments.start("a", "{}", "f", "c")
-    writer = sqlite3.connect(db, isolation_level=None, check_same_thread=False)
-    writer.execute("BEGIN IMMEDIATE")
-    writer.execute("UPDATE runs SET status = 'failed'")
-    assert [row["status"] for row in rows(db)] == ["running"]
-    waiting = threading.Thread(target=experiments.finish, args=("a", "finished", {}))
-    waiting.start()
-    writer.execute("ROLLBACK")
-    waiting.join()
+    reader = sqlite3.connect(db, isolation_level=None)
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT status FROM runs").fetchall() == [("running",)]
+    experiments.finish("a", "finished", {})
+    assert reader.execute("SELECT status FROM runs").fetchall() == [("running",)], "its view does not change"
+    assert [row["status"] for row in rows(db)] == ["finished"]
+
+    writer = sqlite3.connect(db, isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
     assert [row["status"] for row in rows(db)] == ["finished"]
 
 
