@@ -38,7 +38,8 @@ def make_shards(directory: Path, tokens: int) -> Data:
     rng = np.random.default_rng(0)
     source = Source(name="noise", files=("none",))
     spec = {key: getattr(source, key) for key in ("dataset", "subset", "split", "text_field", "max_tokens")}
-    tokenizer = {"spec": f"bpe:{VOCAB}", "fingerprint": "0" * 64, "vocab_size": VOCAB, "eos": EOS}
+    name = f"bpe:{VOCAB}"
+    tokenizer = {"spec": name, "fingerprint": "0" * 64, "vocab_size": VOCAB, "eos": EOS}
     manifest, folder = Manifest(spec, tokenizer), directory / source.name
     folder.mkdir()
     for number in range(SHARDS):
@@ -49,7 +50,7 @@ def make_shards(directory: Path, tokens: int) -> Data:
             writer.append(document)
         manifest = manifest.with_shard(writer.close(), {})
     manifest.completed().save(folder)
-    return Data(dir=str(directory), tokenizer=tokenizer["spec"], sources=(source,))
+    return Data(dir=str(directory), tokenizer=name, sources=(source,))
 
 
 class Windows(Dataset):

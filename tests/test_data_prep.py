@@ -217,12 +217,19 @@ def test_killed_again_and_again_it_still_ends_with_the_same_bytes(corpus, tmp_pa
 
 
 PROGRAM = """
-    import sys
+    import sys, time
     from nmoe.config import Data, Source
     from nmoe.data import prep
+
+    class SlowWriter(prep.ShardWriter):
+        def close(self):
+            time.sleep(0.05)  # so that it cannot finish before it is killed
+            return super().close()
+
+    prep.ShardWriter = SlowWriter
     if __name__ == "__main__":
         source = Source(name="words", dataset="json", files=(sys.argv[1],))
-        prep.prepare(Data(sys.argv[2], "bpe:400", (source,), shard_tokens=10_000), workers=2)
+        prep.prepare(Data(sys.argv[2], "bpe:400", (source,), shard_tokens=20_000), workers=2)
 """
 
 
@@ -244,7 +251,7 @@ def test_sigkill_at_random_instants_with_worker_processes(tmp_path):
         while process.poll() is None and len(outputs) == shards:
             time.sleep(0.01)
             outputs = sorted((tmp_path / "killed").glob("words/*.bin"))
-        time.sleep(rng.uniform(0, 0.2))
+        time.sleep(rng.uniform(0, 0.1))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
         assert process.wait(60) == -signal.SIGKILL

@@ -33,9 +33,8 @@ from nmoe.errors import DataError
 
 SAMPLE_CHARACTERS = 1 << 24  # of text that a "bpe:N" tokenizer is trained on, over all sources
 
-Encoded = tuple[
-    np.ndarray, np.ndarray
-]  # ids of all documents with EOS, back to back; length of each, 0: empty
+# The ids of all documents of a batch, each ended by EOS, back to back; the length of each, 0 if it is empty.
+Encoded = tuple[np.ndarray, np.ndarray]
 Encode = Callable[[Iterable[Batch]], Generator[tuple[Batch, Encoded], None, None]]
 
 
