@@ -114,9 +114,8 @@ def main() -> None:
     ours = rates.pop("nmoe")
     best = max(rates, key=rates.__getitem__)
     effort = statistics.median(cpu[best]) / statistics.median(cpu["nmoe"])
-    print(
-        f"nmoe is {ours / rates[best]:.2f}× {best}, {effort:.2f}× by CPU time; load average {os.getloadavg()[0]:.1f} at the end"
-    )
+    print(f"nmoe is {ours / rates[best]:.2f}× {best}, {effort:.2f}× by CPU time")
+    print(f"load average {os.getloadavg()[0]:.1f} at the end")
 
 
 def _processor() -> str:
