@@ -96,6 +96,7 @@ def train(config: Config, *, resume: bool = False, out: Print = print) -> Outcom
                         out(progress.line(done, result))
                     stop = bool(interrupted)
                     if done % config.checkpoint.every == 0 or stop or done == config.train.steps:
+                        metrics.flush()  # a resumed run does not repeat these steps: their rows must be on disk
                         checkpoints.save(
                             done, step.state(), {**meta, "tokens": done * progress.tokens_per_step}
                         )
