@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,8 @@ def keys(config: Config) -> set[str]:
 
 def change(config: Config, key: str, value: object) -> Config:
     *path, name = key.split(".")
-    node, parents = config, []
+    node: Any = config
+    parents = []
     for part in path:
         parents.append((node, part))
         node = getattr(node, part)
