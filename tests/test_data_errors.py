@@ -1,5 +1,6 @@
 """Broken data: for each mistake or damage, the exact line a user sees."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -370,6 +371,27 @@ def test_two_preparations_of_one_directory(corpus):
         f"{corpus}/out: another `nmoe prep-mixture` is writing here; wait for it"
     )  # fmt: skip
     prep.prepare(words(corpus), workers=1)
+
+
+def test_a_full_disk_loses_nothing(corpus, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    data, mend = words(corpus), "mend that and run `nmoe prep-mixture` again, it goes on where it stopped"
+    with monkeypatch.context() as patch, pytest.raises(DataError) as error:
+        patch.setattr(os, "fsync", full)
+        prep.prepare(data, workers=1)
+    assert str(error.value) == f"{corpus}/out: No space left on device; {mend}"
+    assert prep.prepare(data, workers=1)[0].documents == 11
+
+
+def test_an_output_folder_that_is_a_file(corpus):
+    (corpus / "out").write_text("")
+    with pytest.raises(DataError) as error:
+        prep.prepare(words(corpus), workers=1)
+    assert str(error.value) == (
+        f"{corpus}/out: File exists; mend that and run `nmoe prep-mixture` again, it goes on where it stopped"
+    )
 
 
 def test_a_tokenizing_process_that_dies(corpus, monkeypatch):

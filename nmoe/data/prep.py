@@ -58,8 +58,7 @@ def prepare(
     """
     workers = workers or len(os.sched_getaffinity(0))
     directory = Path(data.dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    with _lock(directory):
+    with _exclusive(directory):
         manifests = {source.name: _existing(directory, data, source) for source in data.sources}
         opened = {
             source.name: Documents(source)
@@ -100,16 +99,20 @@ def _complete(manifest: Manifest | None) -> bool:
 
 
 @contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """One preparation of a directory at a time; the system drops the lock of a process that dies."""
-    with open(directory / ".lock", "w") as file:
-        try:
+def _exclusive(directory: Path) -> Iterator[None]:
+    """The right to write into `directory`, which the system takes back from a process that dies."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / ".lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{directory}: another `nmoe prep-mixture` is writing here; wait for it"
-            ) from None
-        yield
+            yield
+    except BlockingIOError:
+        raise DataError(f"{directory}: another `nmoe prep-mixture` is writing here; wait for it") from None
+    except OSError as error:  # a full disk, above all
+        raise DataError(
+            f"{error.filename or directory}: {error.strerror}; mend that and run `nmoe prep-mixture` again, "
+            "it goes on where it stopped"
+        ) from error
 
 
 def _specification(data: Data, source: Source) -> dict[str, Any]:
@@ -194,7 +197,7 @@ def _write(
             writer = writer or ShardWriter(folder, len(manifest.shards), manifest.dtype)
             writer.append(ids)
             total, count = total + len(ids), count + 1
-            line.update(total, count, min(1.0, max(batch.fraction, total / limit)))
+            line.update(total, count, min(1.0, max(batch.fraction, total / limit)) or None)
             if total >= limit:
                 break
             if writer.tokens >= shard_tokens:
