@@ -88,12 +88,13 @@ class _Builder:
             "rms_norm", f"{name}.apply", [x, weight], {"eps": eps or self.config.model.norm_eps}
         )[0]
 
-    def linear(self, x: Name, name: str, out: int, layer: Layer | None) -> Name:
-        """Layers quantize as their recipe says; a linear outside the layers (layer None) never does."""
+    def linear(self, x: Name, name: str, out: int, layer: Layer) -> Name:
         weight = self.param(name, out, self.g.shape(x)[1])
         return self.g.emit("gemm", f"{name}.gemm", [x, weight], self.gemm_attrs(layer))[0]
 
     def gemm_attrs(self, layer: Layer | None) -> dict:
+        """The GEMMs of a layer quantize as its recipe says. The head (layer None) never does, nor do the embedding,
+        the router and attention's products: arXiv 2509.25149 §4.1, arXiv 2412.19437 §3.3.1."""
         precision = layer.precision._asdict() if layer else {}
         return {"role": "fprop", "format": self.act, "precision": precision}
 
@@ -196,7 +197,8 @@ class _Builder:
         local, n = moe.experts // self.config.rdep.ranks, moe.intermediate_size
         router = self.param(f"{path}.router", moe.experts, d)
         bias = self.state(f"{path}.router_bias", moe.experts) if moe.bias_rate else None
-        attrs: dict[str, Any] = {"topk": moe.topk, "groups": moe.groups, "topk_groups": moe.topk_groups, "score": moe.score,
+        attrs: dict[str, Any] = {
+                 "topk": moe.topk, "groups": moe.groups, "topk_groups": moe.topk_groups, "score": moe.score,
                  "normalize": moe.normalize_topk, "route_scale": moe.route_scale, "balance": moe.balance_loss,
                  "z": moe.z_loss, "seq_len": self.config.train.seq_len,
                  "inverse_sequences": 1.0 / self.config.train.batch_size}  # fmt: skip

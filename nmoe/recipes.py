@@ -62,19 +62,6 @@ NVFP4: Recipe = {
 
 RECIPES: dict[Precision, Recipe] = {"fp32": {}, "bf16": {}, "mxfp8": MXFP8, "nvfp4": NVFP4}
 
-# GEMM kind → whether its recipe applies. The others run in the model's high precision whatever the config
-# says: arXiv 2509.25149 §4.1 and arXiv 2412.19437 §3.3.1 keep them out of low precision alike.
-ELIGIBLE: dict[str, bool] = {
-    "attention_projection": True,
-    "dense_ffn": True,
-    "shared_expert": True,
-    "routed_expert": True,
-    "attention_bmm": False,
-    "embedding": False,
-    "head": False,
-    "router": False,
-}
-
 
 def operand(precision: Precision, pass_: Pass, slot: Slot) -> QuantizeSpec | None:
     """How `slot` of the GEMM of `pass_` is quantized when that pass runs in `precision`; None: it is not."""

@@ -8,6 +8,7 @@ from formats_common import FORMATS, randn
 
 from nmoe import recipes
 from nmoe.formats import dequantize, quantize
+from nmoe.schedule import lower
 
 
 def test_recipes_contract_along_the_right_axis():
@@ -64,7 +65,17 @@ def test_recipes_compute_the_three_products(precision, limit):
         assert limit / 10 < error < limit
 
 
-def test_eligible_gemms():
-    quantized = {kind for kind, eligible in recipes.ELIGIBLE.items() if eligible}
-    assert quantized == {"attention_projection", "dense_ffn", "shared_expert", "routed_expert"}
-    assert set(recipes.ELIGIBLE) - quantized == {"attention_bmm", "embedding", "head", "router"}
+def test_which_gemms_of_a_model_are_quantized(tiny):
+    graph = lower(tiny(schedule={"precision": "nvfp4"})).graph
+    low, high = set(), set()
+    for op in graph.ops:
+        if op.attrs.get("role") == "fprop":
+            formats = {graph.tensors[name].format for name in op.inputs[:2]}
+            (low if formats == {"nvfp4"} else high).add(op.name.split(".", 2)[-1])
+    assert low == {
+        "attn.q.gemm", "attn.kv_a.gemm", "attn.kv_b.gemm", "attn.o.gemm", "ffn.gate_up.gemm", "ffn.down.gemm",
+        "moe.gemm1", "moe.gemm2", "moe.shared.gate_up.gemm", "moe.shared.down.gemm",
+    }  # fmt: skip
+    assert not high, "the head's product is in the loss op, the router's in its own"
+    head = next(op for op in graph.ops if op.kind == "linear_cross_entropy_fwd_bwd")
+    assert {graph.tensors[name].format for name in head.inputs[:2]} == {"bf16"}
