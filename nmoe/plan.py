@@ -356,13 +356,16 @@ def _remedy(config: Config, world: int, limit: float) -> str:
 
     if found := alone(_options(config, world)):
         return " or ".join(found)
-    combined, keys = config, []
+    keys: list[str] = []
+    combined = config
     for key, values in _options(config, world):
-        if values:
-            combined = _with(combined, key, values[-1])
-            keys.append(_setting(key, values[-1]))
-            if fits(combined):
-                return " with ".join(keys)
+        if not values:
+            continue
+        if fits(_with(combined, key, values[-1])):
+            mildest = next(value for value in values if fits(_with(combined, key, value)))
+            return " with ".join([*keys, _setting(key, mildest)])
+        combined = _with(combined, key, values[-1])
+        keys.append(_setting(key, values[-1]))
     for more in (world * 2, world * 4, world * 8):
         if config.train.batch_size % more == 0 and fits(config, more):
             return f"--world {more}"
