@@ -401,8 +401,28 @@ def test_shipped_configs_fit(shipped, name: str) -> None:
     assert text.splitlines()[0].startswith(
         f"{name} on {NATURAL[name]} x {found.device.name} ({found.device.target})"
     )
-    assert f"memory of a rank: {found.memory_bytes / 1e9:,.1f} GB of" in text
+    assert f"memory of a rank: {plan.amount(found.memory_bytes, 'B')} of" in text
     assert "predicted" in text and max(map(len, text.splitlines())) < 130
+
+
+@pytest.mark.parametrize("name", [name for name in NATURAL if name != "quickstart"])
+def test_the_documented_predictions_are_those_of_this_build(shipped, name: str) -> None:
+    found = shipped[name]
+    waiting = found.seconds["waiting for expert rows"] / found.step_seconds
+    row = (
+        f"| {name} | {found.world} x B200 | {found.memory_bytes / 1e9:.0f} GB | {found.step_seconds:.2f} s | "
+        f"{found.tokens_per_second / found.world:,.0f} | {100 * found.mfu:.0f}% of {found.config.schedule.precision} | "
+        f"{100 * waiting:.0f}% |"
+    )
+    assert row in (CONFIGS.parent / "docs/plan.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1234567, "1.23 MB"), (171e9, "171 GB"), (2.5e15, "2.5 PB")],
+)
+def test_amounts_have_three_digits_and_a_prefix(value: float, text: str) -> None:
+    assert plan.amount(value, "B") == text
 
 
 def refusal(config: Config, world: int, device: Device | None = None) -> str:
