@@ -212,7 +212,7 @@ def test_buffers_are_reused():
     assert schedule.aliases  # some ops work in place
 
 
-lives = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 20), st.integers(0, 20)), max_size=40)
+lives = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 20), st.integers(0, 20)), max_size=40)
 
 
 @given(lives, st.integers(0, 21))
