@@ -228,17 +228,17 @@ def read(path: Path) -> Result:
 
 def comparable(baseline: Result, config: Config, path: Path | None) -> Result:
     """The baseline, if times of this config on this machine can be compared with it; else UserError."""
-    here = {
-        "config": (config.run.name, baseline.config),
-        "config fingerprint": (fingerprint(config)[:16], baseline.fingerprint[:16]),
-        "device": (device_name(), baseline.device),
-        "threads": (torch.get_num_threads(), baseline.threads),
-    }
-    for what, (now, then) in here.items():
+    here = (
+        ("config", config.run.name, baseline.config),
+        ("config", fingerprint(config)[:16], baseline.fingerprint[:16]),
+        ("device", device_name(), baseline.device),
+        ("number of threads", torch.get_num_threads(), baseline.threads),
+    )
+    for what, now, then in here:
         if now != then:
             raise UserError(
-                f"the baseline {path} was measured with {what} {then}, this is {now}: times are comparable on one "
-                f"{what.split()[0]} only; make a baseline here with --save"
+                f"the baseline {path} was measured with {what} {then}, this is {now}: times of another {what} are "
+                "not comparable; make a baseline here with --save"
             )
     return baseline
 

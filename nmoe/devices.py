@@ -56,6 +56,7 @@ _HOPPER_SOURCES = (
     "sm_90a multiplies MXFP8 and NVFP4 operands as BF16, so their peak is that of BF16",
     "0.75: cuBLAS, 8192^3 BF16 on one H100, 738-776 TFLOP/s (measured)",
     "0.86: peer copy on an H100 pair, 387 of 450 GB/s (measured)",
+    "memory as PyTorch (H100) and nvidia-smi (H200) report it, above the nominal 80 and 141 GB",
     "network: one 400 Gb/s adapter a GPU",
 )
 
@@ -86,7 +87,7 @@ TABLE: dict[str, Device] = {
         target="sm_90a",
         peak=_HOPPER_PEAK,
         attained=_HOPPER_ATTAINED,
-        memory=80e9,
+        memory=85.0e9,
         bandwidth=3.35e12,
         nvlink=450e9,
         network=50e9,
@@ -100,7 +101,7 @@ TABLE: dict[str, Device] = {
         target="sm_90a",
         peak=_HOPPER_PEAK,
         attained=_HOPPER_ATTAINED,
-        memory=141e9,
+        memory=150.7e9,
         bandwidth=4.8e12,
         nvlink=450e9,
         network=50e9,

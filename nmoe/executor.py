@@ -51,6 +51,13 @@ class Executor:
             raise ValueError(
                 f"the arena has {self.arena.numel()} bytes, the schedule needs {schedule.arena_bytes}"
             )
+        for tensor in schedule.graph.of_kind("param", "grad", "state", "input"):
+            wanted, x = schedule.spec(tensor.name), self.tensors.get(tensor.name)
+            found = None if x is None else (x.dtype, tuple(x.shape))
+            if found != (DTYPES[wanted.format], wanted.shape):
+                raise ValueError(
+                    f"{tensor.name} is {found}, the schedule needs {wanted.format} {wanted.shape}"
+                )
         for tensor in schedule.graph.of_kind("const"):
             if tensor.name not in self.tensors and tensor.format not in QUANTIZED:
                 self.tensors[tensor.name] = empty(schedule.spec(tensor.name))

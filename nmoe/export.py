@@ -20,7 +20,7 @@ from nmoe.step import checkpoint_state
 def export(config: Config, folder: Path) -> str:
     """Writes safetensors, config.json and the tokenizer into `folder`; one line that says what was written.
 
-    Raises CheckpointError when the run has no checkpoint or was made with another config.
+    Raises CheckpointError when the run has no checkpoint or holds another model.
     """
     graph = model.build(config)
     parameters = Parameters(graph)
@@ -28,9 +28,9 @@ def export(config: Config, folder: Path) -> str:
     runs = Path(config.checkpoint.dir) / config.run.name
 
     def check(meta: dict) -> None:
-        changed = configuration.differences(meta["config"], config)
+        changed = [c for c in configuration.differences(meta["config"], config) if c.startswith(("model.", "moe."))]
         if changed:
-            raise CheckpointError(f"{runs} was trained with another config:\n  " + "\n  ".join(changed))
+            raise CheckpointError(f"{runs} holds another model:\n  " + "\n  ".join(changed))
 
     with Checkpointer(runs, config.checkpoint.keep) as checkpoints:
         state = checkpoint_state(parameters, AdamW(parameters, config.optim), biases)

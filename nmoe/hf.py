@@ -89,7 +89,7 @@ def pieces(name: str, tensor: Tensor, depth: int) -> Iterator[tuple[str, Tensor]
 # ---- config.json ------------------------------------------------------------------------------------
 
 
-class Fact(NamedTuple):
+class _Fact(NamedTuple):
     """A value of config.json (dots step into a table) and the TOML key that it comes from."""
 
     key: str
@@ -97,63 +97,63 @@ class Fact(NamedTuple):
     toml: str
 
 
-def _facts(config: Config) -> list[Fact]:
+def _facts(config: Config) -> list[_Fact]:
     """Everything that config.json and the TOML must agree on."""
     model, a, moe, every = config.model, config.model.attention, config.moe, layers(config)
     dense = [layer for layer in every if layer.ffn == "dense"]
     at = "[model.attention] "
     facts = [
-        Fact("model_type", f"deepseek_{_version(config)}", "[moe] score"),
-        Fact("vocab_size", model.vocab_size, "[model] vocab_size"),
-        Fact("hidden_size", model.hidden_size, "[model] hidden_size"),
-        Fact("rms_norm_eps", model.norm_eps, "[model] norm_eps"),
-        Fact("tie_word_embeddings", model.tie_embeddings, "[model] tie_embeddings"),
-        Fact("num_hidden_layers", len(every), "[[model.layers]] repeat"),
-        Fact("first_k_dense_replace", len(dense), "[[model.layers]] ffn"),
-        Fact("num_attention_heads", a.heads, at + "heads"),
-        Fact("num_key_value_heads", a.heads, at + "heads"),
-        Fact("q_lora_rank", a.q_lora_rank or None, at + "q_lora_rank"),
-        Fact("kv_lora_rank", a.kv_lora_rank, at + "kv_lora_rank"),
-        Fact("qk_nope_head_dim", a.qk_nope_head_dim, at + "qk_nope_head_dim"),
-        Fact("qk_rope_head_dim", a.qk_rope_head_dim, at + "qk_rope_head_dim"),
-        Fact("v_head_dim", a.v_head_dim, at + "v_head_dim"),
-        Fact("rope_parameters.rope_theta", a.rope_theta, at + "rope_theta"),
+        _Fact("model_type", f"deepseek_{_version(config)}", "[moe] score"),
+        _Fact("vocab_size", model.vocab_size, "[model] vocab_size"),
+        _Fact("hidden_size", model.hidden_size, "[model] hidden_size"),
+        _Fact("rms_norm_eps", model.norm_eps, "[model] norm_eps"),
+        _Fact("tie_word_embeddings", model.tie_embeddings, "[model] tie_embeddings"),
+        _Fact("num_hidden_layers", len(every), "[[model.layers]] repeat"),
+        _Fact("first_k_dense_replace", len(dense), "[[model.layers]] ffn"),
+        _Fact("num_attention_heads", a.heads, at + "heads"),
+        _Fact("num_key_value_heads", a.heads, at + "heads"),
+        _Fact("q_lora_rank", a.q_lora_rank or None, at + "q_lora_rank"),
+        _Fact("kv_lora_rank", a.kv_lora_rank, at + "kv_lora_rank"),
+        _Fact("qk_nope_head_dim", a.qk_nope_head_dim, at + "qk_nope_head_dim"),
+        _Fact("qk_rope_head_dim", a.qk_rope_head_dim, at + "qk_rope_head_dim"),
+        _Fact("v_head_dim", a.v_head_dim, at + "v_head_dim"),
+        _Fact("rope_parameters.rope_theta", a.rope_theta, at + "rope_theta"),
     ]
     if dense:
         width = dense[0].intermediate_size
-        facts.append(Fact("intermediate_size", width, "[[model.layers]] intermediate_size"))
+        facts.append(_Fact("intermediate_size", width, "[[model.layers]] intermediate_size"))
     if moe:
         facts += [
-            Fact("n_routed_experts", moe.experts, "[moe] experts"),
-            Fact("num_experts_per_tok", moe.topk, "[moe] topk"),
-            Fact("moe_intermediate_size", moe.intermediate_size, "[moe] intermediate_size"),
-            Fact("n_shared_experts", moe.shared_experts, "[moe] shared_experts"),
-            Fact("n_group", moe.groups, "[moe] groups"),
-            Fact("topk_group", moe.topk_groups, "[moe] topk_groups"),
-            Fact("norm_topk_prob", moe.normalize_topk, "[moe] normalize_topk"),
-            Fact("routed_scaling_factor", moe.route_scale, "[moe] route_scale"),
-            Fact("scoring_func", moe.score, "[moe] score"),
-            Fact("topk_method", _topk_method(config), "[moe] groups"),
+            _Fact("n_routed_experts", moe.experts, "[moe] experts"),
+            _Fact("num_experts_per_tok", moe.topk, "[moe] topk"),
+            _Fact("moe_intermediate_size", moe.intermediate_size, "[moe] intermediate_size"),
+            _Fact("n_shared_experts", moe.shared_experts, "[moe] shared_experts"),
+            _Fact("n_group", moe.groups, "[moe] groups"),
+            _Fact("topk_group", moe.topk_groups, "[moe] topk_groups"),
+            _Fact("norm_topk_prob", moe.normalize_topk, "[moe] normalize_topk"),
+            _Fact("routed_scaling_factor", moe.route_scale, "[moe] route_scale"),
+            _Fact("scoring_func", moe.score, "[moe] score"),
+            _Fact("topk_method", _topk_method(config), "[moe] groups"),
         ]
     return facts + _rope_facts(config)
 
 
-def _rope_facts(config: Config) -> list[Fact]:
+def _rope_facts(config: Config) -> list[_Fact]:
     a = config.model.attention
     yarn, at = a.yarn, "[model.attention.yarn] "
     if yarn.factor <= 1:
-        return [Fact("rope_parameters.rope_type", "default", at + "factor")]
+        return [_Fact("rope_parameters.rope_type", "default", at + "factor")]
     _, attention_factor = rope_frequencies(a.qk_rope_head_dim, a.rope_theta, asdict(yarn))
     return [
-        Fact("rope_parameters.rope_type", "yarn", at + "factor"),
-        Fact("rope_parameters.factor", yarn.factor, at + "factor"),
-        Fact(
+        _Fact("rope_parameters.rope_type", "yarn", at + "factor"),
+        _Fact("rope_parameters.factor", yarn.factor, at + "factor"),
+        _Fact(
             "rope_parameters.original_max_position_embeddings", yarn.original_seq_len, at + "original_seq_len"
         ),
-        Fact("rope_parameters.beta_fast", yarn.beta_fast, at + "beta_fast"),
-        Fact("rope_parameters.beta_slow", yarn.beta_slow, at + "beta_slow"),
-        Fact("rope_parameters.mscale_all_dim", yarn.mscale_all_dim, at + "mscale_all_dim"),
-        Fact("rope_parameters.attention_factor", attention_factor, at + "mscale"),
+        _Fact("rope_parameters.beta_fast", yarn.beta_fast, at + "beta_fast"),
+        _Fact("rope_parameters.beta_slow", yarn.beta_slow, at + "beta_slow"),
+        _Fact("rope_parameters.mscale_all_dim", yarn.mscale_all_dim, at + "mscale_all_dim"),
+        _Fact("rope_parameters.attention_factor", attention_factor, at + "mscale"),
     ]
 
 
@@ -403,6 +403,11 @@ def load(config: Config, folder: Path) -> tuple[dict[str, Tensor], dict[str, Ten
                 raise CheckpointError(f"{path} cannot be read: {e}") from e
             source |= dict.fromkeys(file.keys(), file)
         found = {name: _header(file, name) for name, file in source.items()}
+        module = f"model.layers.{depth}."
+        if not config.model.mtp_depth and any(name.startswith(module) for name in found):
+            raise CheckpointError(
+                f"{folder} has a multi-token prediction module, {module}*: set [model] mtp_depth = 1"
+            )
         implied = _implied(config, params)
         wanted = {n: tuple(t.shape) for n, t in (implied | targets).items() if n in targets or n in found}
         problems = _differences(wanted, found, ("F32", "BF16", "F16"))

@@ -115,12 +115,12 @@ def plan(config: Config, world: int = 1, device: Device | None = None) -> Plan:
     ]
     micro_batches = config.train.batch_size // world // sequences
     repeats = {"init": 0, "step": 1, "micro": micro_batches}
-    flops = update = 0.0
+    flops = traffic = 0.0
     by_label = dict.fromkeys(WIRES.values(), Wire())
     for call, wire in zip(calls, sent, strict=True):
         cost = predict.call_cost(schedule, call, rows)
         flops += cost.flops * repeats[call.phase]
-        update += cost.bytes * repeats[call.phase]
+        traffic += cost.bytes * repeats[call.phase]
         if op := predict.carrier(call):
             by_label[WIRES[op.kind, op.stage]] += wire.times(micro_batches)
     whole, computing = predict.timeline(calls, times)
@@ -137,7 +137,7 @@ def plan(config: Config, world: int = 1, device: Device | None = None) -> Plan:
         largest=tuple(_families(schedule)),
         flops=flops,
         model_flops=predict.model_flops(config, schedule) * micro_batches,
-        bytes=update + touched,
+        bytes=traffic + touched,
         wires=by_label | {SYNC: sync},
         seconds={
             "computing": computing * micro_batches,
@@ -356,13 +356,16 @@ def _remedy(config: Config, world: int, limit: float) -> str:
 
     if found := alone(_options(config, world)):
         return " or ".join(found)
-    combined, keys = config, []
+    keys: list[str] = []
+    combined = config
     for key, values in _options(config, world):
-        if values:
-            combined = _with(combined, key, values[-1])
-            keys.append(_setting(key, values[-1]))
-            if fits(combined):
-                return " with ".join(keys)
+        if not values:
+            continue
+        if fits(_with(combined, key, values[-1])):
+            mildest = next(value for value in values if fits(_with(combined, key, value)))
+            return " with ".join([*keys, _setting(key, mildest)])
+        combined = _with(combined, key, values[-1])
+        keys.append(_setting(key, values[-1]))
     for more in (world * 2, world * 4, world * 8):
         if config.train.batch_size % more == 0 and fits(config, more):
             return f"--world {more}"
@@ -405,10 +408,10 @@ def format_plan(plan: Plan) -> str:
         f"{plan.micro_batches} x {plan.sequences} sequence(s)",
         f"  precision   {config.schedule.precision}, recompute {config.schedule.recompute}",
         "",
-        f"memory of a rank: {gigabytes(plan.memory_bytes)} of {gigabytes(usable)} usable",
-        *(f"  {gigabytes(size):>12}  {name}" for name, size in plan.memory.items() if size),
+        f"memory of a rank: {amount(plan.memory_bytes, 'B')} of {amount(usable, 'B')} usable",
+        *(f"  {amount(size, 'B'):>12}  {name}" for name, size in plan.memory.items() if size),
         "  largest:",
-        *(f"  {gigabytes(size):>12}  {name}" for name, size in plan.largest),
+        *(f"  {amount(size, 'B'):>12}  {name}" for name, size in plan.largest),
         "",
         "work of a rank in a step",
         f"  {amount(plan.flops, 'FLOP'):>12}  of which the model needs {amount(plan.model_flops, 'FLOP')}",
@@ -425,8 +428,8 @@ def format_plan(plan: Plan) -> str:
         f"  {1e3 * plan.step_seconds:>9,.1f} ms  in all: {amount(plan.tokens_per_second, 'token/s')}, "
         f"{amount(86400 * plan.tokens_per_second, 'tokens a day')}; MFU {100 * plan.mfu:.0f}% of the "
         f"{config.schedule.precision} peak",
-        f"  {config.train.steps * plan.step_seconds / 86400:>9,.1f} days for the run's {config.train.steps:,} steps",
+        f"  {config.train.steps * plan.step_seconds / 3600:>9,.1f} h   for the run's {config.train.steps:,} steps",
         "",
-        f"a checkpoint holds {gigabytes(plan.checkpoint_bytes)}",
+        f"a checkpoint holds {amount(plan.checkpoint_bytes, 'B')}",
     ]
     return "\n".join(lines)

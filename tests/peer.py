@@ -288,7 +288,7 @@ def peer_gradients(config: Config, model: Any, tokens: Tensor) -> tuple[float, d
         for name, parameter in module.named_parameters():
             if parameter.numel():
                 own = name.replace("mtp_block.", "").replace("post_norm", "shared_head.norm")
-                gradients |= _published(prefix + own, parameter.grad)
+                gradients |= published(prefix + own, parameter.grad)
     return loss.item(), gradients
 
 
@@ -296,7 +296,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def _published(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def published(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Stacked experts one by one, as they are published."""
     path, _, last = name.rpartition(".")
     if last == "gate_up_proj":

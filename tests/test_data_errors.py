@@ -219,6 +219,8 @@ def corpus(tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "broken.jsonl").write_text(json.dumps(rows[0]) + '\n{"id": \n')
+    (tmp_path / "torn.jsonl").write_text(json.dumps(rows[0]) + '\n{"id": \n')
+    (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "not.parquet").write_bytes(b"PAR2" * 10)
     (tmp_path / "blank.txt").write_text(" \n\n")
     (tmp_path / "nothing.txt").write_text("")
@@ -256,6 +258,15 @@ UNREADABLE = {
         {"dataset": "json", "files": ("{dir}/broken.jsonl",), "text_field": "body"},
         '[[data.sources]] "words": json data cannot be read (ArrowInvalid: JSON parse error: Invalid value. '
         "in row 1); check dataset, files, subset and split",
+    ),
+    "broken second file": (
+        {"dataset": "json", "files": ("{dir}/rows.jsonl", "{dir}/torn.jsonl"), "text_field": "body"},
+        '[[data.sources]] "words": json data cannot be read (ArrowInvalid: JSON parse error: Invalid value. '
+        "in row 1); check dataset, files, subset and split",
+    ),
+    "empty jsonl": (
+        {"dataset": "json", "files": ("{dir}/empty.jsonl",)},
+        '[[data.sources]] "words": no documents; check files, subset and split',
     ),
     "not parquet": (
         {"dataset": "parquet", "files": ("{dir}/not.parquet",)},
@@ -371,6 +382,20 @@ def test_two_preparations_of_one_directory(corpus):
         f"{corpus}/out: another `nmoe prep-mixture` is writing here; wait for it"
     )  # fmt: skip
     prep.prepare(words(corpus), workers=1)
+
+
+def test_a_tokenizer_whose_end_of_document_is_a_word(corpus):
+    prep.prepare(words(corpus), workers=1)
+    (corpus / "out/tokenizer.json").rename(corpus / "tokenizer.json")
+    (corpus / "tokenizer_config.json").write_text('{"eos_token": "e"}')
+    data = replace(words(corpus), dir=str(corpus / "other"), tokenizer=f"hf:{corpus}")
+    with pytest.raises(DataError) as error:
+        prep.prepare(data, workers=1)
+    eos = json.loads((corpus / "tokenizer.json").read_text())["model"]["vocab"]["e"]
+    assert str(error.value) == (
+        f'tokenizer "hf:{corpus}" turns plain text into its end-of-document token {eos}; '
+        "give it an eos_token that is a special token"
+    )
 
 
 def test_a_full_disk_loses_nothing(corpus, monkeypatch):

@@ -16,6 +16,7 @@ from peer import (
     load_peer,
     make_config,
     nmoe_logits,
+    published,
     random_config,
     random_tokens,
     random_weights,
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from nmoe import hf
 from nmoe.config import Config, LayerGroup, Moe, Yarn
+from nmoe.config import load as load_config
 from nmoe.data.tokenizer import EOS, train_bpe
 from nmoe.data.tokenizer import load as load_tokenizer
 from nmoe.errors import CheckpointError, DataError, UserError
@@ -34,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Initializing zero-element tensors is a no-op"
 )  # no shared experts
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 SIGMOID = Moe(experts=4, topk=2, intermediate_size=12, shared_experts=1)
 SOFTMAX = replace(SIGMOID, score="softmax", normalize_topk=False, bias_rate=0.0)
 
@@ -248,6 +251,32 @@ def test_published_names_of_the_multi_token_prediction_module(tmp_path: Path) ->
     assert torch.equal(module["embed_tokens.weight"], params["embed"])
     assert torch.equal(module["mlp.gate.e_score_correction_bias"], biases["mtp.0.moe.router_bias"])
     assert torch.equal(module["mlp.experts.3.up_proj.weight"], params["mtp.0.moe.experts.gate_up"][3, 12:])
+
+
+@pytest.mark.parametrize("name", ["dsv2", "dsv3", "moonlet", "moonlight"])
+def test_shipped_shapes_are_those_of_the_model_that_transformers_makes(name: str, tmp_path: Path) -> None:
+    """Names and shapes of every tensor, at full size, without a byte of weights."""
+    config = load_config(CONFIGS / f"{name}.toml")
+    (tmp_path / "config.json").write_text(json.dumps(hf._config_json(config, torch.bfloat16, None)))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(tmp_path)
+        )
+        theirs = {
+            n: tuple(t.shape)
+            for key, value in model.state_dict().items()
+            for n, t in published(key, value).items()
+        }
+        params, biases = hf._shapes(config)
+        depth = model.config.num_hidden_layers
+        ours = dict(
+            piece
+            for key, shape in (params | biases).items()
+            for piece in hf.pieces(key, torch.empty(shape), depth)
+        )
+    module = f"model.layers.{depth}."
+    assert {n: tuple(t.shape) for n, t in ours.items() if not n.startswith(module)} == theirs
+    assert any(n.startswith(module) for n in ours) == (config.model.mtp_depth > 0)
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -517,6 +546,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         assert str(error.value).startswith(expected)
     else:
         assert str(error.value) == expected
+
+
+def test_a_module_that_the_config_lacks_is_named_once(tmp_path: Path) -> None:
+    folder = exported(MTP, tmp_path / "model")
+    with pytest.raises(CheckpointError) as error:
+        hf.load(PLAIN, folder)
+    assert str(error.value) == (
+        f"{folder} has a multi-token prediction module, model.layers.2.*: set [model] mtp_depth = 1"
+    )
 
 
 def test_a_missing_shard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from test_model import configs
 from nmoe.config import Config, load
 from nmoe.ops import OPS
 from nmoe.schedule import Schedule, lower, memory
+from nmoe.schedule.explain import explain, scaled
 from nmoe.schedule.lower import MAIN
 from nmoe.schedule.memory import ALIGNMENT, Lifetime
 
@@ -211,7 +212,7 @@ def test_buffers_are_reused():
     assert schedule.aliases  # some ops work in place
 
 
-lives = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 20), st.integers(0, 20)), max_size=40)
+lives = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 20), st.integers(0, 20)), max_size=40)
 
 
 @given(lives, st.integers(0, 21))
@@ -242,3 +243,53 @@ def test_overlaps_are_found():
     lifetimes = {"a": Lifetime("a", 100, 0, 3), "b": Lifetime("b", 100, 3, 5), "c": Lifetime("c", 100, 4, 6)}
     assert memory.overlaps(lifetimes, {"a": 0, "b": 99, "c": 0}) == [("a", "b"), ("b", "c")]
     assert memory.overlaps(lifetimes, {"a": 0, "b": 100, "c": 0}) == []
+
+
+# ---- explain ----
+
+
+def test_explain():
+    schedule = lowered(distributed(tiny_config()))
+    head, totals, titles, *lines = explain(schedule).split("\n")
+    assert head.startswith(
+        f"sm_100a: {len(schedule.graph.ops)} ops in {len(schedule.calls)} kernels; T = 32, R = "
+    )
+    assert totals.startswith("arena ") and all(kind in totals for kind in ("param", "grad", "state", "input"))
+    assert titles.split() == ["#", "stream", "kernel", "ops", "FLOPs", "bytes", "live", "largest", "output"]
+    assert len(lines) == len(schedule.calls)
+    for i, (call, line) in enumerate(zip(schedule.calls, lines, strict=True)):
+        assert line.split()[0] == str(i) and f"  {call.name}  " in line
+        assert "+".join(op.kind for op in call.ops) in line
+        assert all(str(wait) in line for wait in call.waits)
+    assert any(" comm " in line for line in lines) and any(" side after " in line for line in lines)
+    timed = explain(schedule, time=lambda call: 2e-6 * len(call.ops)).split("\n")
+    assert " µs " in timed[2]
+    assert all(
+        f" {2.0 * len(call.ops):.1f} " in line for call, line in zip(schedule.calls, timed[3:], strict=True)
+    )
+
+
+def test_live_memory_peaks_where_the_plan_says():
+    schedule = lowered(tiny_config())
+    peak, at = memory.peak(schedule.lifetimes.values())
+    lines = explain(schedule).split("\n")
+    assert f"{scaled(peak)}B alive at kernel {at};" in lines[1]
+    assert f" {scaled(peak)} " in lines[3 + at]
+
+
+def test_fused_values_cost_no_traffic():
+    schedule = lowered(distributed(tiny_config(schedule={"precision": "mxfp8"})))
+    call = next(call for call in schedule.calls if call.name.endswith("moe.gemm1") and len(call.ops) > 1)
+    alone, together = (sum(cost.bytes for cost in costs) for costs in (
+        [schedule.cost(op) for op in call.ops], [cost for _, cost in schedule.costs(call)]))  # fmt: skip
+    assert together < alone
+    assert sum(cost.flops for _, cost in schedule.costs(call)) == sum(
+        schedule.cost(op).flops for op in call.ops
+    )
+
+
+@pytest.mark.parametrize("value, text", [
+    (0, "0"), (999, "999"), (1000, "1k"), (1234, "1.23k"), (999_400, "999k"), (999_600, "1000k"),
+    (1_234_567, "1.23M"), (5e15, "5P")])  # fmt: skip
+def test_scaled(value, text):
+    assert scaled(value) == text

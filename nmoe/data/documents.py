@@ -54,6 +54,8 @@ class Documents:
         try:
             self._dataset = datasets.load_dataset(**arguments, split=source.split, streaming=True)
             columns = self._dataset.column_names or list(next(iter(self._dataset), {}))
+        except StopIteration:  # how its JSON reader says that there is no row
+            columns = []
         except Exception as error:  # anything the readers of all formats and the network raise
             raise self._unreadable(error) from error
         if not columns:

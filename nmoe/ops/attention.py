@@ -8,7 +8,7 @@ document, says both where it starts and which rotation applies.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -71,7 +71,7 @@ class Rope(OpDef):
 
     kind = "rope"
     outputs = ("y",)
-    inplace = {"y": 0}
+    inplace: ClassVar = {"y": 0}
     cheap = True
 
     def infer(self, attrs: Attrs, x: Spec, positions: Spec, cos: Spec, sin: Spec) -> dict[str, Spec]:
@@ -124,8 +124,8 @@ class _Heads:
         self.seq, self.heads = attrs["seq_len"], attrs["heads"]
         self.nope, self.rope, self.vdim = attrs["nope"], attrs["rope"], attrs["v"]
         q, kv, k_rope, positions = ins
-        self.source = [t.view(-1, self.seq, *shape) for t, shape in (
-            (q, (self.heads, self.nope + self.rope)), (kv, (self.heads, self.nope + self.vdim)), (k_rope, (1, self.rope)))]  # fmt: skip
+        widths = ((self.heads, self.nope + self.rope), (self.heads, self.nope + self.vdim), (1, self.rope))
+        self.source = [x.view(-1, self.seq, *w) for x, w in zip((q, kv, k_rope), widths, strict=True)]
         self.positions = positions.view(-1, self.seq)
         self.q, self.k, self.v, self.scores, self.index, self.low, self.bad, self.late = scratch[:8]
         torch.arange(self.seq, out=self.index)
@@ -147,7 +147,7 @@ class _Heads:
         """(queries, keys, scores [H, m, n] with −inf where a query does not see a key) of each query block."""
         for start in range(0, self.seq, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, self.seq)
-            first = int(self.low[start:end].min())
+            first = int(self.low[start])  # the documents follow each other, so `low` never falls
             m, n = end - start, end - first
             scores = self.scores[: self.heads * m * n].view(self.heads, m, n)
             torch.bmm(self.q[:, start:end], self.k[:, first:end].mT, out=scores)
@@ -164,8 +164,9 @@ def _common_scratch(attrs: Attrs, fmt: str) -> list[Spec]:
     seq, heads = attrs["seq_len"], attrs["heads"]
     key = Spec((heads, seq, attrs["nope"] + attrs["rope"]), fmt)
     block = min(QUERY_BLOCK, seq)
-    return [key, key, Spec((heads, seq, attrs["v"]), fmt), Spec((heads * block * seq,), fmt),
-            Spec((seq,), "i32"), Spec((seq,), "i32"), Spec((2 * block * seq,), "bool"), Spec((seq,), "i32")]  # fmt: skip
+    scores, rows = Spec((heads * block * seq,), fmt), Spec((seq,), "i32")
+    value, mask = Spec((heads, seq, attrs["v"]), fmt), Spec((2 * block * seq,), "bool")
+    return [key, key, value, scores, rows, rows, mask, rows]
 
 
 @register

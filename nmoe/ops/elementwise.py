@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,7 +16,7 @@ class Add(OpDef):
 
     kind = "add"
     outputs = ("y",)
-    inplace = {"y": 0}
+    inplace: ClassVar = {"y": 0}
 
     def infer(self, attrs: Attrs, a: Spec, b: Spec) -> dict[str, Spec]:
         if a != b:

@@ -11,6 +11,7 @@ Operands may be quantized along the contracted dimension. Accumulation is FP32 a
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -130,12 +131,12 @@ class GroupedGemm(_Product):
 
     def multiply(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, ins: list[Any]) -> None:
         ends = ins[2].tolist()
-        for e, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        for e, (start, end) in enumerate(pairwise(ends)):
             if end > start:
                 torch.mm(a[start:end], b[e], out=out[start:end])
 
     def accumulate(self, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, ins: list[Any]) -> None:
         ends = ins[2].tolist()
-        for e, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        for e, (start, end) in enumerate(pairwise(ends)):
             if end > start:
                 dw[e].addmm_(dy[start:end].t(), x[start:end])

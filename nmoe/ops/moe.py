@@ -62,6 +62,7 @@ class Router(OpDef):
         groups, seq = attrs["groups"], attrs["seq_len"]
         full = Spec((rows, experts), fmt)
         need = [Spec(ins[0].shape, fmt), full, full, full, Spec((rows, experts), "i64"), Spec((rows, 1), fmt)]
+        need.append(Spec((1,), fmt))
         if groups > 1:
             per = Spec((rows, groups, experts // groups), fmt)
             need += [per, Spec(per.shape, "i64"), Spec((rows, groups), fmt), Spec((rows, groups), fmt),
@@ -74,8 +75,8 @@ class Router(OpDef):
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
         (x, w, bias), (indices, weights, logits, balance, z) = ins, outs
-        x32, scores, choice, ranked, order, column = scratch[:6]
-        rest = list(scratch[6:])
+        x32, scores, choice, ranked, order, column, total = scratch[:7]
+        rest = list(scratch[7:])
         topk = attrs["topk"]
         torch.mm(x32.copy_(x), w.t(), out=logits)
         _scores(attrs, logits, scores)
@@ -96,10 +97,12 @@ class Router(OpDef):
             frequency, mean = _frequency(attrs, indices, rest), rest[1]
             torch.sum(share.view(-1, attrs["seq_len"], share.shape[1]), dim=1, out=mean)
             scale = attrs["balance"] * attrs["inverse_sequences"] / attrs["seq_len"]
-            balance.add_(frequency.mul_(mean).sum(), alpha=scale)
+            torch.sum(frequency.mul_(mean).view(-1), 0, keepdim=True, out=total)
+            balance.add_(total, alpha=scale)
         if z is not None:
             torch.logsumexp(logits, dim=-1, keepdim=True, out=column)
-            z.add_(column.square_().sum(), alpha=attrs["z"] * attrs["inverse_sequences"] / attrs["seq_len"])
+            torch.sum(column.square_().view(-1), 0, keepdim=True, out=total)
+            z.add_(total, alpha=attrs["z"] * attrs["inverse_sequences"] / attrs["seq_len"])
 
     def _limit_groups(self, attrs: Attrs, choice: torch.Tensor, scratch: list[torch.Tensor]) -> None:
         """Sets the scores outside each token's best groups to −∞."""
@@ -266,7 +269,7 @@ class MoePlan(OpDef):
         torch.add(counts, align - 1, out=padded)
         padded.floor_divide_(align).mul_(align)
         torch.cumsum(padded, 0, out=shift)
-        offsets[0] = 0
+        offsets[:1].zero_()
         offsets[1:].copy_(shift)
         if (total := int(shift[-1])) > row_source.shape[0]:
             raise CapacityError(

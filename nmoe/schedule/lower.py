@@ -73,6 +73,22 @@ class Schedule:
 
         return OPS[op.kind].cost(op.attrs, [spec(n) for n in op.inputs], [spec(n) for n in op.outputs])
 
+    def costs(self, call: Call, rows: Mapping[str, int] | None = None) -> Iterator[tuple[Op, Cost]]:
+        """Of each op of a kernel. Values that stay inside it cost no traffic; what several of its ops read counts
+        once."""
+        dims, near = {**self.dims, **(rows or {})}, set(self.fused)
+
+        def spec(name: str | None) -> Spec | None:
+            if name is None:
+                return None
+            bound = bind(self.graph.tensors[name].spec, dims)
+            return Spec(bound.shape, "register") if name in near else bound
+
+        for op in call.ops:
+            ins, outs = [spec(name) for name in op.inputs], [spec(name) for name in op.outputs]
+            yield op, OPS[op.kind].cost(op.attrs, ins, outs)
+            near.update(name for name in (*op.inputs, *op.outputs) if name is not None)
+
     def persistent_bytes(self) -> dict[str, int]:
         """Bytes outside the arena by kind: parameters as the GEMMs read them, FP32 gradients, state, inputs."""
         total: dict[str, int] = {}

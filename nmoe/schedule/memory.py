@@ -17,6 +17,11 @@ class Lifetime:
     start: int
     end: int
 
+    @property
+    def room(self) -> int:
+        """Bytes that it takes in the arena."""
+        return -(-self.bytes // ALIGNMENT) * ALIGNMENT
+
 
 def place(lifetimes: Iterable[Lifetime], turn: int) -> tuple[dict[str, int], int]:
     """Offsets in an arena, and the arena's bytes.
@@ -44,7 +49,7 @@ def _best_fit(lifetimes: list[Lifetime]) -> tuple[dict[str, int], int]:
             for block in ending.pop(now, ()):
                 _release(holes, block)
             now += 1
-        size = -(-life.bytes // ALIGNMENT) * ALIGNMENT
+        size = life.room
         fitting = [(bytes_, index) for index, (_, bytes_) in enumerate(holes) if bytes_ >= size]
         if fitting:
             bytes_, index = min(fitting)
@@ -82,7 +87,7 @@ def peak(lifetimes: Iterable[Lifetime]) -> tuple[int, int]:
     """The most bytes alive at once and the call at which that is: the least any placement needs."""
     change: dict[int, int] = {}
     for life in lifetimes:
-        size = -(-life.bytes // ALIGNMENT) * ALIGNMENT
+        size = life.room
         change[life.start] = change.get(life.start, 0) + size
         change[life.end + 1] = change.get(life.end + 1, 0) - size
     most = at = alive = 0
