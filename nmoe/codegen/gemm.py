@@ -1,38 +1,55 @@
-"""Grouped GEMMs as the templates see them: what is multiplied, in which layout, and what follows in the epilogue.
+"""Grouped GEMMs as the templates see them: what is multiplied, in which layout, what follows, and how it may be cut.
 
 Says nothing of CuTeDSL, so that specs can be matched and listed on a machine without the compiler.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from typing import Literal
 
-Mode = tuple[int, int]
+from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.spec import KernelSpec
+from nmoe.errors import UserError
+
+Role = Literal["fprop", "dgrad", "wgrad"]
+Epilogue = Literal["store", "swiglu", "dswiglu", "accumulate"]
+Modes = tuple[tuple[int, int], ...]
+
+ROW_TILE = 128  # rows to which expert segments are padded
+SLICE = 64  # depth of a pipeline stage: 64 BF16 are the 128 bytes that the widest swizzle spans
+ROWS = -1  # a dynamic extent: the packed rows
+MAX_EXPERTS = 1024
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A kernel argument: `shape` with ROWS for the dynamic extent, row-major."""
+
+    name: str
+    format: Literal["bf16", "f32", "i32"]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class GemmProblem:
-    """One grouped GEMM over W[experts, n, k] and packed rows.
+    """One grouped GEMM over W[experts, n, k] and packed rows whose segments `offsets` bounds.
 
-    role fprop: rows · Wᵀ, [R, n]; dgrad: rows · W, [R, k]; wgrad: Σ over an expert's rows, [experts, n, k].
-    `epilogue`: store; swiglu (fprop, n = 2·pairs); dswiglu (dgrad); accumulate (wgrad).
+    fprop: y[R, n] = rows · Wᵀ; dgrad: y[R, k] = rows · W; wgrad: dw[experts, n, k] += rowsᵀ · rows.
+    swiglu follows an fprop of n = 2·pairs and stores h = [gate | up] and act = s · silu(gate) · up;
+    dswiglu follows a dgrad, reads h[R, 2k] and stores dh and ds.
     """
 
-    role: Literal["fprop", "dgrad", "wgrad"]
+    role: Role
     experts: int
     n: int
     k: int
-    epilogue: Literal["store", "swiglu", "dswiglu", "accumulate"]
+    epilogue: Epilogue
 
     @property
     def ragged(self) -> Literal["rows", "depth"]:
+        """Which dimension the experts' row counts vary: that of the result's rows, or the contracted one."""
         return "depth" if self.role == "wgrad" else "rows"
-
-    @property
-    def rows(self) -> int:
-        return self.n
 
     @property
     def columns(self) -> int:
@@ -42,9 +59,9 @@ class GemmProblem:
         return self.n if self.role == "fprop" else self.k
 
     @property
-    def depth_slices(self) -> int:
-        depth = self.k if self.role == "fprop" else self.n
-        return -(-depth // 64)
+    def depth(self) -> int:
+        """The contracted dimension where it is the same for all experts."""
+        return self.k if self.role == "fprop" else self.n
 
     @property
     def a_mn_major(self) -> bool:
@@ -54,48 +71,172 @@ class GemmProblem:
     def b_mn_major(self) -> bool:
         return self.role != "fprop"
 
-    @cached_property
-    def views(self) -> dict[str, tuple[Mode, ...]]:
-        n, k, e = self.n, self.k, self.experts
-        if self.role == "fprop":
-            pairs = n // 2
-            views = {"a": ((-1, k), (k, 1))}
-            if self.epilogue == "swiglu":
-                views["b"] = ((pairs, k), (k, 1), (2, pairs * k), (e, n * k))
-                views["h"] = ((-1, n), (pairs, 1), (2, pairs))
-                views["act"] = ((-1, pairs), (pairs, 1))
-            else:
-                views["b"] = ((n, k), (k, 1), (1, 0), (e, n * k))
-                views["y"] = ((-1, n), (n, 1))
-            return views
-        if self.role == "dgrad":
-            views = {"a": ((-1, n), (n, 1)), "b": ((k, 1), (n, k), (1, 0), (e, n * k))}
-            if self.epilogue == "dswiglu":
-                views["h"] = views["dh"] = ((-1, 2 * k), (k, 1), (2, k))
-            else:
-                views["y"] = ((-1, k), (k, 1))
-            return views
-        return {
-            "a": ((n, 1), (-1, n)),
-            "b": ((k, 1), (-1, k), (1, 0), (1, 0)),
-            "dw": ((n, k), (k, 1), (e, n * k)),
-        }
-
     @property
     def stored(self) -> tuple[str, ...]:
-        return {"store": ("y",), "swiglu": ("h", "act"), "dswiglu": ("dh",), "accumulate": ("dw",)}[self.epilogue]
+        """The operands that the epilogue stores through TMA."""
+        stores: dict[Epilogue, tuple[str, ...]] = {
+            "store": ("y",), "swiglu": ("h", "act"), "dswiglu": ("dh",), "accumulate": ("dw",)
+        }  # fmt: skip
+        return stores[self.epilogue]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        tail = {"store": ("y",), "swiglu": ("s", "h", "act"), "dswiglu": ("h", "s", "dh", "ds", "partial"),
-                "accumulate": ("dw",)}[self.epilogue]
-        return ("a", "b", "offsets", *tail)
+    def operands(self, tile_n: int) -> tuple[Operand, ...]:
+        """The arguments in call order: the spec's inputs, its outputs, then workspace."""
+        n, k, e = self.n, self.k, self.experts
+        offsets = Operand("offsets", "i32", (e + 1,))
+        if self.role == "wgrad":
+            return (Operand("a", "bf16", (ROWS, n)), Operand("b", "bf16", (ROWS, k)), offsets,
+                    Operand("dw", "f32", (e, n, k)))  # fmt: skip
+        a = Operand("a", "bf16", (ROWS, k if self.role == "fprop" else n))
+        first = (a, Operand("b", "bf16", (e, n, k)), offsets)
+        weight = Operand("s", "f32", (ROWS,))
+        if self.epilogue == "store":
+            return (*first, Operand("y", "bf16", (ROWS, self.columns)))
+        if self.epilogue == "swiglu":
+            return (*first, weight, Operand("h", "bf16", (ROWS, n)), Operand("act", "bf16", (ROWS, n // 2)))
+        partial = Operand("partial", "f32", (-(-k // tile_n), ROWS))
+        return (*first, Operand("h", "bf16", (ROWS, 2 * k)), weight, Operand("dh", "bf16", (ROWS, 2 * k)),
+                Operand("ds", "f32", (ROWS,)), partial)  # fmt: skip
+
+    def modes(self, name: str) -> Modes:
+        """(extent, stride) of an operand's modes as the main loop and the epilogue index it.
+
+        a: (m, depth); b: (n, depth, half, expert); results: (m, n), with a half for [gate | up] or an expert. A mode
+        of its own for the halves makes TMA clip each of them at its own end.
+        """
+        n, k, e = self.n, self.k, self.experts
+        by_rows: dict[tuple[Role, str], Modes] = {
+            ("fprop", "a"): ((ROWS, k), (k, 1)),
+            ("fprop", "b"): ((n, k), (k, 1), (1, 0), (e, n * k)),
+            ("dgrad", "a"): ((ROWS, n), (n, 1)),
+            ("dgrad", "b"): ((k, 1), (n, k), (1, 0), (e, n * k)),
+            ("wgrad", "a"): ((n, 1), (ROWS, n)),
+            ("wgrad", "b"): ((k, 1), (ROWS, k), (1, 0), (1, 0)),
+            ("wgrad", "dw"): ((n, k), (k, 1), (e, n * k)),
+        }
+        if self.epilogue == "swiglu":
+            half = n // 2
+            by_rows["fprop", "b"] = ((half, k), (k, 1), (2, half * k), (e, n * k))
+            by_rows["fprop", "h"] = ((ROWS, n), (half, 1), (2, half))
+            by_rows["fprop", "act"] = ((ROWS, half), (half, 1))
+        by_rows["dgrad", "h"] = by_rows["dgrad", "dh"] = ((ROWS, 2 * k), (k, 1), (2, k))
+        by_rows[self.role, "y"] = ((ROWS, self.columns), (self.columns, 1))
+        return by_rows[self.role, name]
+
+    def flops(self, rows: int) -> float:
+        return 2.0 * rows * self.n * self.k
+
+    def bytes(self, rows: int) -> float:
+        """Least traffic: every operand once; accumulating reads and writes."""
+        size = {"bf16": 2, "f32": 4, "i32": 4}
+        total = 0.0
+        for operand in self.operands(256):
+            elements = 1
+            for extent in operand.shape:
+                elements *= rows if extent == ROWS else extent
+            total += elements * size[operand.format] * (2 if operand.name in ("dw", "partial") else 1)
+        return total
 
 
 @dataclass(frozen=True)
 class GemmConfig:
-    tile_m: int = 128
-    tile_n: int = 256
-    stages: int = 4
-    cluster: int = 2
+    """How a grouped GEMM is cut: the output tile of a thread block, pipeline stages, thread blocks of a cluster along
+    the rows (they share B), and row blocks of a band (scheduler)."""
+
+    tile_n: int
+    stages: int
+    cluster: int
     band: int = 8
+
+    def __str__(self) -> str:
+        return f"128x{self.tile_n}x64 x{self.stages} cluster {self.cluster} band {self.band}"
+
+    def json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+# Epilogue buffers, 64 rows × 128 bytes each, that one group of 64 rows has; dswiglu also reads through them.
+BUFFERS: dict[Epilogue, int] = {"store": 2, "swiglu": 2, "dswiglu": 4, "accumulate": 2}
+BUFFER_BYTES = 64 * 128
+BARRIER_BYTES = 1024
+
+
+def shared_bytes(problem: GemmProblem, config: GemmConfig) -> int:
+    """Shared memory of a thread block."""
+    stage = (ROW_TILE + config.tile_n) * SLICE * 2
+    return config.stages * stage + 2 * BUFFERS[problem.epilogue] * BUFFER_BYTES + BARRIER_BYTES
+
+
+def pieces(problem: GemmProblem, config: GemmConfig) -> int:
+    """Pieces of 128 bytes' width that a row of the tile's results is stored in."""
+    if problem.epilogue == "accumulate":
+        return config.tile_n // 32
+    return config.tile_n // 64 + (config.tile_n // 128 if problem.epilogue == "swiglu" else 0)
+
+
+def violations(problem: GemmProblem, config: GemmConfig, target: str) -> list[str]:
+    """Why a config cannot be built for a problem: each limit with what was found; empty for a legal one."""
+    found = []
+    hardware = HARDWARE[target]
+
+    def limit(ok: bool, text: str) -> None:
+        if not ok:
+            found.append(text)
+
+    limit(config.tile_n in range(128, 257, 128),
+          f"tile_n {config.tile_n}: a half of B is a box of whole 64-element swizzle atoms, and wgmma's n is at most "
+          "256: 128 or 256")  # fmt: skip
+    limit(config.cluster in (1, 2), f"cluster {config.cluster}: 1, or 2 that load half of B each")
+    limit(config.stages >= 2, f"stages {config.stages}: loads overlap the products with 2 or more")
+    limit(config.band >= 1, f"band {config.band}: at least 1 row block")
+    used = shared_bytes(problem, config)
+    limit(used <= hardware.shared,
+          f"{used} bytes of shared memory: {hardware.name} gives a thread block {hardware.shared}")  # fmt: skip
+    limit(pieces(problem, config) % 2 == 0,
+          f"{pieces(problem, config)} epilogue pieces: two buffers take turns, so an even number")  # fmt: skip
+    return found
+
+
+def match(spec: KernelSpec) -> GemmProblem | str:
+    """The problem that a spec states, or why no template builds it."""
+    anchor, *rest = spec.parts
+    tail = tuple(part.kind for part in rest)
+    if anchor.kind != "grouped_gemm":
+        return f"no template for {anchor.kind}"
+    role: Role = dict(anchor.attrs)["role"]
+    formats = {value.format for value in spec.inputs if value.format not in ("i32", "f32")}
+    if formats != {"bf16"}:
+        return f"no template for {', '.join(sorted(formats))} operands yet"
+    epilogues: dict[tuple[Role, tuple[str, ...]], Epilogue] = {
+        ("fprop", ()): "store",
+        ("dgrad", ()): "store",
+        ("fprop", ("swiglu",)): "swiglu",
+        ("dgrad", ("swiglu_bwd",)): "dswiglu",
+        ("wgrad", ()): "accumulate",
+    }
+    if (role, tail) not in epilogues:
+        return f"no epilogue for {' + '.join(map(str, spec.parts))} yet"
+    ins, outs = list(spec.inputs), list(spec.outputs)
+    if role == "wgrad":
+        experts, n, k = outs[0].shape
+    else:
+        experts, n, k = ins[1].shape
+    problem = GemmProblem(role, int(experts), int(n), int(k), epilogues[role, tail])
+    expected = [operand.format for operand in problem.operands(256) if operand.name != "partial"]
+    if [value.format for value in (*ins, *outs)] != expected:
+        return "its operands are not those of a weighted SwiGLU that keeps its pre-activation"
+    if problem.columns % 8 or problem.n % 8 or problem.k % 8:
+        return f"sizes {problem.n} x {problem.k}: TMA needs rows of whole 16 bytes"
+    if problem.experts > MAX_EXPERTS:
+        return f"{problem.experts} experts on a rank: at most {MAX_EXPERTS}"
+    return problem
+
+
+class IllegalConfig(UserError):
+    """A config that breaks a limit of the target."""
+
+
+def require_legal(problem: GemmProblem, config: GemmConfig, target: str) -> None:
+    if found := violations(problem, config, target):
+        raise IllegalConfig(
+            f"{problem.role} {problem.n}x{problem.k} for {target}, {config}: {'; '.join(found)}"
+        )

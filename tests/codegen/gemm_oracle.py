@@ -77,7 +77,9 @@ def _products(problem: GemmProblem, t: dict[str, torch.Tensor]) -> tuple[torch.T
     return torch.cat(parts), torch.cat(sizes)
 
 
-def check(problem: GemmProblem, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, float]:
+def check(
+    problem: GemmProblem, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+) -> dict[str, float]:
     """Asserts every result of a kernel; returns the largest error of each as a share of its bound."""
     exact, size = _products(problem, before)
     total = int(before["offsets"][-1])

@@ -25,14 +25,13 @@ from cutlass import BFloat16, Float32, Int32, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils import SmemAllocator
 
-from nmoe.codegen.gemm import GemmConfig, GemmProblem
+from nmoe.codegen.gemm import BUFFERS, ROW_TILE, ROWS, SLICE, GemmConfig, GemmProblem, Modes
 from nmoe.codegen.templates import activation
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.ring import Ring
 from nmoe.codegen.templates.tiles import RaggedDepth, RaggedRows
 
 GROUP = 128  # threads of a warpgroup
-SLICE = 64  # depth of a stage: 64 BF16 are the 128 bytes that the widest swizzle spans
 PIECE_BYTES = 128  # width of an epilogue piece
 LOAD_REGISTERS, MATH_REGISTERS = 40, 232
 
@@ -47,14 +46,15 @@ class Sm90GroupedGemm(Fixed):
         width = self.half_n if self.paired else config.tile_n
         columns = -(-problem.columns // width)
         self.columns = columns
+        self.tiles: RaggedRows | RaggedDepth
         if problem.ragged == "rows":
-            self.tiles = RaggedRows(problem.experts, config.tile_m, columns, self.cluster, config.band)
+            self.tiles = RaggedRows(problem.experts, ROW_TILE, columns, self.cluster, config.band)
         else:
-            rows = -(-problem.rows // config.tile_m)
-            self.depth = RaggedDepth(problem.experts, rows, columns, self.cluster)
+            self.tiles = RaggedDepth(problem.experts, -(-problem.n // ROW_TILE), columns, self.cluster)
+        self.slices = -(-problem.depth // SLICE)
         self.out_type = Float32 if problem.epilogue == "accumulate" else BFloat16
         self.piece = PIECE_BYTES * 8 // self.out_type.width  # columns of an epilogue piece
-        self.buffers = 4 if self.reads else 2
+        self.buffers = BUFFERS[problem.epilogue]
         self.a_major = warpgroup.OperandMajorMode.MN if problem.a_mn_major else warpgroup.OperandMajorMode.K
         self.b_major = warpgroup.OperandMajorMode.MN if problem.b_mn_major else warpgroup.OperandMajorMode.K
 
@@ -62,32 +62,32 @@ class Sm90GroupedGemm(Fixed):
 
     @cute.jit
     def __call__(self, *args):  # type: ignore[no-untyped-def]
-        """(operands and results in the order of GemmProblem.tensors, clusters, stream)."""
+        """Arguments: the operands in the order of GemmProblem.operands, the number of clusters, the stream."""
         *tensors, clusters, stream = args
-        named = dict(zip(self.problem.names, tensors, strict=True))
-        a = _view(named["a"], self.problem.views["a"])
-        b = _view(named["b"], self.problem.views["b"])
-        a_layout = self._operand_layout(self.a_major, self.config.tile_m, self.config.stages)
+        problem = self.problem
+        named = {o.name: t for o, t in zip(problem.operands(self.config.tile_n), tensors, strict=True)}
+        a, b = (_view(named[name], problem.modes(name)) for name in ("a", "b"))
+        a_layout = self._operand_layout(self.a_major, ROW_TILE, self.config.stages)
         b_layout = self._operand_layout(self.b_major, self.config.tile_n, self.config.stages)
         half = self._operand_layout(self.b_major, self.half_n, 1)
         load = cpasync.CopyBulkTensorTileG2SOp()
         share = cpasync.CopyBulkTensorTileG2SMulticastOp() if self.cluster > 1 else load
-        a_tma = cpasync.make_tiled_tma_atom(
-            load, a, cute.select(a_layout, [0, 1]), (self.config.tile_m, SLICE)
-        )
+        a_tma = cpasync.make_tiled_tma_atom(load, a, cute.select(a_layout, [0, 1]), (ROW_TILE, SLICE))
         # The box is half of B whether or not the cluster shares it: each CTA of the cluster loads one half.
         b_tma = cpasync.make_tiled_tma_atom(share, b, cute.select(half, [0, 1]), (self.half_n, SLICE))
         buffer = self._buffer_layout()
         piece = cute.select(buffer, [0, 1])
-        adds = self.problem.epilogue == "accumulate"
+        adds = problem.epilogue == "accumulate"
         store = cpasync.CopyReduceBulkTensorTileS2GOp() if adds else cpasync.CopyBulkTensorTileS2GOp()
         results = tuple(
-            cpasync.make_tiled_tma_atom(store, _view(named[name], self.problem.views[name]), piece, (64, self.piece))
-            for name in self.problem.stored
+            cpasync.make_tiled_tma_atom(
+                store, _view(named[name], problem.modes(name)), piece, (64, self.piece)
+            )
+            for name in problem.stored
         )
         read_atom = read = None
         if cutlass.const_expr(self.reads):
-            view = _view(named["h"], self.problem.views["h"])
+            view = _view(named["h"], problem.modes("h"))
             read_atom, read = cpasync.make_tiled_tma_atom(load, view, piece, (64, self.piece))
         offsets, weight, partial = named["offsets"], named.get("s"), named.get("partial")
         self.kernel(
@@ -178,15 +178,18 @@ class Sm90GroupedGemm(Fixed):
     def _load(  # type: ignore[no-untyped-def]
         self, ring, a_atom, a_tensor, a_stages, b_atom, b_tensor, b_stages, offsets, cluster, clusters, rank
     ):
-        tile_m = self.config.tile_m
-        ga = cute.local_tile(a_tensor, (tile_m, SLICE), (None, None))
+        ga = cute.local_tile(a_tensor, (ROW_TILE, SLICE), (None, None))
         gb = cute.local_tile(b_tensor, (self.half_n, SLICE), (None, None, None, None))
         one = cute.make_layout(1)
         sa, ga = cpasync.tma_partition(
             a_atom, 0, one, cute.group_modes(a_stages, 0, 2), cute.group_modes(ga, 0, 2)
         )
-        halves = cute.make_tensor(b_stages.iterator, cute.composition(
-            b_stages.layout, cute.make_layout((self.config.tile_n, SLICE, self.config.stages))))
+        halves = cute.make_tensor(
+            b_stages.iterator,
+            cute.composition(
+                b_stages.layout, cute.make_layout((self.config.tile_n, SLICE, self.config.stages))
+            ),
+        )
         halves = cute.flat_divide(halves, (self.half_n, SLICE))[None, None, None, 0, None]
         sb, gb = cpasync.tma_partition(
             b_atom, 0, one, cute.group_modes(halves, 0, 2), cute.group_modes(gb, 0, 2)
@@ -199,13 +202,13 @@ class Sm90GroupedGemm(Fixed):
                 row, column, _ = self.tiles.place(offsets, tile - first, expert, rank)
                 stage, phase = self._load_tile(
                     ring, a_atom, sa, ga, b_atom, sb, gb, row, column, expert,
-                    Int32(0), Int32(self.problem.depth_slices), rank, stage, phase)  # fmt: skip
+                    Int32(0), Int32(self.slices), rank, stage, phase)  # fmt: skip
                 tile += clusters
                 expert, first = self.tiles.seek(offsets, tile, expert, first)
         else:
             tile = cluster
-            while tile < self.depth.total:
-                row, column, expert = self.depth.place(tile, rank)
+            while tile < self.tiles.total:
+                row, column, expert = self.tiles.place(tile, rank)
                 begin, end = offsets[expert] // SLICE, offsets[expert + 1] // SLICE
                 stage, phase = self._load_tile(
                     ring, a_atom, sa, ga, b_atom, sb, gb, row, column, Int32(0),
@@ -216,7 +219,7 @@ class Sm90GroupedGemm(Fixed):
     def _load_tile(  # type: ignore[no-untyped-def]
         self, ring, a_atom, sa, ga, b_atom, sb, gb, row, column, expert, begin, end, rank, stage, phase
     ):
-        bytes_of_stage = (self.config.tile_m + self.config.tile_n) * SLICE * 2
+        bytes_of_stage = (ROW_TILE + self.config.tile_n) * SLICE * 2
         for k in cutlass.range(begin, end, unroll=1):
             cute.arch.mbarrier_wait(ring.empty + stage, phase)
             with cute.arch.elect_one():
@@ -265,17 +268,15 @@ class Sm90GroupedGemm(Fixed):
                 if cutlass.const_expr(self.reads):
                     if exists:
                         epilogue.prefetch(2 * row + group, column)
-                stage, phase = self._multiply(
-                    ring, mma, fa, fb, acc, Int32(self.problem.depth_slices), stage, phase
-                )
+                stage, phase = self._multiply(ring, mma, fa, fb, acc, Int32(self.slices), stage, phase)
                 if exists:
                     turn = epilogue.rows(acc, 2 * row + group, column, weight, partial, turn)
                 tile += clusters
                 expert, first = self.tiles.seek(offsets, tile, expert, first)
         else:
             tile = cluster
-            while tile < self.depth.total:
-                row, column, expert = self.depth.place(tile, rank)
+            while tile < self.tiles.total:
+                row, column, expert = self.tiles.place(tile, rank)
                 slices = (offsets[expert + 1] - offsets[expert]) // SLICE
                 if slices > 0:
                     stage, phase = self._multiply(ring, mma, fa, fb, acc, slices, stage, phase)
@@ -337,9 +338,14 @@ class Epilogue(Fixed):
         flat = cute.group_modes(mine, 0, 2)
 
         def pieces(tensor):  # type: ignore[no-untyped-def]
-            return cute.group_modes(cute.local_tile(tensor, (64, gemm.piece), (None,) * cute.rank(tensor)), 0, 2)
+            return cute.group_modes(
+                cute.local_tile(tensor, (64, gemm.piece), (None,) * cute.rank(tensor)), 0, 2
+            )
 
-        parts = [cpasync.tma_partition(a, 0, one, flat, pieces(t)) for a, t in zip(store_atoms, stores, strict=True)]
+        parts = [
+            cpasync.tma_partition(a, 0, one, flat, pieces(t))
+            for a, t in zip(store_atoms, stores, strict=True)
+        ]
         self.sources = [source for source, _ in parts]
         self.targets = [target for _, target in parts]
         if read is not None:
@@ -371,7 +377,11 @@ class Epilogue(Fixed):
         cute.arch.fence_proxy("async.shared", space="cta")
         self._barrier()
         if self.warp == 0:
-            cute.copy(self.store_atoms[result], self.sources[result][None, buffer], self.targets[result][(None, *at)])
+            cute.copy(
+                self.store_atoms[result],
+                self.sources[result][None, buffer],
+                self.targets[result][(None, *at)],
+            )
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
@@ -493,7 +503,7 @@ class Epilogue(Fixed):
                 partial[column, row * 64 + self.warp * 16 + (self.thread % 32) // 4 + 8 * i] = total
 
 
-def _view(tensor: cute.Tensor, modes: tuple[tuple[int, int], ...]) -> cute.Tensor:
-    """The tensor with other modes: each (extent, stride) in elements; extent −1 is the tensor's dynamic first mode."""
-    shape = tuple(tensor.shape[0] if extent < 0 else extent for extent, _ in modes)
+def _view(tensor: cute.Tensor, modes: Modes) -> cute.Tensor:
+    """The tensor with other modes, each (extent, stride) in elements; ROWS stands for its dynamic first extent."""
+    shape = tuple(tensor.shape[0] if extent == ROWS else extent for extent, _ in modes)
     return cute.make_tensor(tensor.iterator, cute.make_layout(shape, stride=tuple(s for _, s in modes)))

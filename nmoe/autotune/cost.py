@@ -1,0 +1,78 @@
+"""A first cost model of grouped GEMMs: enough to order configs, not to promise times.
+
+A tile's time is the longest of what its thread block does at once: products at the tensor cores' rate, operands from
+L2, and what no product hides, the epilogue. The whole takes full waves of tiles, and at least the time that memory
+needs for every operand once.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from nmoe.codegen.gemm import (
+    BUFFERS,
+    ROW_TILE,
+    SLICE,
+    GemmConfig,
+    GemmProblem,
+    pieces,
+    shared_bytes,
+    violations,
+)  # fmt: skip
+from nmoe.codegen.hardware import HARDWARE
+
+ROWS_PER_EXPERT = 2048  # a training step's typical load, for ordering only
+L2_BYTES_PER_CLOCK = 40.0  # a thread block's share when all of them read
+PIECE_CLOCKS = 140.0  # writing 64 × 128 B to shared memory and starting its store, both groups side by side
+SETUP_CLOCKS = 1000.0  # filling the pipeline of the first tile, draining that of the last
+
+
+class Prediction(TypedDict):
+    microseconds: float
+    roofline: float
+
+
+def candidates(problem: GemmProblem, target: str) -> list[GemmConfig]:
+    """Every legal config worth timing: of each tile and cluster the most stages that fit."""
+    found = []
+    for tile_n in (256, 128):
+        for cluster in (2, 1):
+            stages = 8
+            while stages > 1 and violations(problem, GemmConfig(tile_n, stages, cluster), target):
+                stages -= 1
+            config = GemmConfig(tile_n, stages, cluster)
+            if not violations(problem, config, target):
+                found.append(config)
+    return found
+
+
+def predict(problem: GemmProblem, config: GemmConfig, target: str, rows: int = 0) -> Prediction:
+    """µs of one launch on `rows` packed rows (default: ROWS_PER_EXPERT each) and its share of the roofline."""
+    hardware = HARDWARE[target]
+    rows = rows or problem.experts * ROWS_PER_EXPERT
+    clock = 1.7e9
+    rate = hardware.bf16 / (hardware.sms * clock)
+    wide = config.tile_n // 2 if problem.epilogue == "swiglu" else config.tile_n
+    columns = -(-problem.columns // wide)
+    if problem.ragged == "rows":
+        blocks = problem.experts * -(-rows // problem.experts // (ROW_TILE * config.cluster))
+        tiles, slices = blocks * columns, -(-problem.depth // SLICE)
+    else:
+        tiles = problem.experts * -(-problem.n // (ROW_TILE * config.cluster)) * columns
+        slices = max(1, rows // problem.experts // SLICE)
+    multiply = 2.0 * ROW_TILE * config.tile_n * SLICE / rate
+    load = 2.0 * SLICE * (ROW_TILE + config.tile_n / config.cluster) / L2_BYTES_PER_CLOCK
+    epilogue = pieces(problem, config) * PIECE_CLOCKS * (BUFFERS[problem.epilogue] / 2)
+    waves = -(-tiles // (hardware.sms // config.cluster))
+    seconds = (waves * (slices * max(multiply, load) + epilogue) + SETUP_CLOCKS) / clock
+    floor = max(problem.flops(rows) / hardware.bf16, problem.bytes(rows) / hardware.memory)
+    seconds = max(seconds, floor)
+    return {"microseconds": round(1e6 * seconds, 1), "roofline": round(floor / seconds, 3)}
+
+
+def choose(problem: GemmProblem, target: str) -> GemmConfig:
+    """The fastest candidate by prediction; of equals the one with the least shared memory."""
+    return min(
+        candidates(problem, target),
+        key=lambda c: (predict(problem, c, target)["microseconds"], shared_bytes(problem, c)),
+    )
