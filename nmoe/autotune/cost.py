@@ -74,5 +74,5 @@ def choose(problem: GemmProblem, target: str) -> GemmConfig:
     """The fastest candidate by prediction; of equals the one with the least shared memory."""
     return min(
         candidates(problem, target),
-        key=lambda c: (predict(problem, c, target)["microseconds"], shared_bytes(problem, c)),
+        key=lambda c: (predict(problem, c, target)["microseconds"], shared_bytes(problem, c, target)),
     )

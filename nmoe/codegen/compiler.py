@@ -58,7 +58,7 @@ def unsupported(spec: KernelSpec) -> str | None:
 @cache
 def sources(target: str) -> str:
     """SHA-256 of the sources that the target's kernels are generated from."""
-    names = (*SHARED_SOURCES, *(f"templates/{name}" for name in TEMPLATES[target]))
+    names = (*SHARED_SOURCES, f"templates/{TEMPLATES[target]}")
     digest = hashlib.sha256()
     for name in sorted(names):
         digest.update(name.encode() + b"\0" + (FOLDER / f"{name}.py").read_bytes() + b"\0")
@@ -109,7 +109,7 @@ def compile_problem(problem: GemmProblem, config: GemmConfig, target: str, cache
     cubin = files.pop("kernel.cubin")
     report = {
         "problem": asdict(problem), "target": target, "config": str(config), "tuning": "untuned",
-        "shared_bytes": gemm.shared_bytes(problem, config),
+        "shared_bytes": gemm.shared_bytes(problem, config, target),
         "predicted": autotune.predict(problem, config, target), **resources(cubin),
         "seconds": round(time.monotonic() - begin, 2),
     }  # fmt: skip
@@ -138,15 +138,23 @@ def trace(problem: GemmProblem, config: GemmConfig, target: str, options: str) -
     from cutlass import Int32, cute
     from cutlass.cute.runtime import make_fake_stream
 
-    from nmoe.codegen.templates.sm90_gemm import Sm90GroupedGemm
-
     operands = problem.operands(config.tile_n)
     rows = cute.sym_int()
     arguments = [_fake(operand, rows) for operand in operands]
     return cute.compile(
-        Sm90GroupedGemm(problem, config), *arguments, Int32(1), make_fake_stream(),
+        _template(target)(problem, config), *arguments, Int32(1), make_fake_stream(),
         options=f"--enable-tvm-ffi --gpu-arch={target} {options}",
     )  # fmt: skip
+
+
+def _template(target: str) -> Any:
+    if target == "sm_90a":
+        from nmoe.codegen.templates.sm90_gemm import Sm90GroupedGemm
+
+        return Sm90GroupedGemm
+    from nmoe.codegen.templates.sm100_gemm import Sm100GroupedGemm
+
+    return Sm100GroupedGemm
 
 
 def _fake(operand: Operand, rows: Any) -> Any:

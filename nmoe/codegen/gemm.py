@@ -160,9 +160,10 @@ BUFFER_BYTES = 64 * 128
 BARRIER_BYTES = 1024
 
 
-def shared_bytes(problem: GemmProblem, config: GemmConfig) -> int:
-    """Shared memory of a thread block."""
-    stage = (ROW_TILE + config.tile_n) * SLICE * 2
+def shared_bytes(problem: GemmProblem, config: GemmConfig, target: str) -> int:
+    """Shared memory of a thread block. On sm_100a a pair's MMA reads half of B from each of them."""
+    b_rows = config.tile_n // config.cluster if target == "sm_100a" else config.tile_n
+    stage = (ROW_TILE + b_rows) * SLICE * 2
     return config.stages * stage + 2 * BUFFERS[problem.epilogue] * BUFFER_BYTES + BARRIER_BYTES
 
 
@@ -188,9 +189,12 @@ def violations(problem: GemmProblem, config: GemmConfig, target: str) -> list[st
     limit(config.cluster in (1, 2), f"cluster {config.cluster}: 1, or 2 that load half of B each")
     limit(config.stages >= 2, f"stages {config.stages}: loads overlap the products with 2 or more")
     limit(config.band >= 1, f"band {config.band}: at least 1 row block")
-    used = shared_bytes(problem, config)
+    used = shared_bytes(problem, config, target)
     limit(used <= hardware.shared,
           f"{used} bytes of shared memory: {hardware.name} gives a thread block {hardware.shared}")  # fmt: skip
+    if hardware.tensor_columns:
+        limit(2 * config.tile_n <= hardware.tensor_columns,
+              f"{2 * config.tile_n} columns of tensor memory for two accumulators: there are {hardware.tensor_columns}")  # fmt: skip
     limit(pieces(problem, config) % 2 == 0,
           f"{pieces(problem, config)} epilogue pieces: two buffers take turns, so an even number")  # fmt: skip
     return found
