@@ -22,8 +22,8 @@ from nmoe.codegen.gemm import (
 from nmoe.codegen.hardware import HARDWARE
 
 ROWS_PER_EXPERT = 2048  # a training step's typical load, for ordering only
-L2_BYTES_PER_CLOCK = 40.0  # a thread block's share when all of them read
-PIECE_CLOCKS = 140.0  # writing 64 × 128 B to shared memory and starting its store, both groups side by side
+L2_BYTES_PER_CLOCK = 32.0  # a thread block's share when all of them read (fitted, as the next, to the H100's times)
+PIECE_CLOCKS = 700.0  # writing 64 × 128 B to shared memory and waiting for a buffer, both groups side by side
 SETUP_CLOCKS = 1000.0  # filling the pipeline of the first tile, draining that of the last
 
 
@@ -50,7 +50,7 @@ def predict(problem: GemmProblem, config: GemmConfig, target: str, rows: int = 0
     """µs of one launch on `rows` packed rows (default: ROWS_PER_EXPERT each) and its share of the roofline."""
     hardware = HARDWARE[target]
     rows = rows or problem.experts * ROWS_PER_EXPERT
-    clock = 1.7e9
+    clock = hardware.clock
     rate = hardware.bf16 / (hardware.sms * clock)
     wide = config.tile_n // 2 if problem.epilogue == "swiglu" else config.tile_n
     columns = -(-problem.columns // wide)

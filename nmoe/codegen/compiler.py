@@ -29,15 +29,7 @@ from nmoe.errors import UserError
 
 # Exactly the versions that the templates were verified with; part of every key.
 TOOLCHAIN = {"nvidia-cutlass-dsl": "4.8.1", "apache-tvm-ffi": "0.1.15.post2"}
-TEMPLATES = {"sm_90a": ("sm90_gemm",)}
-SHARED_SOURCES = (
-    "gemm",
-    "compiler",
-    "templates/activation",
-    "templates/fixed",
-    "templates/ring",
-    "templates/tiles",
-)
+TEMPLATES = {"sm_90a": "sm90_gemm", "sm_100a": "sm100_gemm"}
 FOLDER = Path(__file__).parent
 
 
@@ -58,10 +50,12 @@ def unsupported(spec: KernelSpec) -> str | None:
 @cache
 def sources(target: str) -> str:
     """SHA-256 of the sources that the target's kernels are generated from."""
-    names = (*SHARED_SOURCES, f"templates/{TEMPLATES[target]}")
+    others = {f"{name}.py" for arch, name in TEMPLATES.items() if arch != target}
+    files = [FOLDER / "gemm.py", FOLDER / "compiler.py"]
+    files += [path for path in sorted((FOLDER / "templates").glob("*.py")) if path.name not in others]
     digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(name.encode() + b"\0" + (FOLDER / f"{name}.py").read_bytes() + b"\0")
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

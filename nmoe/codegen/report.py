@@ -23,7 +23,7 @@ PATTERNS = {
     "tensor memory": re.compile(r"^(LDTM|STTM|UTCATOMSWS|UTCBAR|UTCCP)\b"),
     "local": re.compile(r"^(LDL|STL)\b"),
 }
-OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)")
 USAGE = re.compile(r"Function ([^:]+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 

@@ -24,11 +24,14 @@ class Fragment(Fixed):
     """What a unit's threads hold of a piece [rows, 128 bytes].
 
     `rows`: of the unit; `mine`: the rows of this thread; `lanes`: threads that share a row, neighbours in the warp;
-    `leads`: does this thread's warp issue the unit's copies.
+    `leads`: does this thread's warp issue the unit's copies. `indexed`: may pieces be numbered at run time
+    (accumulators outside the registers), so that dSwiGLU, which holds three values of every element, is a loop and
+    not one long sequence that the compiler spreads over more registers than there are.
     """
 
     rows: int
     lanes: int
+    indexed = False
     mine: tuple[Int32, ...]
     leads: cutlass.Boolean
 
@@ -36,8 +39,8 @@ class Fragment(Fixed):
         """This thread's elements of a buffer."""
         raise NotImplementedError
 
-    def piece(self, acc: cute.Tensor, index: int) -> cute.Tensor:
-        """FP32 registers with this thread's part of piece `index`, in the order of `stored`."""
+    def piece(self, acc: cute.Tensor, index: int | Int32) -> cute.Tensor:
+        """FP32 registers with this thread's values of piece `index`, in the order of `stored`."""
         raise NotImplementedError
 
     def row(self, value: int) -> int:
@@ -158,34 +161,41 @@ class Epilogue(Fixed):
         """dh = [d gate | d up] in place of h in the buffers, and this tile's part of d weight."""
         weights = self._weights(weight, place)
         sums = [Float32(0.0) for _ in self.fragment.mine]
-        row = self._row(place)
-        for p in cutlass.range_constexpr(self.pieces):
-            slot = p % 2
-            at = place.column * self.pieces + p
-            grad = self.fragment.piece(acc, p)
-            cute.arch.mbarrier_wait(self.arrived + slot, turn)
-            gate, up = (cute.make_rmem_tensor(grad.shape, BFloat16) for _ in range(2))
-            cute.autovec_copy(self.spots[2 * slot], gate)
-            cute.autovec_copy(self.spots[2 * slot + 1], up)
-            for i in cutlass.range_constexpr(cute.size(grad)):
-                mine = self.fragment.row(i)
-                dg, du, dw = activation.swiglu_backward(
-                    grad[i], gate[i].to(Float32), up[i].to(Float32), weights[mine]
-                )
-                gate[i], up[i] = dg.to(BFloat16), du.to(BFloat16)
-                sums[mine] += dw
-            cute.autovec_copy(gate, self.spots[2 * slot])
-            cute.autovec_copy(up, self.spots[2 * slot + 1])
-            self._send(2 * slot, 0, (row, at, 0))
-            self._send(2 * slot + 1, 0, (row, at, 1))
-            if cutlass.const_expr(p + 2 < self.pieces):
-                if self.fragment.leads:
-                    cute.arch.cp_async_bulk_wait_group(0, read=True)
-                    self._fetch(slot, row, at + 2)
-            if cutlass.const_expr(slot == 1):
+        if cutlass.const_expr(self.fragment.indexed):
+            for pair in cutlass.range(self.pieces // 2, unroll=1):
+                for slot in cutlass.range_constexpr(2):
+                    sums = self._dswiglu_piece(acc, place, weights, sums, 2 * pair + slot, slot, turn)
                 turn ^= 1
+        else:
+            for p in cutlass.range_constexpr(self.pieces):
+                sums = self._dswiglu_piece(acc, place, weights, sums, p, p % 2, turn)
+                if cutlass.const_expr(p % 2 == 1):
+                    turn ^= 1
         self._partial(sums, place, partial)
         return turn
+
+    @cute.jit
+    def _dswiglu_piece(self, acc, place, weights, sums, p, slot: cutlass.Constexpr, turn: Int32):  # type: ignore[no-untyped-def]
+        row, at = self._row(place), place.column * self.pieces + p
+        cute.arch.mbarrier_wait(self.arrived + slot, turn)
+        grad = self.fragment.piece(acc, p)
+        gate, up = (cute.make_rmem_tensor(grad.shape, BFloat16) for _ in range(2))
+        cute.autovec_copy(self.spots[2 * slot], gate)
+        cute.autovec_copy(self.spots[2 * slot + 1], up)
+        for i in cutlass.range_constexpr(cute.size(grad)):
+            mine = self.fragment.row(i)
+            dg, du, dw = activation.swiglu_backward(grad[i], gate[i].to(Float32), up[i].to(Float32), weights[mine])
+            gate[i], up[i] = dg.to(BFloat16), du.to(BFloat16)
+            sums[mine] += dw
+        cute.autovec_copy(gate, self.spots[2 * slot])
+        cute.autovec_copy(up, self.spots[2 * slot + 1])
+        self._send(2 * slot, 0, (row, at, 0))
+        self._send(2 * slot + 1, 0, (row, at, 1))
+        if p + 2 < self.pieces:
+            if self.fragment.leads:
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+                self._fetch(slot, row, at + 2)
+        return sums
 
     @cute.jit
     def _partial(self, sums, place, partial) -> None:  # type: ignore[no-untyped-def]
@@ -212,7 +222,9 @@ class PartialSum(Fixed):
     @cute.jit
     def launch(self, partial: cute.Tensor, offsets: cute.Tensor, ds: cute.Tensor, stream) -> None:  # type: ignore[no-untyped-def]
         blocks = cute.ceil_div(cute.size(ds), self.THREADS)
-        self.sum_partials(partial, offsets, ds).launch(grid=[blocks, 1, 1], block=[self.THREADS, 1, 1], stream=stream)
+        self.sum_partials(partial, offsets, ds).launch(
+            grid=[blocks, 1, 1], block=[self.THREADS, 1, 1], stream=stream
+        )
 
     @cute.kernel
     def sum_partials(self, partial: cute.Tensor, offsets: cute.Tensor, ds: cute.Tensor):  # type: ignore[no-untyped-def]

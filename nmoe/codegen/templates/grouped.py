@@ -72,11 +72,15 @@ class GroupedGemm(Fixed):
         def copy(operation, name: str, layout) -> Copy:  # type: ignore[no-untyped-def]
             box = cute.select(layout, [0, 1])
             tile = tuple(cute.size(box, mode=[i]) for i in range(2))
-            made = cpasync.make_tiled_tma_atom(operation, layouts.view(named[name], problem.modes(name)), box, tile)
+            made = cpasync.make_tiled_tma_atom(
+                operation, layouts.view(named[name], problem.modes(name)), box, tile
+            )
             return Copy(made.atom, made.tma_tensor)
 
         stores = [copy(store, name, buffers) for name in problem.stored]
-        read = copy(cpasync.CopyBulkTensorTileG2SOp(), "h", buffers) if cutlass.const_expr(self.reads) else None
+        read = (
+            copy(cpasync.CopyBulkTensorTileG2SOp(), "h", buffers) if cutlass.const_expr(self.reads) else None
+        )
         self.kernel(
             copy(load_a, "a", a_layout), copy(load_b, "b", half), stores, read,
             named["offsets"], named.get("s"), named.get("partial"), a_layout, b_layout, buffers,

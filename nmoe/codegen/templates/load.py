@@ -78,4 +78,6 @@ class Loader(Fixed):
         else:
             box = self.gb[None, 2 * place.column + half, k, 0, batch]
         mask = Int16(3) if cutlass.const_expr(self.shared) else None
-        cute.copy(self.b_atom, box, self.sb[None, slot, stage], tma_bar_ptr=self.ring.full + stage, mcast_mask=mask)
+        cute.copy(
+            self.b_atom, box, self.sb[None, slot, stage], tma_bar_ptr=self.ring.full + stage, mcast_mask=mask
+        )

@@ -1,25 +1,26 @@
 """Grouped GEMM for Blackwell: TMA → shared memory → tcgen05.mma → tensor memory → epilogue → TMA, persistent.
 
-    warps 0..3  epilogue: each drains its 32 lanes of tensor memory (32 rows of the tile) and stores them by itself
-    warp 4      one thread issues the products: 4 × tcgen05.mma of k16 a slice
-    warp 5      loads: for every 64-deep slice of a tile A and B into the next stage
+warps 0..3  epilogue: each drains its 32 lanes of tensor memory (32 rows of the tile) and stores them by itself
+warp 4      one thread issues the products: 4 × tcgen05.mma of k16 a slice
+warp 5      loads: for every 64-deep slice of a tile A and B into the next stage
 
-                     ┌ stage 0 ┬ stage 1 ┬ … ┐             tensor memory, 512 columns
-    warp 5 ── TMA ──▶│  A  B   │  A  B   │   │── warp 4 ──▶ ┌ tile i ┬ tile i+1 ┐ ──▶ warps 0..3
-                     └─────────┴─────────┴───┘              └ tile_n ┴  tile_n  ┘
-    full[s]:  1 arrival (expect_tx) + bytes       done[t]: the products of accumulator t are complete (commit)
-    empty[s]: the products that read s (commit)   free[t]: one arrival from each epilogue warp of the cluster
+                 ┌ stage 0 ┬ stage 1 ┬ … ┐             tensor memory, 512 columns
+warp 5 ── TMA ──▶│  A  B   │  A  B   │   │── warp 4 ──▶ ┌ tile i ┬ tile i+1 ┐ ──▶ warps 0..3
+                 └─────────┴─────────┴───┘              └ tile_n ┴  tile_n  ┘
+full[s]:  1 arrival (expect_tx) + bytes       done[t]: the products of accumulator t are complete (commit)
+empty[s]: the products that read s (commit)   free[t]: one arrival from each epilogue warp of the cluster
 
-    Two accumulators: a tile's epilogue runs while the next tile is multiplied.
-    Cluster of 2: one MMA of M = 256 on the tensor cores of both thread blocks (cta_group::2). Each loads its own 128
-    rows of A and its half of B, and keeps the accumulators of its own rows. The first thread block's warp 4 issues
-    for both; its barriers count the bytes of both, and its commits arrive at the barriers of both.
+Two accumulators: a tile's epilogue runs while the next tile is multiplied.
+Cluster of 2: one MMA of M = 256 on the tensor cores of both thread blocks (cta_group::2). Each loads its own 128
+rows of A and its half of B, and keeps the accumulators of its own rows. The first thread block's warp 4 issues
+for both; its barriers count the bytes of both, and its commits arrive at the barriers of both.
 """
 
 from __future__ import annotations
 
 import cutlass
 from cutlass import BFloat16, Float32, Int16, Int32, Int64, cute
+from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import cpasync, tcgen05
 from cutlass.utils import SmemAllocator
 
@@ -93,7 +94,9 @@ class Sm100GroupedGemm(GroupedGemm):
             loader.run(offsets, cluster, clusters, rank)
         elif warp == MMA_WARP:
             if rank == 0:
-                self._multiply(ring, accumulators, a_stages, b_stages, memory, offsets, cluster, clusters, rank)
+                self._multiply(
+                    ring, accumulators, a_stages, b_stages, memory, offsets, cluster, clusters, rank
+                )
         else:
             self._drain(accumulators, buffers, memory, stores, read, arrived,
                         offsets, weight, partial, warp, cluster, clusters, rank)  # fmt: skip
@@ -127,9 +130,11 @@ class Sm100GroupedGemm(GroupedGemm):
             place = self.tiles.place(offsets, tile, expert, first, rank)
             if place.slices > 0:
                 cute.arch.mbarrier_wait(accumulators.empty + turn, side)
+                _after_sync()
                 mma.set(tcgen05.Field.ACCUMULATE, False)
                 for _ in cutlass.range(place.slices, unroll=1):
                     cute.arch.mbarrier_wait(ring.full + stage, phase)
+                    _after_sync()
                     for k in cutlass.range_constexpr(SLICE // 16):
                         target = acc[None, None, None, turn]
                         cute.gemm(mma, target, fa[None, None, k, stage], fb[None, None, k, stage], target)
@@ -160,9 +165,10 @@ class Sm100GroupedGemm(GroupedGemm):
                 if place.exists:
                     epilogue.prefetch(place)
                 cute.arch.mbarrier_wait(accumulators.full + turn, side)
+                _after_sync()
                 if place.exists:
                     phase = epilogue.run(acc[(None, None), 0, 0, turn], place, weight, partial, phase)
-                cute.arch.fence_view_async_tmem_load()
+                _before_sync()
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(accumulators.empty + turn, 0 if self.cluster == 2 else None)
                 turn, side = accumulators.after(turn, side)
@@ -170,11 +176,24 @@ class Sm100GroupedGemm(GroupedGemm):
         epilogue.finish()
 
 
+@cute.jit
+def _before_sync() -> None:
+    """Orders this thread's accesses to tensor memory before the barrier that it signals next (PTX tcgen05.fence)."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC)
+
+
+@cute.jit
+def _after_sync() -> None:
+    """Orders this thread's accesses to tensor memory after the barrier that it has waited for."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.AFTER_THREAD_SYNC)
+
+
 class TensorMemoryFragment(Fragment):
     """tcgen05.ld 32x32b: lane = row, register = column; a warp reaches the 32 lanes of its number modulo 4."""
 
     rows = 32
     lanes = 1
+    indexed = True
 
     def __init__(self, gemm: Sm100GroupedGemm, buffers: cute.Tensor) -> None:
         self.lane = cute.arch.lane_idx()
@@ -182,19 +201,17 @@ class TensorMemoryFragment(Fragment):
         self.mine = (self.lane,)
         self.leads = True
         self.width = cute.size(buffers, mode=[1])
-        self.load = cute.make_copy_atom(
-            tcgen05.Ld32x32bOp(tcgen05.Repetition(self.width)), Float32
-        )
 
     def stored(self, buffer: cute.Tensor) -> cute.Tensor:
         return buffer[self.lane, None]
 
-    def piece(self, acc: cute.Tensor, index: int) -> cute.Tensor:
+    def piece(self, acc: cute.Tensor, index: int | Int32) -> cute.Tensor:
         tile = cute.flat_divide(acc, (ROW_TILE, self.width))[None, None, 0, index]
-        copy = tcgen05.make_tmem_copy(self.load, tile).get_slice(self.thread)
-        source = copy.partition_S(tile)
-        target = cute.make_rmem_tensor(copy.partition_D(cute.make_identity_tensor((ROW_TILE, self.width))).shape, Float32)
-        cute.copy(self.load, source, target)
+        atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition(self.width)), Float32)
+        copy = tcgen05.make_tmem_copy(atom, tile).get_slice(self.thread)
+        shape = copy.partition_D(cute.make_identity_tensor((ROW_TILE, self.width))).shape
+        target = cute.make_rmem_tensor(shape, Float32)
+        cute.copy(atom, copy.partition_S(tile), target)
         cute.arch.fence_view_async_tmem_load()
         return cute.make_tensor(target.iterator, cute.make_layout(self.width))
 

@@ -1,18 +1,18 @@
 """Grouped GEMM for Hopper: TMA → shared memory → WGMMA → registers → epilogue → TMA, persistent and warp-specialised.
 
-    warpgroup 0  warp 0 loads: for every 64-deep slice of a tile A[128, 64] and B[tile_n, 64] into the next stage. Its
-                 other three warps idle: their registers go to the consumers.
-    warpgroup 1  rows 0..63 of the tile    wgmma m64 × tile_n × k16, accumulators in registers;
-    warpgroup 2  rows 64..127 of the tile  then the epilogue, while warp 0 already fills the next tile's stages
+warpgroup 0  warp 0 loads: for every 64-deep slice of a tile A[128, 64] and B[tile_n, 64] into the next stage. Its
+             other three warps idle: their registers go to the consumers.
+warpgroup 1  rows 0..63 of the tile    wgmma m64 × tile_n × k16, accumulators in registers;
+warpgroup 2  rows 64..127 of the tile  then the epilogue, while warp 0 already fills the next tile's stages
 
-                     ┌ stage 0 ┬ stage 1 ┬ … ┐   full[s]:  1 arrival (expect_tx) + the bytes of A and B
-    warp 0 ── TMA ──▶│  A  B   │  A  B   │   │   empty[s]: one arrival from each consumer warp of the cluster
-                     └─────────┴─────────┴───┘
-    Cluster of 2: the thread blocks work on neighbouring row tiles of one column tile. Each loads half of B and
-    multicasts it to both, which halves the traffic from L2; a stage is free when both have left it.
+                 ┌ stage 0 ┬ stage 1 ┬ … ┐   full[s]:  1 arrival (expect_tx) + the bytes of A and B
+warp 0 ── TMA ──▶│  A  B   │  A  B   │   │   empty[s]: one arrival from each consumer warp of the cluster
+                 └─────────┴─────────┴───┘
+Cluster of 2: the thread blocks work on neighbouring row tiles of one column tile. Each loads half of B and
+multicasts it to both, which halves the traffic from L2; a stage is free when both have left it.
 
-    barriers: full, empty (ring.py); named 1 and 2: the threads of a consumer warpgroup; arrived[2]: h has been read,
-    a pair for each warpgroup (dSwiGLU).
+barriers: full, empty (ring.py); named 1 and 2: the threads of a consumer warpgroup; arrived[2]: h has been read,
+a pair for each warpgroup (dSwiGLU).
 """
 
 from __future__ import annotations
@@ -152,13 +152,13 @@ class WgmmaFragment(Fragment):
         first = thread // 32 * 16 + thread % 32 // 4
         self.mine = (first, first + 8)
         self.leads = cute.arch.make_warp_uniform(thread // 32) == 0
-        self.part = gemm.mma(cute.size(buffers, mode=[1])).get_slice(thread)
+        self.slice = gemm.mma(cute.size(buffers, mode=[1])).get_slice(thread)
         self.shape = self.stored(buffers[None, None, 0]).shape
 
     def stored(self, buffer: cute.Tensor) -> cute.Tensor:
-        return self.part.partition_C(buffer)
+        return self.slice.partition_C(buffer)
 
-    def piece(self, acc: cute.Tensor, index: int) -> cute.Tensor:
+    def piece(self, acc: cute.Tensor, index: int | Int32) -> cute.Tensor:
         return cute.make_tensor(acc.iterator + index * cute.size(self.shape), cute.make_layout(self.shape))
 
     def row(self, value: int) -> int:
