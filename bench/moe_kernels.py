@@ -213,7 +213,7 @@ def run(folder: Path, save: Path | None) -> None:
             for config, ms in times.items():
                 predicted = autotune.predict(problem, config, TARGET, tokens * topk)["microseconds"] / 1e3
                 mark = ("*" if config == best else " ") + ("c" if config == chosen else " ")
-                print(f"{shape:9} {label:15} {mark} {config!s:34} {ms:7.3f} ms {work_flops / ms / 1e9:5.0f} TFLOP/s "
+                print(f"{shape:9} {label:15} {mark} {config!s:36} {ms:7.3f} ms {work_flops / ms / 1e9:5.0f} TFLOP/s "
                       f"{work_flops / ms / 1e9 / peak * 100:5.1f} % of cuBLAS, predicted {predicted:7.3f} ms", flush=True)  # fmt: skip
                 results[f"{shape}/{label}/{config}"] = ms
             print(f"{shape:9} {label:15}    torch._grouped_mm, GEMM alone        {reference:7.3f} ms "

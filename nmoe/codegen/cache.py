@@ -59,7 +59,7 @@ class Cache:
         reason = _damage(folder, key, target)
         if reason is None:
             return Entry(folder, target, json.loads((folder / "report.json").read_text()))
-        self._quarantine(folder, reason)
+        self._quarantine(folder, key, target, reason)
         return None
 
     def put(self, key: str, target: str, files: Mapping[str, bytes], report: Mapping[str, Any]) -> Entry:
@@ -77,25 +77,32 @@ class Cache:
                     file.flush()
                     os.fsync(file.fileno())
             temporary.chmod(0o755)
-            try:
-                temporary.rename(folder)
-            except OSError:  # not empty: another writer was first
-                if self.get(key, target) is None:
+            while True:
+                try:
                     temporary.rename(folder)
+                    break
+                except OSError:  # not empty: another writer was first
+                    if self.get(key, target) is not None:
+                        break
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return Entry(folder, target, report)
 
-    def _quarantine(self, folder: Path, reason: str) -> None:
-        """Moves a damaged entry out of the way; whoever comes second finds it gone."""
+    def _quarantine(self, folder: Path, key: str, target: str, reason: str) -> None:
+        """Moves a damaged entry out of the way; whoever comes second finds it gone, or repaired and puts it back."""
         aside = self.root / "quarantine"
         aside.mkdir(parents=True, exist_ok=True)
         place = Path(tempfile.mkdtemp(prefix=f"{folder.name[:16]}.", dir=aside))
+        moved = place / folder.name
         try:
-            folder.rename(place / folder.name)
-            (place / "reason.txt").write_text(reason + "\n")
-        except FileNotFoundError:
-            shutil.rmtree(place, ignore_errors=True)
+            folder.rename(moved)
+            if _damage(moved, key, target) is not None:
+                (place / "reason.txt").write_text(reason + "\n")
+                return
+            moved.rename(folder)
+        except OSError:  # gone, or another writer has put an entry there meanwhile
+            pass
+        shutil.rmtree(place, ignore_errors=True)
 
     def quarantined(self) -> list[str]:
         """The reasons of everything set aside so far."""

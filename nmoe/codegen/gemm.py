@@ -140,23 +140,21 @@ class GemmProblem:
 @dataclass(frozen=True)
 class GemmConfig:
     """How a grouped GEMM is cut: the output tile of a thread block, pipeline stages, thread blocks of a cluster along
-    the rows (they share B), and row blocks of a band (scheduler)."""
+    the rows (they share B), epilogue buffers of 128 bytes' width for each unit of rows, and row blocks of a band."""
 
     tile_n: int
     stages: int
     cluster: int
+    buffers: int = 2
     band: int = 8
 
     def __str__(self) -> str:
-        return f"128x{self.tile_n}x64 x{self.stages} cluster {self.cluster} band {self.band}"
+        return f"128x{self.tile_n}x64 x{self.stages}, cluster {self.cluster}, {self.buffers} buffers"
 
     def json(self) -> dict[str, int]:
         return asdict(self)
 
 
-# Epilogue buffers, 64 rows × 128 bytes each, that one group of 64 rows has; dswiglu also reads through them.
-BUFFERS: dict[Epilogue, int] = {"store": 2, "swiglu": 2, "dswiglu": 4, "accumulate": 2}
-BUFFER_BYTES = 64 * 128
 BARRIER_BYTES = 1024
 
 
@@ -164,7 +162,7 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, target: str) -> int:
     """Shared memory of a thread block. On sm_100a a pair's MMA reads half of B from each of them."""
     b_rows = config.tile_n // config.cluster if target == "sm_100a" else config.tile_n
     stage = (ROW_TILE + b_rows) * SLICE * 2
-    return config.stages * stage + 2 * BUFFERS[problem.epilogue] * BUFFER_BYTES + BARRIER_BYTES
+    return config.stages * stage + config.buffers * ROW_TILE * 128 + BARRIER_BYTES
 
 
 def pieces(problem: GemmProblem, config: GemmConfig) -> int:
@@ -195,8 +193,12 @@ def violations(problem: GemmProblem, config: GemmConfig, target: str) -> list[st
     if hardware.tensor_columns:
         limit(2 * config.tile_n <= hardware.tensor_columns,
               f"{2 * config.tile_n} columns of tensor memory for two accumulators: there are {hardware.tensor_columns}")  # fmt: skip
-    limit(pieces(problem, config) % 2 == 0,
-          f"{pieces(problem, config)} epilogue pieces: two buffers take turns, so an even number")  # fmt: skip
+    if problem.epilogue == "dswiglu":
+        limit(config.buffers == 4, f"{config.buffers} buffers: dswiglu has gate and up in two slots, 4")
+    else:
+        count = pieces(problem, config)
+        limit(config.buffers >= 2 and count % config.buffers == 0,
+              f"{config.buffers} buffers for {count} epilogue pieces: at least 2, and each as often as the others")  # fmt: skip
     return found
 
 
@@ -207,8 +209,8 @@ def match(spec: KernelSpec) -> GemmProblem | str:
     if anchor.kind != "grouped_gemm":
         return f"no template for {anchor.kind}"
     role: Role = dict(anchor.attrs)["role"]
-    formats = {value.format for value in spec.inputs if value.format not in ("i32", "f32")}
-    if formats != {"bf16"}:
+    formats = {value.format for value in spec.inputs} - {"bf16", "f32", "i32"}
+    if formats:
         return f"no template for {', '.join(sorted(formats))} operands yet"
     epilogues: dict[tuple[Role, tuple[str, ...]], Epilogue] = {
         ("fprop", ()): "store",

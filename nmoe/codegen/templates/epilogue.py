@@ -3,7 +3,7 @@
 A unit (a warpgroup's 64 rows on Hopper, a warp's 32 on Blackwell) works by itself. What differs between them is its
 Fragment: where a thread's values lie in a piece, and how the unit's threads wait for each other.
 
-    piece p:  registers ─▶ buffer p % 2 ─▶ TMA store, or reduce-add into FP32 gradients
+    piece p:  registers ─▶ the next buffer ─▶ TMA store, or reduce-add into FP32 gradients
     dSwiGLU:  gate and up of h ─▶ buffers 2·(p % 2), +1 ─▶ registers ─▶ d gate and d up, same buffers ─▶ TMA store;
               the first two pieces of h arrive during the main loop, the others while the previous piece is computed
 """
@@ -14,7 +14,6 @@ import cutlass
 from cutlass import BFloat16, Float32, Int32, cute
 from cutlass.cute.nvgpu import cpasync
 
-from nmoe.codegen.gemm import BUFFERS
 from nmoe.codegen.templates import activation
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.layouts import PIECE_BYTES
@@ -57,9 +56,10 @@ class Epilogue(Fixed):
     def __init__(self, gemm, fragment: Fragment, buffers, stores, read, arrived, unit: Int32) -> None:  # type: ignore[no-untyped-def]
         self.gemm, self.fragment, self.arrived, self.unit = gemm, fragment, arrived, unit
         self.width = PIECE_BYTES * 8 // gemm.out_type.width
+        self.buffers = gemm.config.buffers
         self.pieces = gemm.config.tile_n // self.width
         self.units = 128 // fragment.rows
-        self.spots = [fragment.stored(buffers[None, None, i]) for i in range(BUFFERS[gemm.problem.epilogue])]
+        self.spots = [fragment.stored(buffers[None, None, i]) for i in range(gemm.config.buffers)]
         one, flat = cute.make_layout(1), cute.group_modes(buffers, 0, 2)
 
         def partition(copy):  # type: ignore[no-untyped-def]
@@ -91,7 +91,7 @@ class Epilogue(Fixed):
             for p in cutlass.range_constexpr(self.pieces):
                 at = (self._row(place), place.column * self.pieces + p)
                 at = (*at, place.expert) if cutlass.const_expr(kind == "accumulate") else at
-                self._put(self.fragment.piece(acc, p), p % 2, 0, at)
+                self._put(self.fragment.piece(acc, p), p % self.buffers, 0, at)
         return turn
 
     @cute.jit
@@ -105,9 +105,9 @@ class Epilogue(Fixed):
 
     @cute.jit
     def _put(self, values, buffer: cutlass.Constexpr, result: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
-        """Stores one piece from registers. At most one earlier store may still be reading the other buffer."""
+        """Stores one piece from registers. The other buffers' stores may still be reading them."""
         if self.fragment.leads:
-            cute.arch.cp_async_bulk_wait_group(1, read=True)
+            cute.arch.cp_async_bulk_wait_group(self.buffers - 1, read=True)
         self.fragment.sync()
         rounded = cute.make_rmem_tensor(values.shape, self.gemm.out_type)
         rounded.store(values.load().to(self.gemm.out_type))
@@ -140,11 +140,11 @@ class Epilogue(Fixed):
             gate, up = self.fragment.piece(acc, p), self.fragment.piece(acc, half + p)
             gate.store(gate.load().to(BFloat16).to(Float32))
             up.store(up.load().to(BFloat16).to(Float32))
-            self._put(gate, (3 * p) % 2, 0, (row, at, 0))
-            self._put(up, (3 * p + 1) % 2, 0, (row, at, 1))
+            self._put(gate, 3 * p % self.buffers, 0, (row, at, 0))
+            self._put(up, (3 * p + 1) % self.buffers, 0, (row, at, 1))
             for i in cutlass.range_constexpr(cute.size(gate)):
                 gate[i] = activation.swiglu(gate[i], up[i], weights[self.fragment.row(i)])
-            self._put(gate, (3 * p + 2) % 2, 1, (row, at))
+            self._put(gate, (3 * p + 2) % self.buffers, 1, (row, at))
 
     @cute.jit
     def _fetch(self, slot: cutlass.Constexpr, row: Int32, at: Int32) -> None:
@@ -184,7 +184,9 @@ class Epilogue(Fixed):
         cute.autovec_copy(self.spots[2 * slot + 1], up)
         for i in cutlass.range_constexpr(cute.size(grad)):
             mine = self.fragment.row(i)
-            dg, du, dw = activation.swiglu_backward(grad[i], gate[i].to(Float32), up[i].to(Float32), weights[mine])
+            dg, du, dw = activation.swiglu_backward(
+                grad[i], gate[i].to(Float32), up[i].to(Float32), weights[mine]
+            )
             gate[i], up[i] = dg.to(BFloat16), du.to(BFloat16)
             sums[mine] += dw
         cute.autovec_copy(gate, self.spots[2 * slot])

@@ -8,7 +8,7 @@ import cutlass
 from cutlass import BFloat16, Float32, cute
 from cutlass.cute.nvgpu import cpasync
 
-from nmoe.codegen.gemm import BUFFERS, ROW_TILE, SLICE, GemmConfig, GemmProblem
+from nmoe.codegen.gemm import ROW_TILE, SLICE, GemmConfig, GemmProblem
 from nmoe.codegen.templates import layouts
 from nmoe.codegen.templates.epilogue import PartialSum
 from nmoe.codegen.templates.fixed import Fixed
@@ -64,7 +64,7 @@ class GroupedGemm(Fixed):
         # The box is half of B whether a thread block loads one half or both.
         half = layouts.operand(problem.b_mn_major, self.config.tile_n // 2, 1)
         units = ROW_TILE // self.unit_rows
-        buffers = layouts.buffers(self.out_type, self.unit_rows, units * BUFFERS[problem.epilogue])
+        buffers = layouts.buffers(self.out_type, self.unit_rows, units * self.config.buffers)
         load_a, load_b = self.load_operations()
         adds = problem.epilogue == "accumulate"
         store = cpasync.CopyReduceBulkTensorTileS2GOp() if adds else cpasync.CopyBulkTensorTileS2GOp()

@@ -24,7 +24,7 @@ from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import cpasync, tcgen05
 from cutlass.utils import SmemAllocator
 
-from nmoe.codegen.gemm import BUFFERS, ROW_TILE, SLICE
+from nmoe.codegen.gemm import ROW_TILE, SLICE
 from nmoe.codegen.templates.epilogue import Epilogue, Fragment
 from nmoe.codegen.templates.grouped import GroupedGemm
 from nmoe.codegen.templates.load import Loader
@@ -152,7 +152,7 @@ class Sm100GroupedGemm(GroupedGemm):
         self, accumulators, buffers, memory, stores, read, arrived,
         offsets, weight, partial, warp, cluster, clusters, rank,
     ):  # fmt: skip
-        own = cute.flat_divide(buffers, (32, buffers.shape[1], BUFFERS[self.problem.epilogue]))
+        own = cute.flat_divide(buffers, (32, buffers.shape[1], self.config.buffers))
         own = own[None, None, None, 0, 0, warp]
         fragment = TensorMemoryFragment(self, own)
         epilogue = Epilogue(self, fragment, own, stores, read, arrived + 2 * warp, warp)

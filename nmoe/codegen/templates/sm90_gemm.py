@@ -22,7 +22,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils import SmemAllocator
 
-from nmoe.codegen.gemm import BUFFERS, SLICE
+from nmoe.codegen.gemm import SLICE
 from nmoe.codegen.templates.epilogue import Epilogue, Fragment
 from nmoe.codegen.templates.grouped import GroupedGemm
 from nmoe.codegen.templates.load import Loader
@@ -100,7 +100,7 @@ class Sm90GroupedGemm(GroupedGemm):
         fa = mma.make_fragment_A(part.partition_A(rows))
         fb = mma.make_fragment_B(part.partition_B(b_stages))
         acc = cute.make_rmem_tensor(mma.partition_shape_C((64, self.config.tile_n)), Float32)
-        own = cute.flat_divide(buffers, (64, buffers.shape[1], BUFFERS[self.problem.epilogue]))
+        own = cute.flat_divide(buffers, (64, buffers.shape[1], self.config.buffers))
         own = own[None, None, None, 0, 0, group]
         fragment = WgmmaFragment(self, own, thread, group)
         epilogue = Epilogue(self, fragment, own, stores, read, arrived + 2 * group, group)
