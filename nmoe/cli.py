@@ -128,9 +128,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=200, metavar="N", help="steps to time (default 200)")
     sub.add_argument("--baseline", type=Path, metavar="FILE", help="compare with a result saved by --save")
     sub.add_argument("--save", type=Path, metavar="FILE", help="store the result as a baseline")
-    sub = command("compile", _compile, "build the kernels that the config's schedule needs, into a cache; no GPU needed")
+    sub = command("compile", _compile, "build the kernels that the config needs, into a cache; no GPU needed")
     sub.add_argument("--workers", type=int, metavar="N", help="compiling processes (default: one a core)")
-    sub.add_argument("--cache", type=Path, metavar="DIR", help="default $NMOE_HOME/kernels or ~/.cache/nmoe/kernels")
+    sub.add_argument(
+        "--cache", type=Path, metavar="DIR", help="default $NMOE_HOME/kernels or ~/.cache/nmoe/kernels"
+    )
     sub.add_argument(
         "--list", action="store_true", help="print them with their keys instead of building them"
     )

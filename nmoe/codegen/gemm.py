@@ -192,13 +192,15 @@ def violations(problem: GemmProblem, config: GemmConfig, target: str) -> list[st
           f"{used} bytes of shared memory: {hardware.name} gives a thread block {hardware.shared}")  # fmt: skip
     if hardware.tensor_columns:
         limit(2 * config.tile_n <= hardware.tensor_columns,
-              f"{2 * config.tile_n} columns of tensor memory for two accumulators: there are {hardware.tensor_columns}")  # fmt: skip
+              f"{2 * config.tile_n} columns of tensor memory for two accumulators: "
+            f"there are {hardware.tensor_columns}")  # fmt: skip
     if problem.epilogue == "dswiglu":
         limit(config.buffers == 4, f"{config.buffers} buffers: dswiglu has gate and up in two slots, 4")
     else:
         count = pieces(problem, config)
         limit(config.buffers >= 2 and count % config.buffers == 0,
-              f"{config.buffers} buffers for {count} epilogue pieces: at least 2, and each as often as the others")  # fmt: skip
+              f"{config.buffers} buffers for {count} epilogue pieces: at least 2, "
+              "each as often as the others")  # fmt: skip
     return found
 
 

@@ -8,6 +8,8 @@ error of its argument, |x|·log2(e)·u·2 in the exponent.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from nmoe.codegen.gemm import GemmProblem
@@ -63,7 +65,7 @@ def _products(problem: GemmProblem, t: dict[str, torch.Tensor]) -> tuple[torch.T
     """The grouped product and the sum of its terms' magnitudes, float64, rows up to offsets[E]."""
     ends = t["offsets"].tolist()
     parts, sizes = [], []
-    for e, (lo, hi) in enumerate(zip(ends, ends[1:], strict=False)):
+    for e, (lo, hi) in enumerate(pairwise(ends)):
         a = t["a"][lo:hi].double()
         if problem.role == "wgrad":
             a, b = a.T, t["b"][lo:hi].double()

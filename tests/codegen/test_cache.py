@@ -40,6 +40,7 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+OTHER = {"format": 99, "key": KEY, "target": TARGET, "files": {}}
 DAMAGE = {
     "a flipped bit in the object": (lambda f: flip(f / "kernel.so"), "kernel.so: its SHA-256 is not the manifest's"),
     "a truncated object": (lambda f: (f / "kernel.so").write_bytes(b""), "kernel.so: its SHA-256"),
@@ -49,7 +50,7 @@ DAMAGE = {
     "a torn manifest": (lambda f: (f / "manifest.json").write_text('{"format": 1, "ke'), "JSONDecodeError"),
     "a manifest of another shape": (lambda f: (f / "manifest.json").write_text("[]"), "TypeError"),
     "another format": (
-        lambda f: (f / "manifest.json").write_text(json.dumps({"format": 99, "key": KEY, "target": TARGET, "files": {}})),
+        lambda f: (f / "manifest.json").write_text(json.dumps(OTHER)),
         "manifest of (99,",
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Both architectures' grouped GEMMs run on the emulator: right within derived bounds, under several schedules, race-free."""
+"""Both architectures' grouped GEMMs on the emulator: within derived bounds, race-free, under several schedules."""
 
 from __future__ import annotations
 

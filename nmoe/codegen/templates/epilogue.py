@@ -68,7 +68,8 @@ class Epilogue(Fixed):
             return (atom, *cpasync.tma_partition(atom, 0, one, flat, cute.group_modes(tiled, 0, 2)))
 
         self.stores = [partition(copy) for copy in stores]
-        self.read = partition(read) if read is not None else None
+        if gemm.reads:
+            self.read = partition(read)
 
     @cute.jit
     def prefetch(self, place) -> None:  # type: ignore[no-untyped-def]
@@ -89,8 +90,8 @@ class Epilogue(Fixed):
             turn = self._dswiglu(acc, place, weight, partial, turn)
         else:
             for p in cutlass.range_constexpr(self.pieces):
-                at = (self._row(place), place.column * self.pieces + p)
-                at = (*at, place.expert) if cutlass.const_expr(kind == "accumulate") else at
+                batch = (place.expert,) if cutlass.const_expr(kind == "accumulate") else ()
+                at = (self._row(place), place.column * self.pieces + p, *batch)
                 self._put(self.fragment.piece(acc, p), p % self.buffers, 0, at)
         return turn
 

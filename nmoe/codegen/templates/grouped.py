@@ -81,13 +81,15 @@ class GroupedGemm(Fixed):
         read = (
             copy(cpasync.CopyBulkTensorTileG2SOp(), "h", buffers) if cutlass.const_expr(self.reads) else None
         )
-        self.kernel(
-            copy(load_a, "a", a_layout), copy(load_b, "b", half), stores, read,
-            named["offsets"], named.get("s"), named.get("partial"), a_layout, b_layout, buffers,
-        ).launch(  # fmt: skip
-            grid=[self.cluster, clusters, 1], block=[self.threads, 1, 1], cluster=[self.cluster, 1, 1],
-            min_blocks_per_mp=1, stream=stream,
-        )  # fmt: skip
+        a, b = copy(load_a, "a", a_layout), copy(load_b, "b", half)
+        extra = named["offsets"], named.get("s"), named.get("partial")
+        self.kernel(a, b, stores, read, *extra, a_layout, b_layout, buffers).launch(
+            grid=[self.cluster, clusters, 1],
+            block=[self.threads, 1, 1],
+            cluster=[self.cluster, 1, 1],
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
         if cutlass.const_expr(self.reads):
             PartialSum(problem.experts, self.columns).launch(
                 named["partial"], named["offsets"], named["ds"], stream
