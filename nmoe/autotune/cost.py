@@ -26,6 +26,7 @@ L2_BYTES_PER_CLOCK = (
     32.0  # a thread block's share when all of them read (fitted, as the next, to the H100's times)
 )
 PIECE_CLOCKS = 700.0  # writing 64 × 128 B to shared memory and waiting for a buffer, both groups side by side
+STALL = 0.6  # share of a slice that loads arrive too late by, with one stage of lookahead; less with more
 SETUP_CLOCKS = 1000.0  # filling the pipeline of the first tile, draining that of the last
 
 
@@ -68,6 +69,7 @@ def predict(problem: GemmProblem, config: GemmConfig, target: str, rows: int = 0
         epilogue *= 4  # each piece is read, computed and stored twice over
     if hardware.tensor_columns:  # two accumulators: hidden behind the next tile's products
         multiply, epilogue = max(multiply, epilogue / slices), 0.0
+    multiply *= 1 + STALL / (config.stages - 1) ** 2
     waves = -(-tiles // (hardware.sms // config.cluster))
     seconds = (waves * (slices * max(multiply, load) + epilogue) + SETUP_CLOCKS) / clock
     floor = max(problem.flops(rows) / hardware.bf16, problem.bytes(rows) / hardware.memory)
