@@ -171,11 +171,7 @@ def test_same_config_same_bits_whatever_is_recomputed(config, tmp_path, precisio
 
 def _run_child(config: Config, threads: int) -> None:
     torch.set_num_threads(threads)
-    try:
-        train(config, resume=True, out=quiet)
-    except UserError as error:
-        if "nothing to resume" not in str(error):
-            raise
+    train(config, resume=True, out=quiet)
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +256,9 @@ def test_interrupt_finishes_the_step_saves_and_reports(config):
     assert sorted(p.name for p in (Path(run.checkpoint.dir) / "run").glob("step_*"))[-1] == "step_00000007"
     train(run, resume=True, out=quiet)
     assert status(run)[0] == "finished"
+    lines: list[str] = []
+    assert train(run, resume=True, out=lines.append).status == "finished"
+    assert "has done its 12 steps" in lines[-1]
 
 
 def test_nan_stops_before_the_optimizer_and_fails_the_run(config):
