@@ -352,3 +352,40 @@ def test_command_line_shows_no_traceback_for_a_users_mistake(tmp_path):
         name in result.stdout
         for name in ("train", "prep-mixture", "plan", "bench", "compile", "export", "doctor")
     )
+
+
+def test_an_exported_run_starts_another(config, tmp_path):
+    """export → [checkpoint] init_from: the new run's first loss is the trained model's on the same batch."""
+    from nmoe.data.loader import Loader
+    from nmoe.export import export
+
+    trained = config(schedule={"precision": "fp32"}, train={"steps": 12})
+    train(trained, out=quiet)
+    assert str(tmp_path / "hf") in export(trained, tmp_path / "hf")
+    start = elsewhere(
+        replace(trained, checkpoint=replace(trained.checkpoint, init_from=str(tmp_path / "hf"))),
+        tmp_path,
+        "new",
+    )
+    train(start, out=quiet)
+
+    step = Step(trained)
+    for name, tensor in saved(trained).items():
+        step.state()[name].copy_(tensor)
+    step.restore(12)
+    batch = Loader(trained.data, seed=3, seq_len=32, batch_size=4, vocab_size=288, depth=1).batch(0)
+    assert step.run(0, batch).losses["main"] == rows(start, "loss")[0, "loss"]
+    with pytest.raises(UserError, match=r"hf exists and is not empty; name a new folder"):
+        export(trained, tmp_path / "hf")
+
+
+def test_export_wants_a_checkpoint_of_this_model(config, tmp_path):
+    from nmoe.export import export
+
+    run = config()
+    with pytest.raises(CheckpointError, match="no checkpoint to export; train the config first"):
+        export(run, tmp_path / "hf")
+    _stop_after(run, 2)
+    other = replace(run, moe=replace(run.moe, route_scale=2.0))
+    with pytest.raises(CheckpointError, match=r"holds another model:\n  moe\.route_scale: was 1\.0, is 2\.0"):
+        export(other, tmp_path / "hf")
