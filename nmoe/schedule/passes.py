@@ -92,9 +92,9 @@ def quantize_operands(graph: Graph) -> Graph:
 def recompute(graph: Graph, policy: Recompute) -> Graph:
     """Drops forward activations that the backward pass can compute again.
 
-    "selective" recomputes the outputs of memory-bound ops and their quantized copies, "full" everything in a layer but what its router
-    decided. Ops that accumulate (losses, expert loads) run once. A recomputed op stands right before its first
-    backward user and gives the same bits, since no op draws on anything but its inputs.
+    "selective" recomputes the outputs of memory-bound ops and their quantized copies, "full" everything in a layer
+    but what its router decided. Ops that accumulate (losses, expert loads) run once. A recomputed op stands right
+    before its first backward user and gives the same bits, since no op draws on anything but its inputs.
     """
     if policy == "none":
         return graph
