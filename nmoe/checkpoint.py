@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nmoe.errors import CheckpointError
+from nmoe.files import sync, write_synced
 
 _FORMAT = 1
 _LISTED = 20  # differences that an error message spells out
@@ -171,18 +172,18 @@ class Checkpointer:
 
     def _publish(self, temporary: Path, target: Path, step: int, meta: str) -> None:
         try:
-            _write_synced(temporary / "meta.json", meta)
+            write_synced(temporary / "meta.json", meta.encode())
             files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
             manifest = {"format": _FORMAT, "step": step, "files": files}
-            _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1))
-            _sync(temporary)
+            write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+            sync(temporary)
             replaced = target.with_name(f"{target.name}.replaced")  # counts as `target` while that is missing
             if target.exists():
                 if replaced.exists():
                     shutil.rmtree(replaced)
                 target.rename(replaced)
             temporary.rename(target)
-            _sync(self._dir)
+            sync(self._dir)
         except OSError as e:
             shutil.rmtree(temporary, ignore_errors=True)
             raise self._failure(target, e) from e
@@ -336,18 +337,3 @@ def _fingerprint(path: Path) -> dict[str, Any]:
             "bytes": os.fstat(file.fileno()).st_size,
             "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
         }
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,8 +26,7 @@ def _train(args: argparse.Namespace) -> int:
 def _prep_mixture(args: argparse.Namespace) -> int:
     from nmoe.data.prep import prepare
 
-    for source in prepare(args.load().data, workers=args.workers, progress=sys.stderr):
-        _line(str(source))
+    prepare(args.load().data, workers=args.workers, progress=sys.stderr)
     return 0
 
 

@@ -28,7 +28,9 @@ def export(config: Config, folder: Path) -> str:
     runs = Path(config.checkpoint.dir) / config.run.name
 
     def check(meta: dict) -> None:
-        changed = [c for c in configuration.differences(meta["config"], config) if c.startswith(("model.", "moe."))]
+        changed = [
+            c for c in configuration.differences(meta["config"], config) if c.startswith(("model.", "moe."))
+        ]
         if changed:
             raise CheckpointError(f"{runs} holds another model:\n  " + "\n  ".join(changed))
 

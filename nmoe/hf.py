@@ -25,6 +25,7 @@ from nmoe.config import Config, Rdep, layers
 from nmoe.data.tokenizer import EOS
 from nmoe.data.tokenizer import load as load_tokenizer
 from nmoe.errors import CheckpointError, UserError
+from nmoe.files import sync
 from nmoe.model import build
 from nmoe.ops.attention import rope_frequencies, yarn_mscale
 
@@ -374,9 +375,9 @@ def export(
         if tokenizer:
             _write_tokenizer(temporary, tokenizer)
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            sync(path)
         temporary.rename(folder)  # replaces an empty folder, fails on any other
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{folder} cannot be written: {e}") from e
     finally:
@@ -500,11 +501,3 @@ def _write_tokenizer(folder: Path, source: Path) -> None:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

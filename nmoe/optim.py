@@ -6,14 +6,10 @@ import math
 
 import torch
 
-from nmoe.config import Config, Optim
+from nmoe.config import Optim
 from nmoe.parameters import Parameters
 
 CHUNK = 1 << 17  # elements updated at a time: all operands of a chunk stay in a core's cache
-
-
-def total_tokens(config: Config) -> int:
-    return config.train.steps * config.train.batch_size * config.train.seq_len
 
 
 def lr_factor(optim: Optim, tokens: int, total: int) -> float:

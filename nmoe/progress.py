@@ -10,18 +10,9 @@ import torch
 
 from nmoe import devices
 from nmoe.config import Config
-from nmoe.optim import total_tokens
-from nmoe.parameters import Parameters
-from nmoe.schedule import Schedule
+from nmoe.plan import amount, parameter_counts
+from nmoe.predict import model_flops
 from nmoe.step import Result, Step
-
-
-def amount(value: float, unit: str = "") -> str:
-    """1234567 → "1.2M"."""
-    for suffix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= scale:
-            return f"{value / scale:.1f}{suffix}{unit}"
-    return f"{value:.0f}{unit}"
 
 
 def duration(seconds: float) -> str:
@@ -31,42 +22,25 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def model_flops(config: Config, schedule: Schedule) -> float:
-    """Floating-point operations of an optimizer step that the model needs: recomputation is not counted, and experts
-    count the rows that routing sends, not their padding."""
-    rows = {"R": schedule.dims["T"] * config.moe.topk} if config.moe else {}
-    ops = (op for op in schedule.graph.ops if op.phase == "micro" and not op.name.endswith(".again"))
-    micro_batches = config.train.batch_size * config.train.seq_len / schedule.dims["T"]
-    return micro_batches * sum(schedule.cost(op, rows).flops for op in ops)
-
-
-def parameter_counts(config: Config, parameters: Parameters) -> tuple[int, int]:
-    """All parameters, and those that a token uses."""
-    counts = {name: tensor.numel() for name, tensor in parameters.masters.items()}
-    experts = sum(n for name, n in counts.items() if ".experts." in name)
-    share = config.moe.topk / config.moe.experts if config.moe else 0.0
-    total = sum(counts.values())
-    return total, round(total - experts * (1.0 - share))
-
-
 def banner(config: Config, step: Step, run_id: str, begin: int) -> str:
-    total, active = parameter_counts(config, step.parameters)
     schedule, target = step.schedule, config.target.device
+    counts = parameter_counts(config, schedule)
     note = (
         " (off target: the reference implementation; the product's target is sm_100a)"
         if target == "cpu"
         else ""
     )
-    tokens = total_tokens(config)
+    flops = step.micro_batches * model_flops(config, schedule)
     return "\n".join(
         [
             f"run {run_id}",
             f"target {target}{note}, {torch.get_num_threads()} threads",
-            f"model {amount(total)} parameters, {amount(active)} active; precision {config.schedule.precision}",
+            f"model {amount(counts.total)} parameters, {amount(counts.active)} active; "
+            f"precision {config.schedule.precision}, recompute {config.schedule.recompute}",
             f"step {config.train.batch_size} x {config.train.seq_len} tokens in {step.micro_batches} micro-batch(es), "
-            f"{len(schedule.calls)} kernels, {amount(model_flops(config, schedule), 'FLOP')}, "
+            f"{len(schedule.calls)} kernels, {amount(flops, 'FLOP')}, "
             f"arena {amount(schedule.arena_bytes, 'B')}",
-            f"steps {begin} to {config.train.steps}, {amount(tokens)} tokens, {tokens / active:.1f} a parameter",
+            f"steps {begin} to {config.train.steps}, {amount(config.total_tokens)} tokens",
         ]
     )
 
@@ -89,10 +63,10 @@ def router_values(load: dict[str, torch.Tensor], biases: dict[str, torch.Tensor]
 class Progress:
     """Turns results into metrics and lines."""
 
-    def __init__(self, config: Config, schedule: Schedule, begin: int) -> None:
-        self.config, self.begin = config, begin
+    def __init__(self, config: Config, step: Step) -> None:
+        self.config = config
         self.tokens_per_step = config.train.batch_size * config.train.seq_len
-        self._flops = model_flops(config, schedule)
+        self._flops = step.micro_batches * model_flops(config, step.schedule)
         self._peak = devices.peak_flops(config.target.device, config.schedule.precision)
         self._recent: list[float] = []
         self._started = time.perf_counter()

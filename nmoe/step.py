@@ -16,7 +16,7 @@ from nmoe.config import Config
 from nmoe.data.loader import Batch
 from nmoe.errors import UserError
 from nmoe.executor import Executor, allocate
-from nmoe.optim import AdamW, lr_factor, total_tokens
+from nmoe.optim import AdamW, lr_factor
 from nmoe.parameters import Parameters
 from nmoe.schedule import lower
 
@@ -76,7 +76,7 @@ class Step:
         self._biases = {
             n.removesuffix(".router_bias"): t for n, t in self.tensors.items() if n.endswith(".router_bias")
         }
-        self._total = total_tokens(config)
+        self._total = config.total_tokens
         self._tokens_per_step = config.train.batch_size * config.train.seq_len
 
     def executor(self, step: int) -> Executor:

@@ -74,10 +74,13 @@ def train(config: Config, *, resume: bool = False, out: Print = print) -> Outcom
         begin, meta = _start(config, step, checkpoints, out)
         run_id = meta["run_id"]
         path = Path(config.metrics.dir) / run_id / "rank_0.duckdb"
+        if begin >= config.train.steps:
+            out(f"{run_id} has done its {begin} steps; to train longer, raise [train] steps")
+            return Outcome(run_id, "finished", begin, float("nan"), folder / f"step_{begin:08d}", path)
         experiments = Experiments(Path(config.metrics.experiments))
         experiments.start(run_id, json.dumps(config.to_dict()), meta["fingerprint"], meta["git"])
         out(banner(config, step, run_id, begin))
-        progress = Progress(config, step.schedule, begin)
+        progress = Progress(config, step)
         loss, done = float("nan"), begin
         try:
             with (
@@ -123,7 +126,7 @@ def _number(value: float) -> float | None:
 
 
 def _start(config: Config, step: Step, checkpoints: Checkpointer, out: Print) -> tuple[int, dict[str, Any]]:
-    """Restores the newest intact checkpoint or initialises the parameters: the first step to run, and the run's meta."""
+    """Restores the newest intact checkpoint or initialises the parameters: the first step to run, the run's meta."""
     meta: dict[str, Any] = {
         "run_id": f"{config.run.name}-{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}",
         "config": config.to_dict(),
@@ -141,8 +144,8 @@ def _start(config: Config, step: Step, checkpoints: Checkpointer, out: Print) ->
         changed = configuration.differences(saved["config"], config)
         if changed:
             raise CheckpointError(
-                f"the run in {config.checkpoint.dir}/{config.run.name} was made with another config; these keys change its "
-                "trajectory:\n  "
+                f"the run in {config.checkpoint.dir}/{config.run.name} was made with another config; these keys "
+                "change its trajectory:\n  "
                 + "\n  ".join(changed)
                 + "\nrestore them, or start a run of another [run] name"
             )
@@ -160,10 +163,6 @@ def _start(config: Config, step: Step, checkpoints: Checkpointer, out: Print) ->
         return 0, meta
     begin, saved = found
     step.restore(begin)
-    if begin >= config.train.steps:
-        raise UserError(
-            f"the run has done {begin} of [train] steps = {config.train.steps}: there is nothing to resume; raise steps"
-        )
     out(f"resumed from step {begin}")
     return begin, {**meta, "run_id": saved["run_id"]}
 

@@ -150,7 +150,8 @@ def test_no_token_count_in_any_spec() -> None:
 
 def test_every_attribute_of_every_op_has_a_meaning() -> None:
     """A new attribute must be classified, or specs() would not know whether it changes code."""
-    assert set(ATTRIBUTES) == set(OPS) - {"rope_table"}
+    ours = {kind for kind in OPS if not kind.startswith("test.")}  # tests/harness.py registers a few
+    assert set(ATTRIBUTES) == ours - {"rope_table"}
     assert {meaning for table in ATTRIBUTES.values() for meaning in table.values()} == {
         "code", "flag", "launch", "shape"}  # fmt: skip
 

@@ -316,7 +316,7 @@ def test_a_fused_kernel_moves_only_what_is_stored(shipped) -> None:
     """gemm1 with SwiGLU and both quantized copies: reads rows, weights and router weights, writes the pre-activation
     for backward and the two copies of the activation."""
     config = load(CONFIGS / "moonlet.toml")
-    schedule = lower(config)
+    schedule = lower(replace(config, schedule=replace(config.schedule, recompute="none")))
     (call,) = [c for c in schedule.calls if c.name == "layers.1.moe.gemm1"]
     assert [op.kind for op in call.ops] == ["grouped_gemm", "swiglu", "quantize", "quantize"]
     rows = 1280

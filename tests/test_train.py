@@ -171,11 +171,7 @@ def test_same_config_same_bits_whatever_is_recomputed(config, tmp_path, precisio
 
 def _run_child(config: Config, threads: int) -> None:
     torch.set_num_threads(threads)
-    try:
-        train(config, resume=True, out=quiet)
-    except UserError as error:
-        if "nothing to resume" not in str(error):
-            raise
+    train(config, resume=True, out=quiet)
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +256,9 @@ def test_interrupt_finishes_the_step_saves_and_reports(config):
     assert sorted(p.name for p in (Path(run.checkpoint.dir) / "run").glob("step_*"))[-1] == "step_00000007"
     train(run, resume=True, out=quiet)
     assert status(run)[0] == "finished"
+    lines: list[str] = []
+    assert train(run, resume=True, out=lines.append).status == "finished"
+    assert "has done its 12 steps" in lines[-1]
 
 
 def test_nan_stops_before_the_optimizer_and_fails_the_run(config):
@@ -353,3 +352,40 @@ def test_command_line_shows_no_traceback_for_a_users_mistake(tmp_path):
         name in result.stdout
         for name in ("train", "prep-mixture", "plan", "bench", "compile", "export", "doctor")
     )
+
+
+def test_an_exported_run_starts_another(config, tmp_path):
+    """export → [checkpoint] init_from: the new run's first loss is the trained model's on the same batch."""
+    from nmoe.data.loader import Loader
+    from nmoe.export import export
+
+    trained = config(schedule={"precision": "fp32"}, train={"steps": 12})
+    train(trained, out=quiet)
+    assert str(tmp_path / "hf") in export(trained, tmp_path / "hf")
+    start = elsewhere(
+        replace(trained, checkpoint=replace(trained.checkpoint, init_from=str(tmp_path / "hf"))),
+        tmp_path,
+        "new",
+    )
+    train(start, out=quiet)
+
+    step = Step(trained)
+    for name, tensor in saved(trained).items():
+        step.state()[name].copy_(tensor)
+    step.restore(12)
+    batch = Loader(trained.data, seed=3, seq_len=32, batch_size=4, vocab_size=288, depth=1).batch(0)
+    assert step.run(0, batch).losses["main"] == rows(start, "loss")[0, "loss"]
+    with pytest.raises(UserError, match=r"hf exists and is not empty; name a new folder"):
+        export(trained, tmp_path / "hf")
+
+
+def test_export_wants_a_checkpoint_of_this_model(config, tmp_path):
+    from nmoe.export import export
+
+    run = config()
+    with pytest.raises(CheckpointError, match="no checkpoint to export; train the config first"):
+        export(run, tmp_path / "hf")
+    _stop_after(run, 2)
+    other = replace(run, moe=replace(run.moe, route_scale=2.0))
+    with pytest.raises(CheckpointError, match=r"holds another model:\n  moe\.route_scale: was 1\.0, is 2\.0"):
+        export(other, tmp_path / "hf")

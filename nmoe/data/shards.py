@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from nmoe.errors import DataError
+from nmoe.files import write_atomic
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -29,26 +30,6 @@ _INDEX = np.dtype("<i8")
 def token_dtype(vocab_size: int) -> np.dtype:
     """What one token takes on disk."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: after a crash it holds the old bytes or the new ones, never a mixture."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

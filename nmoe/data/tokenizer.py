@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nmoe.data.shards import write_atomic
 from nmoe.errors import DataError
+from nmoe.files import write_atomic
 
 EOS = "<|endoftext|>"
 BPE_FILE = "tokenizer.json"  # of a "bpe:N" tokenizer, in [data] dir

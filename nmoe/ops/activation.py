@@ -6,6 +6,7 @@ gradient without the expert's output: <dy, W₂a> = <W₂ᵀdy, a>.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,12 +14,23 @@ import torch
 from nmoe.graph import Graph, Name, Op, Spec
 from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
 
+BLOCK_ELEMENTS = 1 << 17  # of a piece of rows, all of whose intermediates stay in a core's cache
 
-def _sigmoid_split(h: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, sigmoid: torch.Tensor) -> None:
-    width = gate.shape[-1]
-    gate.copy_(h[:, :width])
-    up.copy_(h[:, width:])
-    torch.sigmoid(gate, out=sigmoid)
+
+def _block_rows(rows: int, width: int) -> int:
+    return max(1, min(rows, BLOCK_ELEMENTS // width))
+
+
+def _pieces(block: int, *tensors: torch.Tensor | None) -> Iterator[tuple]:
+    """The tensors `block` rows at a time; absent ones stay None."""
+    rows = next(x.shape[0] for x in tensors if x is not None)
+    for start in range(0, rows, block):
+        yield tuple(None if x is None else x[start : start + block] for x in tensors)
+
+
+def _widened(x: torch.Tensor, scratch: list[torch.Tensor]) -> torch.Tensor:
+    """x, or its copy in the next piece of scratch; without scratch x is wide already."""
+    return scratch.pop().copy_(x) if scratch else x
 
 
 @register
@@ -40,15 +52,20 @@ class SwiGlu(OpDef):
         return Cost(6.0 * numel(outs[0].shape), memory_bytes(*ins, *outs))
 
     def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
-        return [Spec(outs[0].shape, wide(ins[0].format))] * 3
+        (rows, width), fmt = outs[0].shape, wide(outs[0].format)
+        return [] if outs[0].format == fmt else [Spec((_block_rows(rows, width), width), fmt)] * 3
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
-        (h, weight), (gate, up, sigmoid) = ins, scratch
-        _sigmoid_split(h, gate, up, sigmoid)
-        gate.mul_(sigmoid).mul_(up)
-        if weight is not None:
-            gate.mul_(weight.unsqueeze(-1))
-        outs[0].copy_(gate)
+        block = _block_rows(*outs[0].shape)
+        for h, a, weight in _pieces(block, ins[0], outs[0], ins[1]):
+            rest = [x[: len(h)] for x in scratch]
+            product = rest.pop() if rest else a
+            gate, up = (_widened(half, rest) for half in h.chunk(2, dim=-1))
+            torch.sigmoid(gate, out=product).mul_(gate).mul_(up)
+            if weight is not None:
+                product.mul_(weight.unsqueeze(-1))
+            if product is not a:
+                a.copy_(product)
 
 
 @register
@@ -68,19 +85,25 @@ class SwiGluBwd(OpDef):
         return Cost(14.0 * numel(ins[0].shape), memory_bytes(*ins, *outs))
 
     def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
-        return [Spec(ins[0].shape, wide(ins[1].format))] * 5
+        (rows, width), fmt = ins[0].shape, wide(ins[0].format)
+        full = Spec((_block_rows(rows, width), width), fmt)
+        return [full] * (2 if ins[0].format == fmt else 7)
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
-        (da, h, weight), (dh, ds), (gate, up, sigmoid, grad, silu) = ins, outs, scratch
-        width = gate.shape[-1]
-        _sigmoid_split(h, gate, up, sigmoid)
-        grad.copy_(da)
-        torch.mul(gate, sigmoid, out=silu)
-        # d silu = σ + silu·(1 − σ), built in `gate`, which is not needed again
-        torch.mul(silu, sigmoid, out=gate).neg_().add_(silu).add_(sigmoid)
-        if weight is not None:
-            torch.mul(silu, up, out=sigmoid).mul_(grad)
-            torch.sum(sigmoid, dim=-1, out=ds)
-            grad.mul_(weight.unsqueeze(-1))
-        dh[:, width:].copy_(silu.mul_(grad))
-        dh[:, :width].copy_(gate.mul_(up).mul_(grad))
+        block = _block_rows(*ins[0].shape)
+        for da, h, weight, dh, ds in _pieces(block, *ins, *outs):
+            sigmoid, scaled, *rest = (x[: len(h)] for x in scratch)
+            dh_gate, dh_up = dh.chunk(2, dim=-1)
+            dgate, dup = (rest.pop(), rest.pop()) if rest else (dh_gate, dh_up)
+            gate, up, grad = (_widened(x, rest) for x in (*h.chunk(2, dim=-1), da))
+            torch.sigmoid(gate, out=sigmoid)
+            silu = torch.mul(gate, sigmoid, out=dup)
+            slope = torch.addcmul(silu, silu, sigmoid, value=-1, out=dgate).add_(sigmoid)
+            if weight is not None:
+                torch.sum(torch.mul(silu, up, out=sigmoid).mul_(grad), dim=-1, out=ds)
+                grad = torch.mul(grad, weight.unsqueeze(-1), out=scaled)
+            slope.mul_(up).mul_(grad)
+            silu.mul_(grad)
+            if dgate is not dh_gate:
+                dh_gate.copy_(dgate)
+                dh_up.copy_(dup)

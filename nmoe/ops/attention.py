@@ -127,7 +127,9 @@ class _Heads:
         widths = ((self.heads, self.nope + self.rope), (self.heads, self.nope + self.vdim), (1, self.rope))
         self.source = [x.view(-1, self.seq, *w) for x, w in zip((q, kv, k_rope), widths, strict=True)]
         self.positions = positions.view(-1, self.seq)
-        self.q, self.k, self.v, self.scores, self.index, self.low, self.bad, self.late = scratch[:8]
+        self.q, self.k, self.v, self.scores, self.index, self.low, self.late, self.bad, self.bias = scratch[
+            :9
+        ]
         torch.arange(self.seq, out=self.index)
 
     def load(self, sequence: int) -> None:
@@ -155,9 +157,9 @@ class _Heads:
             keys = self.index[first:end]
             torch.lt(keys, self.low[start:end, None], out=bad[0])
             torch.gt(keys, self.index[start:end, None], out=bad[1])
-            bad[0].logical_or_(bad[1])
-            scores.masked_fill_(bad[0], -math.inf)
-            yield slice(start, end), slice(first, end), scores
+            # Adding −∞ vectorises over the heads; masked_fill_ of all scores does not.
+            bias = self.bias[: m * n].view(m, n).zero_().masked_fill_(bad[0].logical_or_(bad[1]), -math.inf)
+            yield slice(start, end), slice(first, end), scores.add_(bias)
 
 
 def _common_scratch(attrs: Attrs, fmt: str) -> list[Spec]:
@@ -165,8 +167,12 @@ def _common_scratch(attrs: Attrs, fmt: str) -> list[Spec]:
     key = Spec((heads, seq, attrs["nope"] + attrs["rope"]), fmt)
     block = min(QUERY_BLOCK, seq)
     scores, rows = Spec((heads * block * seq,), fmt), Spec((seq,), "i32")
-    value, mask = Spec((heads, seq, attrs["v"]), fmt), Spec((2 * block * seq,), "bool")
-    return [key, key, value, scores, rows, rows, mask, rows]
+    value, bad, bias = (
+        Spec((heads, seq, attrs["v"]), fmt),
+        Spec((2 * block * seq,), "bool"),
+        Spec((block * seq,), fmt),
+    )
+    return [key, key, value, scores, rows, rows, rows, bad, bias]
 
 
 @register
@@ -209,8 +215,8 @@ class Attention(OpDef):
             heads.load(sequence)
             for queries, keys, scores in heads.blocks():
                 m = scores.shape[1]
-                top, total = (t[: count * m].view(count, m, 1) for t in scratch[8:10])
-                block = scratch[10][: count * m * heads.vdim].view(count, m, heads.vdim)
+                top, total = (t[: count * m].view(count, m, 1) for t in scratch[9:11])
+                block = scratch[11][: count * m * heads.vdim].view(count, m, heads.vdim)
                 torch.amax(scores, dim=-1, keepdim=True, out=top)
                 scores.sub_(top).exp_()
                 torch.sum(scores, dim=-1, keepdim=True, out=total)
@@ -250,7 +256,7 @@ class AttentionBwd(OpDef):
         do_, o_, lse_ = ins[0], ins[5], ins[6]
         heads = _Heads(attrs, ins[1:5], scratch)
         count, seq, vdim, nope = heads.heads, heads.seq, heads.vdim, heads.nope
-        do, dk, dv, dscores, delta, lse, dq_block, shared = scratch[8:]
+        do, dk, dv, dscores, delta, lse, dq_block, shared = scratch[9:]
         do_, o_ = do_.view(-1, seq, count, vdim), o_.view(-1, seq, count, vdim)
         lse_ = lse_.view(count, -1, seq)
         dq, dkv, dk_rope = (t.view(-1, seq, *s.shape[2:]) for t, s in zip(outs, heads.source, strict=True))

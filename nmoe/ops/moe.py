@@ -325,7 +325,8 @@ class Dispatch(OpDef):
         torch.lt(row_source[:n], 0, out=padding)
         rows = outs[0][:n]
         torch.index_select(x, 0, token, out=rows)
-        rows.masked_fill_(padding.unsqueeze(-1), 0)
+        if n > slots.numel():  # there is padding
+            rows.masked_fill_(padding.unsqueeze(-1), 0)
         if weights is not None:
             torch.index_select(weights.view(-1), 0, source, out=outs[1][:n])
             outs[1][:n].masked_fill_(padding, 0)

@@ -92,9 +92,9 @@ def quantize_operands(graph: Graph) -> Graph:
 def recompute(graph: Graph, policy: Recompute) -> Graph:
     """Drops forward activations that the backward pass can compute again.
 
-    "selective" recomputes the outputs of memory-bound ops, "full" everything in a layer but what its router
-    decided. Ops that accumulate (losses, expert loads) run once. A recomputed op stands right before its first
-    backward user and gives the same bits, since no op draws on anything but its inputs.
+    "selective" recomputes the outputs of memory-bound ops and their quantized copies, "full" everything in a layer
+    but what its router decided. Ops that accumulate (losses, expert loads) run once. A recomputed op stands right
+    before its first backward user and gives the same bits, since no op draws on anything but its inputs.
     """
     if policy == "none":
         return graph
@@ -118,6 +118,9 @@ def recompute(graph: Graph, policy: Recompute) -> Graph:
         if op.phase != "micro" or adds or op.kind in ("router", "moe_plan"):
             return False
         if policy == "selective":
+            if op.kind == "quantize":  # a copy is as cheap as what it is made from
+                source = producer.get(op.inputs[0] or "")
+                return source is not None and again(source)
             return definition.cheap
         return op.name.startswith(("layers.", "mtp.")) and not any(out in boundary for out in op.outputs)
 

@@ -1,0 +1,522 @@
+/* The scheduler: clusters, warps and asynchronous engines of one launch, interleaved by seed. */
+#include "emu.h"
+#include "opcodes.h"
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define QUANTUM 64
+
+static const char *const opcode_names[] = {
+#define UN(name, D, A, expr) #name,
+#define BIN(name, D, A, B, expr) #name,
+#define TER(name, D, A, B, C, expr) #name,
+#define CMP(name, A, expr) #name,
+#define PRED(name, expr) #name,
+#define OTHER(name) #name,
+#define MEMORY(name) #name,
+#define SYNC(name) #name,
+#define TMA(name) #name,
+#define TENSOR(name) #name,
+#define WGMMA(name) #name,
+#define WARP(name) #name,
+#define CONTROL(name) #name,
+#include "ops.def"
+#undef UN
+#undef BIN
+#undef TER
+#undef CMP
+#undef PRED
+#undef OTHER
+#undef MEMORY
+#undef SYNC
+#undef TMA
+#undef TENSOR
+#undef WGMMA
+#undef WARP
+#undef CONTROL
+};
+
+typedef Outcome (*Execute)(Machine *, Warp *, const Insn *, const uint32_t *, uint32_t);
+static Outcome execute_control(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask);
+static const Execute executors[] = {
+#define UN(name, D, A, expr) execute_alu,
+#define BIN(name, D, A, B, expr) execute_alu,
+#define TER(name, D, A, B, C, expr) execute_alu,
+#define CMP(name, A, expr) execute_alu,
+#define PRED(name, expr) execute_alu,
+#define OTHER(name) execute_alu,
+#define MEMORY(name) execute_memory,
+#define SYNC(name) execute_sync,
+#define TMA(name) execute_tma,
+#define TENSOR(name) execute_tensor,
+#define WGMMA(name) execute_wgmma,
+#define WARP(name) execute_warp,
+#define CONTROL(name) execute_control,
+#include "ops.def"
+};
+
+const char *emu_opcode_name(uint32_t index) { return index < OP_COUNT ? opcode_names[index] : NULL; }
+/* The decoder asserts that its structures have these sizes. */
+size_t emu_struct_size(uint32_t which) {
+  const size_t sizes[] = {sizeof(Insn), sizeof(Program), sizeof(Launch), sizeof(Buffer), sizeof(Counters), sizeof(Fault)};
+  return which < sizeof sizes / sizeof *sizes ? sizes[which] : 0;
+}
+
+static const char *const special_names[] = {
+    "tid.x", "tid.y", "tid.z", "ntid.x", "ntid.y", "ntid.z", "ctaid.x", "ctaid.y", "ctaid.z", "nctaid.x", "nctaid.y",
+    "nctaid.z", "clusterid.x", "clusterid.y", "clusterid.z", "nclusterid.x", "nclusterid.y", "nclusterid.z",
+    "cluster_ctaid.x", "cluster_ctaid.y", "cluster_ctaid.z", "cluster_nctaid.x", "cluster_nctaid.y",
+    "cluster_nctaid.z", "cluster_ctarank", "cluster_nctarank", "laneid", "warpid", "nwarpid", "smid", "nsmid",
+    "lanemask_eq", "lanemask_le", "lanemask_lt", "lanemask_ge", "lanemask_gt", "dynamic_smem_size",
+    "total_smem_size", "is_explicit_cluster", "gridid"};
+const char *emu_special_name(uint32_t index) {
+  return index < sizeof special_names / sizeof *special_names ? special_names[index] : NULL;
+}
+
+void fault(Machine *m, const char *format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(m->fault->text, sizeof m->fault->text, format, arguments);
+  va_end(arguments);
+  Warp *w = m->current;
+  m->fault->pc = w ? (int32_t)w->path[w->depth].pc : -1;
+  m->fault->warp = w ? (int32_t)w->index : -1;
+  m->fault->lane_mask = w ? (int32_t)w->path[w->depth].mask : 0;
+  const uint32_t *grid = m->launch->grid, *id = w ? w->cta->id : NULL;
+  m->fault->cta = w ? (int32_t)(id[0] + grid[0] * (id[1] + grid[1] * id[2])) : -1;
+  longjmp(m->escape, 1);
+}
+
+uint32_t next_random(Machine *m, uint32_t bound) {
+  m->random ^= m->random << 13;
+  m->random ^= m->random >> 7;
+  m->random ^= m->random << 17;
+  return bound ? (uint32_t)((m->random >> 32) * bound >> 32) : 0;
+}
+
+static void *allocate(Machine *m, size_t count, size_t size) {
+  void *memory = calloc(count ? count : 1, size);
+  if (memory == NULL) fault(m, "out of host memory: %zu bytes", count * size);
+  return memory;
+}
+
+void require_converged(Machine *m, Warp *w, uint32_t mask) {
+  if (mask != live_mask(w))
+    fault(m, "an .aligned instruction is executed by lanes %08x of %08x: all lanes of the warp must execute it", mask,
+          live_mask(w));
+}
+
+/* Asynchronous engines. */
+AsyncOp *async_new(Machine *m, Cta *pipe, void (*run)(Machine *, AsyncOp *)) {
+  AsyncOp *op = allocate(m, 1, sizeof *op);
+  op->pipe = pipe;
+  op->run = run;
+  op->warp = m->current;
+  op->pc = (int32_t)m->current->path[m->current->depth].pc;
+  return op;
+}
+
+static void async_run(Machine *m, AsyncOp *op) {
+  Warp *saved = m->current;
+  m->current = op->warp;
+  m->progress++;
+  op->run(m, op);
+  m->current = saved;
+  free(op);
+}
+
+void async_issue(Machine *m, AsyncOp *op) {
+  if (m->mode == MODE_EAGER) {
+    async_run(m, op);
+    return;
+  }
+  Cluster *cluster = op->warp->cta->cluster;
+  *cluster->tail = op;
+  cluster->tail = &op->next;
+}
+
+/* Whether a bulk operation of the warp, of a group up to arg[0], is still under way. */
+bool async_pending(Cluster *cluster, const Warp *warp) {
+  for (AsyncOp *op = cluster->queue; op; op = op->next)
+    if (op->warp == warp && op->arg[0] && op->arg[0] <= warp->bulk_pending) return true;
+  return false;
+}
+
+static bool is_head(const Cluster *cluster, const AsyncOp *op) {
+  if (op->pipe == NULL) return true;
+  for (const AsyncOp *other = cluster->queue; other != op; other = other->next)
+    if (other->pipe == op->pipe) return false;
+  return true;
+}
+
+static bool async_step(Machine *m, Cluster *cluster) {
+  uint32_t count = 0;
+  AsyncOp **chosen = NULL;
+  for (AsyncOp **at = &cluster->queue; *at; at = &(*at)->next)
+    if (is_head(cluster, *at) && next_random(m, ++count) == 0) chosen = at;
+  if (chosen == NULL) return false;
+  AsyncOp *op = *chosen;
+  *chosen = op->next;
+  if (cluster->tail == &op->next) cluster->tail = chosen;
+  async_run(m, op);
+  return true;
+}
+
+/* Clusters. */
+/* A negative kind is the address of shared memory at that offset. */
+static uint32_t special_value(const Launch *l, const Warp *w, int kind, uint32_t lane) {
+  const Cta *cta = w->cta;
+  if (kind < 0) return cta->rank << RANK_SHIFT | (uint32_t)-kind;
+  uint32_t thread = w->index * LANES + lane;
+  const uint32_t *block = l->block;
+  if (kind < 3) return kind == 0 ? thread % block[0] : kind == 1 ? thread / block[0] % block[1] : thread / (block[0] * block[1]);
+  int axis = kind % 3;
+  switch (kind / 3) {
+    case 1: return block[axis];
+    case 2: return cta->id[axis];
+    case 3: return l->grid[axis];
+    case 4: return cta->id[axis] / l->cluster[axis];
+    case 5: return l->grid[axis] / l->cluster[axis];
+    case 6: return cta->id[axis] % l->cluster[axis];
+    case 7: return l->cluster[axis];
+  }
+  switch (kind) {
+    case 24: return cta->rank;
+    case 25: return l->cluster[0] * l->cluster[1] * l->cluster[2];
+    case 26: return lane;
+    case 27: return w->index;
+    case 28: return cta->n_warps;
+    case 29: return cta->cluster->index * cta->cluster->n_ctas + cta->rank;
+    case 30: return 148;
+    case 31: return 1u << lane;
+    case 32: return 0xFFFFFFFFu >> (31 - lane);
+    case 33: return (1u << lane) - 1;
+    case 34: return 0xFFFFFFFFu << lane;
+    case 35: return lane == 31 ? 0 : 0xFFFFFFFFu << (lane + 1);
+    case 36: return l->dynamic_shared;
+    case 37: return cta->shared_bytes;
+    case 38: return l->cluster[0] * l->cluster[1] * l->cluster[2] > 1 ? FULL : 0;
+    default: return 1;
+  }
+}
+
+static void start_warp(Machine *m, Cta *cta, uint32_t index, uint32_t threads) {
+  const Program *program = m->program;
+  Warp *w = &cta->warps[index];
+  w->cta = cta;
+  w->index = index;
+  w->agent = (cta->rank * cta->n_warps + index) * 3;
+  w->regs = aligned_alloc(64, (program->register_bytes + 63) & ~63u);
+  if (w->regs == NULL) fault(m, "out of host memory for %u bytes of registers", program->register_bytes);
+  memcpy(w->regs, program->registers, program->register_bytes);
+  w->local = allocate(m, LANES, program->local_bytes);
+  uint32_t lanes = threads - index * LANES < LANES ? threads - index * LANES : LANES;
+  w->start_mask = lanes == LANES ? FULL : (1u << lanes) - 1;
+  w->path[0] = (Path){0, w->start_mask, -1};
+  w->last_false = FULL;
+  w->priority = next_random(m, 1u << 30);
+  if (clock_new(cta->cluster, &w->clock)) w->clock.hb[w->agent] = 1;
+  clock_new(cta->cluster, &w->fenced);
+  for (uint32_t i = 0; i < program->n_specials; i++)
+    for (uint32_t lane = 0; lane < LANES; lane++)
+      u32_of(w, program->specials[i].slot)[lane] = special_value(m->launch, w, program->specials[i].kind, lane);
+}
+
+static void start_cluster(Machine *m) {
+  const Launch *l = m->launch;
+  uint32_t n_ctas = l->cluster[0] * l->cluster[1] * l->cluster[2];
+  uint32_t threads = l->block[0] * l->block[1] * l->block[2], n_warps = (threads + LANES - 1) / LANES;
+  Cluster *cluster = allocate(m, 1, sizeof *cluster);
+  m->resident[m->n_resident++] = cluster;
+  cluster->machine = m;
+  cluster->index = m->next_cluster++;
+  cluster->tail = &cluster->queue;
+  uint32_t fixed = n_ctas * (n_warps * 3 + 1), spare = fixed < 1000 ? (1000 - fixed) / n_ctas : 0;
+  cluster->next_agent = fixed;
+  cluster->n_agents = fixed + n_ctas * (spare < 96 ? spare : 96);
+  uint32_t extent[3] = {l->grid[0] / l->cluster[0], l->grid[1] / l->cluster[1], l->grid[2] / l->cluster[2]};
+  cluster->id[0] = cluster->index % extent[0];
+  cluster->id[1] = cluster->index / extent[0] % extent[1];
+  cluster->id[2] = cluster->index / (extent[0] * extent[1]);
+  clock_new(cluster, &cluster->arriving);
+  clock_new(cluster, &cluster->done);
+  cluster->ctas = allocate(m, n_ctas, sizeof *cluster->ctas);
+  cluster->n_ctas = n_ctas;
+  for (uint32_t rank = 0; rank < n_ctas; rank++) {
+    Cta *cta = &cluster->ctas[rank];
+    cta->cluster = cluster;
+    cta->rank = rank;
+    cta->id[0] = cluster->id[0] * l->cluster[0] + rank % l->cluster[0];
+    cta->id[1] = cluster->id[1] * l->cluster[1] + rank / l->cluster[0] % l->cluster[1];
+    cta->id[2] = cluster->id[2] * l->cluster[2] + rank / (l->cluster[0] * l->cluster[1]);
+    cta->shared_bytes = SHARED_BASE + m->program->static_shared + l->dynamic_shared;
+    cta->shared = allocate(m, cta->shared_bytes, 1);
+    cta->shared_written = allocate(m, cta->shared_bytes, 1);
+    if (l->races) cta->cells = allocate(m, cta->shared_bytes / 4 + 1, sizeof(Cell));
+    cta->pipe_agent = n_ctas * n_warps * 3 + rank;
+    clock_new(cluster, &cta->pipe);
+    for (int i = 0; i < MAX_BARRIERS; i++) {
+      clock_new(cluster, &cta->named[i].arriving);
+      clock_new(cluster, &cta->named[i].done);
+    }
+    cta->n_warps = cta->live_warps = n_warps;
+    cta->warps = allocate(m, n_warps, sizeof *cta->warps);
+    cluster->live_warps += n_warps;
+    for (uint32_t i = 0; i < n_warps; i++) start_warp(m, cta, i, threads);
+  }
+}
+
+static void free_cluster(Cluster *cluster) {
+  for (uint32_t rank = 0; rank < cluster->n_ctas; rank++) {
+    Cta *cta = &cluster->ctas[rank];
+    for (uint32_t i = 0; i < cta->n_warps && cta->warps; i++) {
+      free(cta->warps[i].regs);
+      free(cta->warps[i].local);
+      free(cta->warps[i].wgmma_busy);
+      free(cta->warps[i].clock.hb);
+      free(cta->warps[i].fenced.hb);
+    }
+    for (int i = 0; i < MAX_BARRIERS; i++) {
+      free(cta->named[i].arriving.hb);
+      free(cta->named[i].done.hb);
+    }
+    for (uint32_t i = 0; i < cta->n_mbarriers; i++) {
+      free(cta->mbarriers[i].arriving.hb);
+      free(cta->mbarriers[i].done.hb);
+    }
+    free(cta->pipe.hb);
+    free(cta->mbarriers);
+    free(cta->warps);
+    free(cta->shared);
+    free(cta->shared_written);
+    free(cta->cells);
+    free(cta->tmem);
+    free(cta->tmem_written);
+    free(cta->tmem_cells);
+  }
+  for (AsyncOp *op = cluster->queue; op;) {
+    AsyncOp *next = op->next;
+    free(op);
+    op = next;
+  }
+  for (uint32_t i = 0; i < cluster->n_flags; i++) free(cluster->flags[i].clock.hb);
+  free(cluster->flags);
+  free(cluster->arriving.hb);
+  free(cluster->done.hb);
+  free(cluster->ctas);
+  free(cluster);
+}
+
+static void finish_cluster(Machine *m, uint32_t at) {
+  Cluster *cluster = m->resident[at];
+  while (async_step(m, cluster)) continue;
+  for (uint32_t rank = 0; rank < cluster->n_ctas; rank++) {
+    Cta *cta = &cluster->ctas[rank];
+    m->current = &cta->warps[0];
+    for (int i = 0; i < TMEM_COLUMNS / 32; i++)
+      if (cta->columns[i])
+        fault(m, "tensor memory leak: CTA rank %u exits with columns %d..%d still allocated; every tcgen05.alloc needs a dealloc",
+              rank, i * 32, i * 32 + 31);
+    m->current = NULL;
+  }
+  m->resident[at] = m->resident[--m->n_resident];
+  free_cluster(cluster);
+}
+
+/* Control flow: a stack of paths that reconverge at the immediate post-dominator of the branch. Lanes that are at
+ * the join already wait in the path below, whose pc is the join. */
+static void diverge(Machine *m, Warp *w, uint32_t taken, uint32_t target, int32_t join) {
+  Path *p = &w->path[w->depth];
+  uint32_t rest = p->mask & ~taken, next = p->pc + 1;
+  bool meets = join >= 0;
+  if (!meets) join = p->join; /* the branches end in exit: they replace the path */
+  if (!meets || p->join == join) w->depth--;
+  else p->pc = (uint32_t)join;
+  if (w->depth + 2 >= MAX_DEPTH) fault(m, "control flow is nested more than %d deep", MAX_DEPTH);
+  if ((int32_t)next != join) w->path[++w->depth] = (Path){next, rest, join};
+  if ((int32_t)target != join) w->path[++w->depth] = (Path){target, taken, join};
+}
+
+static Outcome execute_control(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
+  Path *p = &w->path[w->depth];
+  if (in->op == OP_exit) {
+    w->exited |= mask;
+    p->mask &= ~mask;
+    p->pc++;
+    return JUMPED;
+  }
+  if (in->op == OP_brx) { /* operands: index, then the targets as constants */
+    uint32_t index = u32_of(w, o[0])[first_lane(mask)];
+    FOR_LANES(i, mask) if (u32_of(w, o[0])[i] != index) fault(m, "brx.idx with lanes that differ is not supported");
+    if (index + 1 >= in->n) fault(m, "brx.idx: index %u, but the table has %d targets", index, in->n - 1);
+    p->pc = *u32_of(w, o[1 + index]);
+    return JUMPED;
+  }
+  if (p->mask == mask) p->pc = (uint32_t)in->imm;
+  else diverge(m, w, mask, (uint32_t)in->imm, m->program->join[p->pc]);
+  return JUMPED;
+}
+
+static void exit_warp(Machine *m, Warp *w) {
+  w->done = true;
+  if (--w->cta->live_warps == 0)
+    for (uint32_t i = 0; i < w->cta->n_warps; i++)
+      if (w->cta->warps[i].bulk_issued > w->cta->warps[i].bulk_done)
+        fault(m, "the CTA exits while a bulk store of warp %u may still read its shared memory: cp.async.bulk.wait_group is missing", i);
+  w->cta->cluster->live_warps--;
+  m->progress++;
+}
+
+static uint32_t guard_mask(Warp *w, const Insn *in, uint32_t mask) {
+  if (in->guard < 0) return mask;
+  uint32_t p = *u32_of(w, (uint32_t)in->guard);
+  return mask & (in->flags & GUARD_NEGATED ? ~p : p);
+}
+
+/* Runs up to `quantum` instructions; returns how many completed. */
+static uint32_t run_warp(Machine *m, Warp *w, uint32_t quantum) {
+  const Program *program = m->program;
+  uint32_t completed = 0;
+  m->current = w;
+  while (completed < quantum) {
+    Path *p = &w->path[w->depth];
+    p->mask &= ~w->exited;
+    if (p->mask == 0 || (int32_t)p->pc == p->join) {
+      if (w->depth == 0) {
+        exit_warp(m, w);
+        return completed + 1;
+      }
+      w->depth--;
+      continue;
+    }
+    if (p->pc >= program->n_code) fault(m, "control flow runs past the last instruction; expected ret");
+    const Insn *in = &program->code[p->pc];
+    uint32_t mask = guard_mask(w, in, p->mask);
+    if (mask == 0) {
+      p->pc++;
+      completed++;
+      continue;
+    }
+    uint32_t at = p->pc;
+    if (w->wgmma_busy && executors[in->op] != execute_wgmma) wgmma_check_registers(m, w, in, program->operands + in->first);
+    Outcome outcome = executors[in->op](m, w, in, program->operands + in->first, mask);
+    if (outcome == STAY) break;
+    m->launch->executed[at]++;
+    m->launch->roles[w->index]++;
+    if (++m->counters->instructions > m->launch->limit)
+      fault(m, "no end after %llu warp instructions: a livelock, or raise `limit`", (unsigned long long)m->launch->limit);
+    w->entered = false;
+    completed++;
+    if (outcome == NEXT) p->pc = at + 1;
+  }
+  m->current = NULL;
+  return completed;
+}
+
+static void deadlock(Machine *m) {
+  size_t used = 0;
+  char text[3900], wait[400];
+  Warp *first = NULL;
+  for (uint32_t i = 0; i < m->n_resident; i++)
+    for (uint32_t rank = 0; rank < m->resident[i]->n_ctas; rank++)
+      for (uint32_t k = 0; k < m->resident[i]->ctas[rank].n_warps; k++) {
+        Warp *w = &m->resident[i]->ctas[rank].warps[k];
+        if (w->done) continue;
+        if (first == NULL) first = w;
+        describe_wait(m, w, wait, sizeof wait);
+        int n = snprintf(text + used, sizeof text - used, "\n  CTA (%u,%u,%u) warp %u at @%u@: %s", w->cta->id[0],
+                         w->cta->id[1], w->cta->id[2], k, w->path[w->depth].pc, wait);
+        if (n > 0 && used + (size_t)n < sizeof text) used += (size_t)n;
+      }
+  m->current = first;
+  fault(m, "deadlock: no warp can go on and no asynchronous operation is under way%s", text);
+}
+
+static int by_priority(const void *a, const void *b) {
+  uint32_t x = (*(Warp *const *)a)->priority, y = (*(Warp *const *)b)->priority;
+  return x < y ? 1 : x > y ? -1 : 0;
+}
+
+static uint32_t collect(Machine *m, Warp **warps) {
+  uint32_t count = 0;
+  for (uint32_t i = 0; i < m->n_resident; i++)
+    for (uint32_t rank = 0; rank < m->resident[i]->n_ctas; rank++)
+      for (uint32_t k = 0; k < m->resident[i]->ctas[rank].n_warps; k++)
+        if (!m->resident[i]->ctas[rank].warps[k].done) warps[count++] = &m->resident[i]->ctas[rank].warps[k];
+  if (m->mode == MODE_PRIORITY) qsort(warps, count, sizeof *warps, by_priority);
+  if (m->mode == MODE_RANDOM || m->mode == MODE_LAZY)
+    for (uint32_t i = count; i > 1; i--) {
+      uint32_t j = next_random(m, i);
+      Warp *swapped = warps[i - 1];
+      warps[i - 1] = warps[j];
+      warps[j] = swapped;
+    }
+  return count;
+}
+
+static bool run_pass(Machine *m, Warp **warps) {
+  bool moved = false;
+  uint32_t count = collect(m, warps);
+  for (uint32_t i = 0; i < count; i++) {
+    uint32_t quantum = m->mode == MODE_EAGER ? QUANTUM : 1 + next_random(m, QUANTUM);
+    bool ran = run_warp(m, warps[i], quantum) > 0;
+    moved |= ran;
+    if (m->mode == MODE_RANDOM && next_random(m, 4) == 0) async_step(m, warps[i]->cta->cluster);
+    if (m->mode == MODE_PRIORITY && ran) {
+      if (next_random(m, 24) == 0) warps[i]->priority = next_random(m, 1u << 30);
+      if (next_random(m, 8) == 0) async_step(m, warps[i]->cta->cluster);
+      break;
+    }
+  }
+  return moved;
+}
+
+/* Nothing moved: finish asynchronous work, else admit another cluster, else let time limits pass, else give up. */
+static void resolve_stall(Machine *m, volatile uint64_t *expired_at) {
+  for (uint32_t i = 0; i < m->n_resident; i++)
+    if (async_step(m, m->resident[i])) return;
+  if (m->next_cluster < m->last_cluster && m->n_resident < m->launch->resident) {
+    start_cluster(m);
+    m->progress++;
+    return;
+  }
+  if (*expired_at == m->progress) deadlock(m);
+  *expired_at = m->progress;
+  for (uint32_t i = 0; i < m->n_resident; i++)
+    for (uint32_t rank = 0; rank < m->resident[i]->n_ctas; rank++)
+      for (uint32_t k = 0; k < m->resident[i]->ctas[rank].n_warps; k++) m->resident[i]->ctas[rank].warps[k].expired = true;
+}
+
+int emu_run(const Program *program, const Launch *launch, Counters *counters, Fault *report) {
+  Machine machine = {.program = program, .launch = launch, .counters = counters, .fault = report};
+  Machine *volatile m = &machine;
+  Warp **volatile warps = NULL;
+  volatile int failed = 0;
+  volatile uint64_t expired_at = ~0ull;
+  m->random = launch->seed * 0x9E3779B97F4A7C15ull + 0x1234567ull;
+  m->mode = launch->seed == 0 ? MODE_EAGER : MODE_RANDOM + (int)(launch->seed % 3);
+  uint32_t per_cluster = launch->cluster[0] * launch->cluster[1] * launch->cluster[2];
+  m->next_cluster = launch->first_cluster;
+  m->last_cluster = launch->last_cluster;
+  m->resident = calloc(launch->resident, sizeof *m->resident);
+  uint32_t threads = launch->block[0] * launch->block[1] * launch->block[2];
+  warps = calloc((size_t)launch->resident * per_cluster * (threads / LANES + 1), sizeof *warps);
+  if (setjmp(m->escape) == 0) {
+    if (m->resident == NULL || warps == NULL) fault(m, "out of host memory");
+    uint32_t together = m->mode == MODE_EAGER || launch->resident < 2 ? 1 : 2; /* clusters that interleave */
+    while (m->n_resident > 0 || m->next_cluster < m->last_cluster) {
+      while (m->n_resident < together && m->next_cluster < m->last_cluster) start_cluster(m);
+      if (!run_pass(m, warps)) resolve_stall(m, &expired_at);
+      for (uint32_t i = m->n_resident; i-- > 0;)
+        if (m->resident[i]->live_warps == 0) finish_cluster(m, i);
+    }
+  } else {
+    failed = 1;
+  }
+  for (uint32_t i = 0; i < m->n_resident; i++) free_cluster(m->resident[i]);
+  free(m->resident);
+  free(warps);
+  return failed;
+}

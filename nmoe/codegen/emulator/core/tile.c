@@ -1,0 +1,108 @@
+/* Operand tiles in shared memory, as tcgen05.mma, tcgen05.cp and wgmma address them through matrix descriptors.
+ *
+ * A tile is addressed in chunks of 16 bytes. K-major: rows of chunks along K, eight rows to a swizzle atom, atoms
+ * `stride` apart along rows; without swizzle, chunks are `leading` apart along K. MN-major: chunks hold consecutive
+ * rows; an atom is 2, 4 or 8 chunks by eight k, `leading` apart along rows and `stride` along k; without swizzle one
+ * chunk by eight k, with the two strides exchanged (CUTLASS canonical layouts; PTX 9.7.16.3, 9.7.15.5). */
+#include "emu.h"
+#include <string.h>
+
+uint32_t chunk_address(const Tile *t, uint32_t chunk, uint32_t line) {
+  uint32_t width = 1u << t->mode, linear;
+  if (t->mn_major) {
+    if (t->mode == SWIZZLE_NONE) linear = chunk * t->stride + line % 8 * 16 + line / 8 * t->leading;
+    else linear = chunk % width * 16 + chunk / width * t->leading + line % 8 * 16 * width + line / 8 * t->stride;
+  } else {
+    linear = line % 8 * 16 * width + line / 8 * t->stride + chunk * (t->mode == SWIZZLE_NONE ? t->leading : 16);
+  }
+  return (uint32_t)swizzle(t->start + linear, t->mode);
+}
+
+/* A chunk holds 16 elements of up to 8 bits (4- and 6-bit ones padded), 8 of 16, 4 of 32, or 32 packed 4-bit ones. */
+uint32_t chunk_elements(Type type, bool padded) {
+  unsigned bits = type_bits(type);
+  return bits <= 8 && (bits == 8 || padded) ? 16 : 128 / bits;
+}
+
+/* All values of every type of up to 8 bits, filled in when the library is loaded. */
+static double tables[T_UE4M3 + 1][256];
+
+__attribute__((constructor)) static void fill_tables(void) {
+  for (int type = 0; type <= T_UE4M3; type++)
+    for (uint32_t i = 0; i < 256 && type_bits((Type)type) <= 8; i++) tables[type][i] = decode_number((Type)type, i);
+}
+
+const double *number_table(Type type) { return tables[type]; }
+
+static void decode_chunk(const uint8_t *bytes, Type type, uint32_t count, double *out) {
+  unsigned bits = type_bits(type);
+  if (bits >= 16) {
+    for (uint32_t i = 0; i < count; i++) {
+      uint32_t raw = 0;
+      memcpy(&raw, bytes + i * bits / 8, bits / 8);
+      if (type == T_F16) {
+        _Float16 half;
+        memcpy(&half, &raw, 2);
+        out[i] = (double)half;
+      } else {
+        out[i] = decode_number(type, raw);
+      }
+    }
+    return;
+  }
+  const double *table = number_table(type);
+  for (uint32_t i = 0; i < count; i++) {
+    uint32_t at = i * bits, raw = bytes[at / 8] | (at / 8 < 15 ? (uint32_t)bytes[at / 8 + 1] << 8 : 0);
+    out[i] = table[raw >> at % 8 & ((1u << bits) - 1)];
+  }
+}
+
+/* Decodes rows [row0, row0 + rows) by k of the tile to out[row * row_step + k * k_step]. */
+void load_tile(Machine *m, Cta *cta, const Tile *tile, Type type, bool padded, uint32_t row0, uint32_t rows, uint32_t k,
+               double *out, uint32_t row_step, uint32_t k_step) {
+  uint32_t count = chunk_elements(type, padded), bytes = padded ? count * type_bits(type) / 8 : 16;
+  uint32_t lines = tile->mn_major ? k : rows, chunks = (tile->mn_major ? rows : k) / count;
+  double values[32];
+  for (uint32_t chunk = 0; chunk < chunks; chunk++) /* lines innermost: neighbours in a transposed `out` */
+    for (uint32_t line = 0; line < lines; line++) {
+      uint32_t place = tile->mn_major ? chunk_address(tile, chunk + row0 / count, line) : chunk_address(tile, chunk, line + row0);
+      const uint8_t *data = shared_at(m, cta, place, bytes);
+      shared_check_written(m, cta, place, bytes, "a matrix operand");
+      decode_chunk(data, type, count, values);
+      uint32_t base = tile->mn_major ? chunk * count * row_step + line * k_step : line * row_step + chunk * count * k_step;
+      uint32_t step = tile->mn_major ? row_step : k_step;
+      for (uint32_t i = 0; i < count; i++) out[base + i * step] = values[i];
+    }
+}
+
+void race_tile(Machine *m, Cta *cta, const Tile *tile, Type type, bool padded, uint32_t row0, uint32_t rows, uint32_t k,
+               uint32_t agent, uint32_t clock, const Clock *seen) {
+  if (cta->cells == NULL) return;
+  uint32_t count = chunk_elements(type, padded);
+  uint32_t lines = tile->mn_major ? k : rows, chunks = (tile->mn_major ? rows : k) / count;
+  for (uint32_t line = 0; line < lines; line++)
+    for (uint32_t chunk = 0; chunk < chunks; chunk++) {
+      uint32_t place = tile->mn_major ? chunk_address(tile, chunk + row0 / count, line) : chunk_address(tile, chunk, line + row0);
+      shared_at(m, cta, place, 16);
+      race_shared(m, cta, place, 16, READ, BY_ASYNC, agent, clock, seen);
+    }
+}
+
+/* acc[i][j] += sum over k of a[i][k] * b[k][j], in float64: products are exact, the sum nearly so. Four rows at a time
+ * share what is read of b; `rows` is a multiple of four. */
+void multiply(const double *a, const double *b, double *acc, uint32_t rows, uint32_t columns, uint32_t k) {
+  for (uint32_t i = 0; i < rows; i += 4) {
+    double *restrict r0 = acc + i * columns, *restrict r1 = r0 + columns, *restrict r2 = r1 + columns, *restrict r3 = r2 + columns;
+    for (uint32_t kk = 0; kk < k; kk++) {
+      const double *restrict from = b + kk * columns;
+      double x0 = a[i * k + kk], x1 = a[(i + 1) * k + kk], x2 = a[(i + 2) * k + kk], x3 = a[(i + 3) * k + kk];
+      for (uint32_t j = 0; j < columns; j++) {
+        double y = from[j];
+        r0[j] += x0 * y;
+        r1[j] += x1 * y;
+        r2[j] += x2 * y;
+        r3[j] += x3 * y;
+      }
+    }
+  }
+}
