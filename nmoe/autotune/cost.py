@@ -51,17 +51,17 @@ def candidates(problem: GemmProblem, target: str) -> list[GemmConfig]:
 def predict(problem: GemmProblem, config: GemmConfig, target: str, rows: int = 0) -> Prediction:
     """µs of one launch on `rows` packed rows (default: ROWS_PER_EXPERT each) and its share of the roofline."""
     hardware = HARDWARE[target]
-    rows = rows or problem.experts * ROWS_PER_EXPERT
+    rows = rows or problem.groups * ROWS_PER_EXPERT
     clock = hardware.clock
     rate = hardware.bf16 / (hardware.sms * clock)
     wide = config.tile_n // 2 if problem.epilogue == "swiglu" else config.tile_n
     columns = -(-problem.columns // wide)
     if problem.ragged == "rows":
-        blocks = problem.experts * -(-rows // problem.experts // (ROW_TILE * config.cluster))
+        blocks = problem.groups * -(-rows // problem.groups // (ROW_TILE * config.cluster))
         tiles, slices = blocks * columns, -(-problem.depth // SLICE)
     else:
-        tiles = problem.experts * -(-problem.n // (ROW_TILE * config.cluster)) * columns
-        slices = max(1, rows // problem.experts // SLICE)
+        tiles = problem.groups * -(-problem.n // (ROW_TILE * config.cluster)) * columns
+        slices = max(1, rows // problem.groups // SLICE)
     multiply = 2.0 * ROW_TILE * config.tile_n * SLICE / rate
     load = 2.0 * SLICE * (ROW_TILE + config.tile_n / config.cluster) / L2_BYTES_PER_CLOCK
     epilogue = pieces(problem, config) * PIECE_CLOCKS * 2 / config.buffers

@@ -1,4 +1,5 @@
-"""Grouped GEMMs as the templates see them: what is multiplied, in which layout, what follows, and how it may be cut.
+"""GEMMs, dense or grouped by experts, as the templates see them: what is multiplied, in which layout, what follows,
+and how it may be cut.
 
 Says nothing of CuTeDSL, so that specs can be matched and listed on a machine without the compiler.
 """
@@ -33,11 +34,13 @@ class Operand:
 
 @dataclass(frozen=True)
 class GemmProblem:
-    """One grouped GEMM over W[experts, n, k] and packed rows whose segments `offsets` bounds.
+    """A GEMM over W[experts, n, k] and packed rows whose segments `offsets` bounds.
 
     fprop: y[R, n] = rows · Wᵀ; dgrad: y[R, k] = rows · W; wgrad: dw[experts, n, k] += rowsᵀ · rows.
     swiglu follows an fprop of n = 2·pairs and stores h = [gate | up] and act = s · silu(gate) · up;
     dswiglu follows a dgrad, reads h[R, 2k] and stores dh and ds.
+
+    A dense layer has `experts` 0: W[n, k], dw[n, k], all rows in one segment, no offsets, and neither s nor ds.
     """
 
     role: Role
@@ -45,6 +48,15 @@ class GemmProblem:
     n: int
     k: int
     epilogue: Epilogue
+
+    @property
+    def dense(self) -> bool:
+        return self.experts == 0
+
+    @property
+    def groups(self) -> int:
+        """Segments of rows, each with a matrix of its own."""
+        return max(1, self.experts)
 
     @property
     def ragged(self) -> Literal["rows", "depth"]:
@@ -81,21 +93,22 @@ class GemmProblem:
 
     def operands(self, tile_n: int) -> tuple[Operand, ...]:
         """The arguments in call order: the spec's inputs, its outputs, then workspace."""
-        n, k, e = self.n, self.k, self.experts
-        offsets = Operand("offsets", "i32", (e + 1,))
+        n, k = self.n, self.k
+        matrix = (n, k) if self.dense else (self.experts, n, k)
+        offsets = () if self.dense else (Operand("offsets", "i32", (self.experts + 1,)),)
         if self.role == "wgrad":
-            return (Operand("a", "bf16", (ROWS, n)), Operand("b", "bf16", (ROWS, k)), offsets,
-                    Operand("dw", "f32", (e, n, k)))  # fmt: skip
-        a = Operand("a", "bf16", (ROWS, k if self.role == "fprop" else n))
-        first = (a, Operand("b", "bf16", (e, n, k)), offsets)
-        weight = Operand("s", "f32", (ROWS,))
+            return (Operand("a", "bf16", (ROWS, n)), Operand("b", "bf16", (ROWS, k)), *offsets,
+                    Operand("dw", "f32", matrix))  # fmt: skip
+        a = Operand("a", "bf16", (ROWS, self.depth))
+        first = (a, Operand("b", "bf16", matrix), *offsets)
+        weight = () if self.dense else (Operand("s", "f32", (ROWS,)),)
         if self.epilogue == "store":
             return (*first, Operand("y", "bf16", (ROWS, self.columns)))
         if self.epilogue == "swiglu":
-            return (*first, weight, Operand("h", "bf16", (ROWS, n)), Operand("act", "bf16", (ROWS, n // 2)))
-        partial = Operand("partial", "f32", (-(-k // tile_n), ROWS))
-        return (*first, Operand("h", "bf16", (ROWS, 2 * k)), weight, Operand("dh", "bf16", (ROWS, 2 * k)),
-                Operand("ds", "f32", (ROWS,)), partial)  # fmt: skip
+            return (*first, *weight, Operand("h", "bf16", (ROWS, n)), Operand("act", "bf16", (ROWS, n // 2)))
+        sums = (Operand("ds", "f32", (ROWS,)), Operand("partial", "f32", (-(-k // tile_n), ROWS)))
+        return (*first, Operand("h", "bf16", (ROWS, 2 * k)), *weight, Operand("dh", "bf16", (ROWS, 2 * k)),
+                *(() if self.dense else sums))  # fmt: skip
 
     def modes(self, name: str) -> Modes:
         """(extent, stride) of an operand's modes as the main loop and the epilogue index it.
@@ -103,7 +116,7 @@ class GemmProblem:
         a: (m, depth); b: (n, depth, half, expert); results: (m, n), with a half for [gate | up] or an expert. A mode
         of its own for the halves makes TMA clip each of them at its own end.
         """
-        n, k, e = self.n, self.k, self.experts
+        n, k, e = self.n, self.k, self.groups
         by_rows: dict[tuple[Role, str], Modes] = {
             ("fprop", "a"): ((ROWS, k), (k, 1)),
             ("fprop", "b"): ((n, k), (k, 1), (1, 0), (e, n * k)),
@@ -208,7 +221,7 @@ def match(spec: KernelSpec) -> GemmProblem | str:
     """The problem that a spec states, or why no template builds it."""
     anchor, *rest = spec.parts
     tail = tuple(part.kind for part in rest)
-    if anchor.kind != "grouped_gemm":
+    if anchor.kind not in ("gemm", "grouped_gemm"):
         return f"no template for {anchor.kind}"
     role: Role = dict(anchor.attrs)["role"]
     formats = {value.format for value in spec.inputs} - {"bf16", "f32", "i32"}
@@ -224,14 +237,12 @@ def match(spec: KernelSpec) -> GemmProblem | str:
     if (role, tail) not in epilogues:
         return f"no epilogue for {' + '.join(map(str, spec.parts))} yet"
     ins, outs = list(spec.inputs), list(spec.outputs)
-    if role == "wgrad":
-        experts, n, k = outs[0].shape
-    else:
-        experts, n, k = ins[1].shape
-    problem = GemmProblem(role, int(experts), int(n), int(k), epilogues[role, tail])
+    *lead, n, k = outs[0].shape if role == "wgrad" else ins[1].shape
+    experts = int(lead[0]) if lead else 0
+    problem = GemmProblem(role, experts, int(n), int(k), epilogues[role, tail])
     expected = [operand.format for operand in problem.operands(256) if operand.name != "partial"]
     if [value.format for value in (*ins, *outs)] != expected:
-        return "its operands are not those of a weighted SwiGLU that keeps its pre-activation"
+        return "its operands are not those of a SwiGLU that keeps its pre-activation"
     if problem.columns % 8 or problem.n % 8 or problem.k % 8:
         return f"sizes {problem.n} x {problem.k}: TMA needs rows of whole 16 bytes"
     if problem.experts > MAX_EXPERTS:

@@ -19,9 +19,10 @@ MOONLET = Path(__file__).parents[2] / "configs" / "moonlet.toml"
 
 @pytest.fixture(scope="module")
 def moonlet() -> list[KernelSpec]:
+    """The kernels of one MoE layer's experts, and its router's, which has no template."""
     config = load(MOONLET)
     config = replace(config, target=Target("sm_100a"), schedule=replace(config.schedule, precision="bf16"))
-    return list(specs(lower(config)))
+    return [spec for spec in specs(lower(config)) if spec.parts[0].kind in ("grouped_gemm", "router")]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +55,7 @@ def test_a_warm_build_compiles_nothing(
     warm = build(moonlet, root)
     assert set(warm.warm) == set(cold.built) and not warm.built
     text = format_build("moonlet", warm)
-    assert (
-        "6 of 62 kernels ready (6 cached, 0 built), 0 failed, 56 without a template" in text.splitlines()[-1]
-    )
+    assert "6 of 7 kernels ready (6 cached, 0 built), 0 failed, 1 without a template" in text.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("compiler")

@@ -17,8 +17,10 @@ PROBLEMS = [
     GemmProblem("fprop", 4, 400, 192, "swiglu"),
     GemmProblem("dgrad", 3, 200, 264, "dswiglu"),
     GemmProblem("wgrad", 3, 192, 328, "accumulate"),
+    GemmProblem("dgrad", 0, 200, 264, "dswiglu"),
+    GemmProblem("wgrad", 0, 192, 328, "accumulate"),
 ]
-COUNTS = [[130, 0, 1, 300], [0, 513, 0, 1], [0, 0, 0, 0]]  # rows of each expert
+COUNTS = [[130, 0, 1, 300], [1, 513, 0, 0], [257, 0, 0, 0]]  # rows of each expert
 SCHEDULES = [1, 2, 3]
 
 
@@ -29,7 +31,7 @@ def run(
     from nmoe.codegen.emulator import host
     from nmoe.codegen.emulator.device import Device, Options
 
-    tensors = gemm_oracle.inputs(problem, counts[: problem.experts], schedule, spare=64)
+    tensors = gemm_oracle.inputs(problem, counts[: problem.groups], schedule, spare=64)
     rows = tensors["a"].shape[0]
     tensors["partial"] = torch.full((-(-problem.k // config.tile_n), rows), float("nan"))
     before = {name: t.clone() for name, t in tensors.items()}
@@ -42,20 +44,10 @@ def run(
 
 @pytest.mark.usefixtures("emulator")
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.epilogue)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.epilogue}{p.experts}")
 def test_grouped_gemms_are_right_under_every_schedule(problem: GemmProblem, target: str) -> None:
-    config = autotune.candidates(problem, target)[0]
+    alone = problem.epilogue == "store"  # the others run as clusters of two
+    config = next(c for c in autotune.candidates(problem, target) if c.cluster == (1 if alone else 2))
     function = kernel_compiler.trace(problem, config, target, "--keep-ptx")
     for counts, schedule in zip(COUNTS, SCHEDULES, strict=True):
         assert max(run(function, problem, config, counts, schedule).values(), default=0) <= 1
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("emulator")
-@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.epilogue)
-def test_every_candidate_is_right(problem: GemmProblem, target: str) -> None:
-    for config in autotune.candidates(problem, target)[1:]:
-        function = kernel_compiler.trace(problem, config, target, "--keep-ptx")
-        for counts, schedule in zip(COUNTS, SCHEDULES, strict=True):
-            run(function, problem, config, counts, schedule)

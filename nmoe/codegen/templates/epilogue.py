@@ -125,7 +125,9 @@ class Epilogue(Fixed):
             cute.arch.cp_async_bulk_commit_group()
 
     def _weights(self, weight, place) -> list[Float32]:  # type: ignore[no-untyped-def]
-        """The router weights of this thread's rows."""
+        """The router weights of this thread's rows; one in a dense layer."""
+        if weight is None:
+            return [Float32(1.0) for _ in self.fragment.mine]
         first = self._row(place) * self.fragment.rows
         return [weight[first + row] for row in self.fragment.mine]
 
@@ -172,7 +174,8 @@ class Epilogue(Fixed):
                 sums = self._dswiglu_piece(acc, place, weights, sums, p, p % 2, turn)
                 if cutlass.const_expr(p % 2 == 1):
                     turn ^= 1
-        self._partial(sums, place, partial)
+        if cutlass.const_expr(partial is not None):
+            self._partial(sums, place, partial)
         return turn
 
     @cute.jit

@@ -36,9 +36,9 @@ class GroupedGemm(Fixed):
         self.tiles: RaggedRows | RaggedDepth
         if problem.ragged == "rows":
             slices = -(-problem.depth // SLICE)
-            self.tiles = RaggedRows(problem.experts, self.columns, slices, self.cluster, config.band)
+            self.tiles = RaggedRows(problem.groups, self.columns, slices, self.cluster, config.band)
         else:
-            self.tiles = RaggedDepth(problem.experts, problem.n, self.columns, self.cluster)
+            self.tiles = RaggedDepth(problem.groups, problem.n, self.columns, self.cluster)
         self.out_type = Float32 if problem.epilogue == "accumulate" else BFloat16
 
     @property
@@ -82,7 +82,7 @@ class GroupedGemm(Fixed):
             copy(cpasync.CopyBulkTensorTileG2SOp(), "h", buffers) if cutlass.const_expr(self.reads) else None
         )
         a, b = copy(load_a, "a", a_layout), copy(load_b, "b", half)
-        extra = named["offsets"], named.get("s"), named.get("partial")
+        extra = named.get("offsets"), named.get("s"), named.get("partial")
         self.kernel(a, b, stores, read, *extra, a_layout, b_layout, buffers).launch(
             grid=[self.cluster, clusters, 1],
             block=[self.threads, 1, 1],
@@ -90,7 +90,7 @@ class GroupedGemm(Fixed):
             min_blocks_per_mp=1,
             stream=stream,
         )
-        if cutlass.const_expr(self.reads):
+        if cutlass.const_expr("ds" in named):
             PartialSum(problem.experts, self.columns).launch(
                 named["partial"], named["offsets"], named["ds"], stream
             )

@@ -9,6 +9,7 @@ from cutlass.cute.nvgpu import cpasync
 from nmoe.codegen.gemm import ROW_TILE, SLICE
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.ring import Ring
+from nmoe.codegen.templates.tiles import Segments
 
 
 class Loader(Fixed):
@@ -39,16 +40,16 @@ class Loader(Fixed):
         self.stage_bytes = per_block if shared or gemm.cluster == 1 else 2 * per_block
 
     @cute.jit
-    def run(self, offsets: cute.Tensor, cluster: Int32, clusters: Int32, rank: Int32) -> None:
+    def run(self, segments: Segments, cluster: Int32, clusters: Int32, rank: Int32) -> None:
         tiles = self.gemm.tiles
         stage, phase = Int32(0), Int32(1)
-        tile, expert, first = tiles.begin(offsets, cluster)
+        tile, expert, first = tiles.begin(segments, cluster)
         while tiles.live(tile, expert):
-            place = tiles.place(offsets, tile, expert, first, rank)
+            place = tiles.place(segments, tile, expert, first, rank)
             for k in cutlass.range(place.begin, place.begin + place.slices, unroll=1):
                 self._fill(place, k, rank, stage, phase)
                 stage, phase = self.ring.after(stage, phase)
-            tile, expert, first = tiles.seek(offsets, tile + clusters, expert, first)
+            tile, expert, first = tiles.seek(segments, tile + clusters, expert, first)
 
     @cute.jit
     def _fill(self, place, k: Int32, rank: Int32, stage: Int32, phase: Int32) -> None:  # type: ignore[no-untyped-def]

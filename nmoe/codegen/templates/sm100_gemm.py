@@ -29,6 +29,7 @@ from nmoe.codegen.templates.epilogue import Epilogue, Fragment
 from nmoe.codegen.templates.grouped import GroupedGemm
 from nmoe.codegen.templates.load import Loader
 from nmoe.codegen.templates.ring import Ring
+from nmoe.codegen.templates.tiles import Segments
 
 EPILOGUE_WARPS, MMA_WARP, LOAD_WARP = 4, 4, 5
 ACCUMULATORS = 2
@@ -65,6 +66,7 @@ class Sm100GroupedGemm(GroupedGemm):
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         _, cluster, _ = cute.arch.block_idx()
         _, clusters, _ = cute.arch.grid_dim()
+        segments = Segments(offsets, cute.size(a.tensor, mode=[0 if self.problem.ragged == "rows" else 1]))
 
         smem = SmemAllocator()
         a_stages = smem.allocate_tensor(BFloat16, a_layout.outer, 1024, swizzle=a_layout.inner)
@@ -91,15 +93,15 @@ class Sm100GroupedGemm(GroupedGemm):
 
         if warp == LOAD_WARP:
             loader = Loader(self, ring, a, b, a_stages, b_stages, shared=False)
-            loader.run(offsets, cluster, clusters, rank)
+            loader.run(segments, cluster, clusters, rank)
         elif warp == MMA_WARP:
             if rank == 0:
                 self._multiply(
-                    ring, accumulators, a_stages, b_stages, memory, offsets, cluster, clusters, rank
+                    ring, accumulators, a_stages, b_stages, memory, segments, cluster, clusters, rank
                 )
         else:
             self._drain(accumulators, buffers, memory, stores, read, arrived,
-                        offsets, weight, partial, warp, cluster, clusters, rank)  # fmt: skip
+                        segments, weight, partial, warp, cluster, clusters, rank)  # fmt: skip
         self.sync_cluster()  # a thread block stays until its neighbour has sent and signalled all that it will
         cute.arch.sync_threads()
         if warp == 0:
@@ -118,16 +120,16 @@ class Sm100GroupedGemm(GroupedGemm):
         return cute.make_tensor(memory, layout)
 
     @cute.jit
-    def _multiply(self, ring, accumulators, a_stages, b_stages, memory, offsets, cluster, clusters, rank):  # type: ignore[no-untyped-def]
+    def _multiply(self, ring, accumulators, a_stages, b_stages, memory, segments, cluster, clusters, rank):  # type: ignore[no-untyped-def]
         mma = self.mma()
         fa = mma.make_fragment_A(cute.group_modes(cute.flat_divide(a_stages, (ROW_TILE, 16)), 0, 2))
         fb = mma.make_fragment_B(cute.group_modes(cute.flat_divide(b_stages, (self.b_rows, 16)), 0, 2))
         acc = self._accumulators(memory)
         both = Int16(3) if cutlass.const_expr(self.cluster == 2) else None
         stage, phase, turn, side = Int32(0), Int32(0), Int32(0), Int32(1)
-        tile, expert, first = self.tiles.begin(offsets, cluster)
+        tile, expert, first = self.tiles.begin(segments, cluster)
         while self.tiles.live(tile, expert):
-            place = self.tiles.place(offsets, tile, expert, first, rank)
+            place = self.tiles.place(segments, tile, expert, first, rank)
             if place.slices > 0:
                 cute.arch.mbarrier_wait(accumulators.empty + turn, side)
                 _after_sync()
@@ -145,12 +147,12 @@ class Sm100GroupedGemm(GroupedGemm):
                 with cute.arch.elect_one():
                     tcgen05.commit(accumulators.full + turn, both, self.group)
                 turn, side = accumulators.after(turn, side)
-            tile, expert, first = self.tiles.seek(offsets, tile + clusters, expert, first)
+            tile, expert, first = self.tiles.seek(segments, tile + clusters, expert, first)
 
     @cute.jit
     def _drain(  # type: ignore[no-untyped-def]
         self, accumulators, buffers, memory, stores, read, arrived,
-        offsets, weight, partial, warp, cluster, clusters, rank,
+        segments, weight, partial, warp, cluster, clusters, rank,
     ):  # fmt: skip
         own = cute.flat_divide(buffers, (32, buffers.shape[1], self.config.buffers))
         own = own[None, None, None, 0, 0, warp]
@@ -158,9 +160,9 @@ class Sm100GroupedGemm(GroupedGemm):
         epilogue = Epilogue(self, fragment, own, stores, read, arrived + 2 * warp, warp)
         acc = self._accumulators(memory)
         phase, turn, side = Int32(0), Int32(0), Int32(0)
-        tile, expert, first = self.tiles.begin(offsets, cluster)
+        tile, expert, first = self.tiles.begin(segments, cluster)
         while self.tiles.live(tile, expert):
-            place = self.tiles.place(offsets, tile, expert, first, rank)
+            place = self.tiles.place(segments, tile, expert, first, rank)
             if place.slices > 0:
                 if place.exists:
                     epilogue.prefetch(place)
@@ -172,7 +174,7 @@ class Sm100GroupedGemm(GroupedGemm):
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(accumulators.empty + turn, 0 if self.cluster == 2 else None)
                 turn, side = accumulators.after(turn, side)
-            tile, expert, first = self.tiles.seek(offsets, tile + clusters, expert, first)
+            tile, expert, first = self.tiles.seek(segments, tile + clusters, expert, first)
         epilogue.finish()
 
 

@@ -27,6 +27,7 @@ from nmoe.codegen.templates.epilogue import Epilogue, Fragment
 from nmoe.codegen.templates.grouped import GroupedGemm
 from nmoe.codegen.templates.load import Loader
 from nmoe.codegen.templates.ring import Ring
+from nmoe.codegen.templates.tiles import Segments
 
 GROUP = 128  # threads of a warpgroup
 LOAD_REGISTERS, MATH_REGISTERS = 40, 232
@@ -58,6 +59,7 @@ class Sm90GroupedGemm(GroupedGemm):
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         _, cluster, _ = cute.arch.block_idx()
         _, clusters, _ = cute.arch.grid_dim()
+        segments = Segments(offsets, cute.size(a.tensor, mode=[0 if self.problem.ragged == "rows" else 1]))
 
         smem = SmemAllocator()
         a_stages = smem.allocate_tensor(BFloat16, a_layout.outer, 1024, swizzle=a_layout.inner)
@@ -80,17 +82,17 @@ class Sm90GroupedGemm(GroupedGemm):
             cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
             if warp == 0:
                 loader = Loader(self, ring, a, b, a_stages, b_stages, shared=self.cluster > 1)
-                loader.run(offsets, cluster, clusters, rank)
+                loader.run(segments, cluster, clusters, rank)
         else:
             cute.arch.setmaxregister_increase(MATH_REGISTERS)
             self._math(ring, a_stages, b_stages, buffers, stores, read, arrived,
-                       offsets, weight, partial, cluster, clusters, rank)  # fmt: skip
+                       segments, weight, partial, cluster, clusters, rank)  # fmt: skip
         self.sync_cluster()  # a thread block stays until its neighbour has sent and signalled all that it will
 
     @cute.jit
     def _math(  # type: ignore[no-untyped-def]
         self, ring, a_stages, b_stages, buffers, stores, read, arrived,
-        offsets, weight, partial, cluster, clusters, rank,
+        segments, weight, partial, cluster, clusters, rank,
     ):  # fmt: skip
         thread = cute.arch.thread_idx()[0] % GROUP
         group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // GROUP) - 1
@@ -106,15 +108,15 @@ class Sm90GroupedGemm(GroupedGemm):
         epilogue = Epilogue(self, fragment, own, stores, read, arrived + 2 * group, group)
 
         stage, phase, turn = Int32(0), Int32(0), Int32(0)
-        tile, expert, first = self.tiles.begin(offsets, cluster)
+        tile, expert, first = self.tiles.begin(segments, cluster)
         while self.tiles.live(tile, expert):
-            place = self.tiles.place(offsets, tile, expert, first, rank)
+            place = self.tiles.place(segments, tile, expert, first, rank)
             if place.exists:
                 epilogue.prefetch(place)
             stage, phase = self._multiply(ring, mma, fa, fb, acc, place.slices, stage, phase)
             if place.exists:
                 turn = epilogue.run(acc, place, weight, partial, turn)
-            tile, expert, first = self.tiles.seek(offsets, tile + clusters, expert, first)
+            tile, expert, first = self.tiles.seek(segments, tile + clusters, expert, first)
         epilogue.finish()
 
     @cute.jit

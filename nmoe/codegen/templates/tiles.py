@@ -3,11 +3,11 @@
 Every role of a cluster walks the same sequence by itself: tile numbers `cluster, cluster + clusters, …`. Nothing is
 exchanged between clusters, so the order of the work, and with it every sum, is the same in every run.
 
-    tile, expert, first = tiles.begin(offsets, cluster)
+    tile, expert, first = tiles.begin(segments, cluster)
     while tiles.live(tile, expert):
-        place = tiles.place(offsets, tile, expert, first, rank)
+        place = tiles.place(segments, tile, expert, first, rank)
         …
-        tile, expert, first = tiles.seek(offsets, tile + clusters, expert, first)
+        tile, expert, first = tiles.seek(segments, tile + clusters, expert, first)
 """
 
 from __future__ import annotations
@@ -35,6 +35,19 @@ class Place(NamedTuple):
     exists: Boolean
 
 
+class Segments(Fixed):
+    """Where each expert's rows begin and end: read from `offsets`, or, without, one segment of all `rows`."""
+
+    def __init__(self, offsets: cute.Tensor | None, rows: Int32) -> None:
+        self.offsets, self.rows = offsets, rows
+
+    def begin(self, expert: Int32) -> Int32:
+        return Int32(0) if self.offsets is None else self.offsets[expert]
+
+    def end(self, expert: Int32) -> Int32:
+        return self.rows if self.offsets is None else self.offsets[expert + 1]
+
+
 class RaggedRows(Fixed):
     """Tiles of an [R, n] result whose rows belong to experts, each segment padded to whole row tiles.
 
@@ -48,39 +61,39 @@ class RaggedRows(Fixed):
         self.cluster, self.band = cluster, band
 
     @cute.jit
-    def begin(self, offsets: cute.Tensor, cluster: Int32):  # type: ignore[no-untyped-def]
-        return self.seek(offsets, cluster, Int32(0), Int32(0))
+    def begin(self, segments: Segments, cluster: Int32):  # type: ignore[no-untyped-def]
+        return self.seek(segments, cluster, Int32(0), Int32(0))
 
     def live(self, tile: Int32, expert: Int32) -> Boolean:
         return expert < self.experts
 
     @cute.jit
-    def _tiles(self, offsets: cute.Tensor, expert: Int32) -> Int32:
+    def _tiles(self, segments: Segments, expert: Int32) -> Int32:
         """How many tiles an expert has; past the last one, more than any tile number."""
         count = Int32(NEVER)
         if expert < self.experts:
-            rows = offsets[expert + 1] - offsets[expert]
+            rows = segments.end(expert) - segments.begin(expert)
             count = cute.ceil_div(rows, ROW_TILE * self.cluster) * self.columns
         return count
 
     @cute.jit
-    def seek(self, offsets: cute.Tensor, tile: Int32, expert: Int32, first: Int32):  # type: ignore[no-untyped-def]
+    def seek(self, segments: Segments, tile: Int32, expert: Int32, first: Int32):  # type: ignore[no-untyped-def]
         """(tile, its expert, the number of that expert's first tile), from those of an earlier tile.
 
         The expert is `experts` when there is no such tile.
         """
-        count = self._tiles(offsets, expert)
+        count = self._tiles(segments, expert)
         while tile >= first + count:
             first += count
             expert += 1
-            count = self._tiles(offsets, expert)
+            count = self._tiles(segments, expert)
         return tile, expert, first
 
     @cute.jit
-    def place(self, offsets: cute.Tensor, tile: Int32, expert: Int32, first: Int32, rank: Int32) -> Place:
+    def place(self, segments: Segments, tile: Int32, expert: Int32, first: Int32, rank: Int32) -> Place:
         """The last block of a segment may have row tiles too few; the thread block without one repeats its
         neighbour's loads, because the cluster shares B, and stores nothing."""
-        row_tiles = cute.ceil_div(offsets[expert + 1] - offsets[expert], ROW_TILE)
+        row_tiles = cute.ceil_div(segments.end(expert) - segments.begin(expert), ROW_TILE)
         blocks = cute.ceil_div(row_tiles, self.cluster)
         start = (tile - first) // (self.band * self.columns) * self.band
         within = (tile - first) % (self.band * self.columns)
@@ -88,7 +101,7 @@ class RaggedRows(Fixed):
         row = (start + within % height) * self.cluster + rank
         exists = row < row_tiles
         row = row if exists else row - rank
-        row += offsets[expert] // ROW_TILE
+        row += segments.begin(expert) // ROW_TILE
         return Place(row, within // height, expert, Int32(0), Int32(self.slices), exists)
 
 
@@ -102,21 +115,21 @@ class RaggedDepth(Fixed):
         self.total = experts * self.each
 
     @cute.jit
-    def begin(self, offsets: cute.Tensor, cluster: Int32):  # type: ignore[no-untyped-def]
+    def begin(self, segments: Segments, cluster: Int32):  # type: ignore[no-untyped-def]
         return cluster, Int32(0), Int32(0)
 
     def live(self, tile: Int32, expert: Int32) -> Boolean:
         return tile < self.total
 
     @cute.jit
-    def seek(self, offsets: cute.Tensor, tile: Int32, expert: Int32, first: Int32):  # type: ignore[no-untyped-def]
+    def seek(self, segments: Segments, tile: Int32, expert: Int32, first: Int32):  # type: ignore[no-untyped-def]
         return tile, expert, first
 
     @cute.jit
-    def place(self, offsets: cute.Tensor, tile: Int32, expert: Int32, first: Int32, rank: Int32) -> Place:
+    def place(self, segments: Segments, tile: Int32, expert: Int32, first: Int32, rank: Int32) -> Place:
         """Nothing is done for an expert without rows; a row tile past the last is clipped by the stores."""
         expert = tile // self.each
         local = tile % self.each
-        begin, end = offsets[expert] // SLICE, offsets[expert + 1] // SLICE
+        begin, end = segments.begin(expert) // SLICE, cute.ceil_div(segments.end(expert), SLICE)
         row, column = local % self.blocks * self.cluster + rank, local // self.blocks
         return Place(row, column, expert, begin, end - begin, end > begin)
