@@ -9,6 +9,11 @@ from nmoe.codegen.gemm import ROWS, SLICE, Modes
 PIECE_BYTES = 128  # width of an epilogue piece, and of the swizzle
 
 
+def major(mn_major: bool) -> cute.nvgpu.OperandMajorMode:
+    """What the MMA is told of an operand whose rows (not its depth) are contiguous."""
+    return cute.nvgpu.OperandMajorMode.MN if mn_major else cute.nvgpu.OperandMajorMode.K
+
+
 def operand(mn_major: bool, rows: int, stages: int) -> cute.ComposedLayout:
     """BF16 stages [rows, 64, stages]; each half of the rows is contiguous, so that it can be one box of TMA."""
     kind = cute.nvgpu.warpgroup.SmemLayoutAtomKind

@@ -22,11 +22,12 @@ import cutlass
 from cutlass import BFloat16, Float32, Int16, Int32, Int64, cute
 from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import cpasync, tcgen05
-from cutlass.utils import SmemAllocator
+from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.gemm import ROW_TILE, SLICE
 from nmoe.codegen.templates.epilogue import Epilogue, Fragment
 from nmoe.codegen.templates.grouped import GroupedGemm
+from nmoe.codegen.templates.layouts import major
 from nmoe.codegen.templates.load import Loader
 from nmoe.codegen.templates.ring import Ring
 from nmoe.codegen.templates.tiles import Segments
@@ -52,11 +53,10 @@ class Sm100GroupedGemm(GroupedGemm):
         return load, load
 
     def mma(self):  # type: ignore[no-untyped-def]
-        major = tcgen05.OperandMajorMode
         op = tcgen05.MmaF16BF16Op(
             BFloat16, Float32, (ROW_TILE * self.cluster, self.config.tile_n, 16), self.group,
-            tcgen05.OperandSource.SMEM, major.MN if self.problem.a_mn_major else major.K,
-            major.MN if self.problem.b_mn_major else major.K,
+            tcgen05.OperandSource.SMEM, major(self.problem.a_mn_major),
+            major(self.problem.b_mn_major),
         )  # fmt: skip
         return cute.make_tiled_mma(op)
 

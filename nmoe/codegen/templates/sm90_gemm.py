@@ -20,11 +20,12 @@ from __future__ import annotations
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.utils import SmemAllocator
+from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.gemm import SLICE
 from nmoe.codegen.templates.epilogue import Epilogue, Fragment
 from nmoe.codegen.templates.grouped import GroupedGemm
+from nmoe.codegen.templates.layouts import major
 from nmoe.codegen.templates.load import Loader
 from nmoe.codegen.templates.ring import Ring
 from nmoe.codegen.templates.tiles import Segments
@@ -46,10 +47,9 @@ class Sm90GroupedGemm(GroupedGemm):
         return load, cpasync.CopyBulkTensorTileG2SMulticastOp() if self.cluster > 1 else load
 
     def mma(self, tile_n: int):  # type: ignore[no-untyped-def]
-        major = warpgroup.OperandMajorMode
         op = warpgroup.MmaF16BF16Op(
             BFloat16, Float32, (64, tile_n, 16), warpgroup.OperandSource.SMEM,
-            major.MN if self.problem.a_mn_major else major.K, major.MN if self.problem.b_mn_major else major.K,
+            major(self.problem.a_mn_major), major(self.problem.b_mn_major),
         )  # fmt: skip
         return cute.make_tiled_mma(cute.make_mma_atom(op))
 
