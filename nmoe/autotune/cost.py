@@ -22,11 +22,12 @@ from nmoe.codegen.gemm import (
 from nmoe.codegen.hardware import HARDWARE
 
 ROWS_PER_EXPERT = 2048  # a training step's typical load, for ordering only
-L2_BYTES_PER_CLOCK = (
-    32.0  # a thread block's share when all of them read (fitted, as the next, to the H100's times)
+# Fitted to the H100's times in bench/moe_kernels.py; for the B200 they are guesses.
+L2_BYTES_PER_CLOCK = 28.0  # a thread block's share when all of them read
+PIECE_CLOCKS = 700.0  # writing 64 × 128 B to shared memory and waiting for one of two buffers
+STALL = (
+    0.6  # share of a slice that loads arrive too late by with one stage of lookahead; falls with its square
 )
-PIECE_CLOCKS = 700.0  # writing 64 × 128 B to shared memory and waiting for a buffer, both groups side by side
-STALL = 0.6  # share of a slice that loads arrive too late by, with one stage of lookahead; less with more
 SETUP_CLOCKS = 1000.0  # filling the pipeline of the first tile, draining that of the last
 
 
