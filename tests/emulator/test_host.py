@@ -17,7 +17,10 @@ cute = pytest.importorskip("cutlass.cute")
 cpasync = pytest.importorskip("cutlass.cute.nvgpu").cpasync
 pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is not installed: CuTeDSL host code cannot be called")
 
-OPTIONS = "--enable-tvm-ffi --keep-ptx --generate-line-info --gpu-arch={}"
+
+def options(arch: str, folder: Path) -> str:
+    """The DSL writes the PTX that it keeps to the dump directory."""
+    return f"--enable-tvm-ffi --keep-ptx --generate-line-info --gpu-arch={arch} --dump-dir={folder}"
 
 
 @cute.kernel
@@ -95,23 +98,14 @@ def vector(kind):
     return cute.runtime.make_fake_compact_tensor(kind, (cute.sym_int(),))
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """The DSL keeps its PTX in the working directory."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("kernels")
-        patch.chdir(folder)
-        yield folder
-
-
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-def test_an_elementwise_kernel_in_process_and_ahead_of_time(arch, work: Path):
+def test_an_elementwise_kernel_in_process_and_ahead_of_time(arch, tmp_path: Path):
     kinds = [vector(cutlass.BFloat16), vector(cutlass.Float8E4M3FN), vector(cutlass.Float16)]
-    compiled = cute.compile(axpy, *kinds, cutlass.Float32(0), options=OPTIONS.format(arch))
-    compiled.export_to_c(str(work / f"axpy_{arch}.o"), "axpy")
+    compiled = cute.compile(axpy, *kinds, cutlass.Float32(0), options=options(arch, tmp_path))
+    compiled.export_to_c(str(tmp_path / f"axpy_{arch}.o"), "axpy")
     x, y = torch.randn(300).bfloat16(), torch.randn(300).to(torch.float8_e4m3fn)
     want = (2.0 * x.float() + y.float()).half()
-    for function in (bind(compiled), HostFunction(work / f"axpy_{arch}.o", "axpy", compiled.__ptx__)):
+    for function in (bind(compiled), HostFunction(tmp_path / f"axpy_{arch}.o", "axpy", compiled.__ptx__)):
         device = Device()
         out = device.empty((300,), torch.float16)
         function(device, device.tensor(x), device.tensor(y), out, 2.0)
@@ -119,9 +113,9 @@ def test_an_elementwise_kernel_in_process_and_ahead_of_time(arch, work: Path):
         assert device.reports[0].grid == (3, 1, 1)
 
 
-def test_a_fault_names_the_python_line(work: Path):
+def test_a_fault_names_the_python_line(tmp_path: Path):
     kinds = [vector(cutlass.Float32) for _ in range(3)]
-    function = bind(cute.compile(axpy, *kinds, cutlass.Float32(0), 1, options=OPTIONS.format("sm_100a")))
+    function = bind(cute.compile(axpy, *kinds, cutlass.Float32(0), 1, options=options("sm_100a", tmp_path)))
     device = Device()
     out = device.empty((4,), torch.float32)
     with pytest.raises(
@@ -131,14 +125,14 @@ def test_a_fault_names_the_python_line(work: Path):
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-def test_tensor_maps_that_the_host_code_encodes(arch, work: Path):
+def test_tensor_maps_that_the_host_code_encodes(arch, tmp_path: Path):
     matrix = cute.runtime.make_fake_tensor(
         cutlass.Float16,
         (cute.sym_int(), cute.sym_int(divisibility=8)),
         (cute.sym_int64(divisibility=8), 1),
         assumed_align=16,
     )
-    function = bind(cute.compile(move, matrix, matrix, options=OPTIONS.format(arch)))
+    function = bind(cute.compile(move, matrix, matrix, options=options(arch, tmp_path)))
     device = Device()
     x, out = torch.randn(70, 200).half(), device.empty((70, 200), torch.float16)
     function(device, device.tensor(x), out)
@@ -146,9 +140,9 @@ def test_tensor_maps_that_the_host_code_encodes(arch, work: Path):
     assert device.reports[0].counters["tma_load_bytes"] == 3 * 4 * 32 * 64 * 2
 
 
-def test_the_host_wrapper_still_checks_its_arguments(work: Path):
+def test_the_host_wrapper_still_checks_its_arguments(tmp_path: Path):
     kinds = [vector(cutlass.Float32) for _ in range(3)]
-    function = bind(cute.compile(axpy, *kinds, cutlass.Float32(0), options=OPTIONS.format("sm_100a")))
+    function = bind(cute.compile(axpy, *kinds, cutlass.Float32(0), options=options("sm_100a", tmp_path)))
     device = Device()
     wrong = device.tensor(torch.zeros(4, dtype=torch.float16))
     with pytest.raises((TypeError, ValueError), match=r"Float16|float16|dtype"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from nmoe.codegen.emulator import isa, isa_async, ptx
+from nmoe.codegen.emulator import isa, isa_async, isa_memory, ptx
 from nmoe.codegen.emulator.library import (
     BufferStruct,
     CountersStruct,
@@ -23,7 +23,7 @@ from nmoe.codegen.emulator.library import (
 from nmoe.codegen.emulator.program import Program
 from nmoe.errors import UserError
 
-assert isa_async.opcode is isa.opcode  # importing it registers the asynchronous instructions
+assert isa_memory.opcode is isa_async.opcode is isa.opcode  # importing these registers their instructions
 ALIGNMENT = 256  # of cudaMalloc
 MAX_SHARED = 232_448  # bytes a CTA may use on sm_90 and sm_100
 Triple = tuple[int, int, int]

@@ -88,21 +88,22 @@ void race_tile(Machine *m, Cta *cta, const Tile *tile, Type type, bool padded, u
     }
 }
 
-/* acc[i][j] += sum over k of a[i][k] * b[k][j], in float64: products are exact, the sum nearly so. Four rows at a time
- * share what is read of b; `rows` is a multiple of four. */
-void multiply(const double *a, const double *b, double *acc, uint32_t rows, uint32_t columns, uint32_t k) {
-  for (uint32_t i = 0; i < rows; i += 4) {
-    double *restrict r0 = acc + i * columns, *restrict r1 = r0 + columns, *restrict r2 = r1 + columns, *restrict r3 = r2 + columns;
-    for (uint32_t kk = 0; kk < k; kk++) {
-      const double *restrict from = b + kk * columns;
-      double x0 = a[i * k + kk], x1 = a[(i + 1) * k + kk], x2 = a[(i + 2) * k + kk], x3 = a[(i + 3) * k + kk];
-      for (uint32_t j = 0; j < columns; j++) {
-        double y = from[j];
-        r0[j] += x0 * y;
-        r1[j] += x1 * y;
-        r2[j] += x2 * y;
-        r3[j] += x3 * y;
+/* acc[i][j] += sum over k of a[i][k] * b[k][j], in float64: products are exact, the sum nearly so. Eight rows by one
+ * vector of columns stay in registers; rows and columns are multiples of eight. */
+typedef double Vector __attribute__((vector_size(64), aligned(8), may_alias));
+__attribute__((optimize("fp-contract=fast"))) void multiply(const double *a, const double *b, double *acc, uint32_t rows,
+                                                            uint32_t columns, uint32_t k) {
+  for (uint32_t j = 0; j < columns; j += 8)
+    for (uint32_t i = 0; i < rows; i += 8) {
+      Vector sum[8];
+#pragma GCC unroll 8
+      for (uint32_t r = 0; r < 8; r++) sum[r] = *(const Vector *)&acc[(i + r) * columns + j];
+      for (uint32_t kk = 0; kk < k; kk++) {
+        Vector right = *(const Vector *)&b[kk * columns + j];
+#pragma GCC unroll 8
+        for (uint32_t r = 0; r < 8; r++) sum[r] += a[(i + r) * k + kk] * right;
       }
+#pragma GCC unroll 8
+      for (uint32_t r = 0; r < 8; r++) *(Vector *)&acc[(i + r) * columns + j] = sum[r];
     }
-  }
 }
