@@ -39,7 +39,6 @@ class Kernel:
 
     def __init__(self, entry: Entry, device: torch.device) -> None:
         import torch
-        import tvm_ffi
 
         wanted, found = HARDWARE[entry.target], torch.cuda.get_device_capability(device)
         if found != wanted.capability:
@@ -48,6 +47,8 @@ class Kernel:
                 f"{torch.cuda.get_device_name(device)} of compute capability {found[0]}.{found[1]}: set [target] device"
             )
         _runtime()
+        import tvm_ffi
+
         self.entry = entry
         self._module = tvm_ffi.load_module(str(entry.library))
         self._call = self._module[FUNCTION]
