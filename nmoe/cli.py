@@ -57,9 +57,23 @@ def _compile(args: argparse.Namespace) -> int:
     from nmoe.schedule import lower
 
     config = args.load()
-    if not args.list:
-        raise UserError("nmoe compile: this build lists the kernels that a config needs; run it with --list")
-    _line(format_specs(config, specs(lower(config))))
+    uses = specs(lower(config))
+    if args.list or not uses:
+        _line(format_specs(config, uses))
+        return 0
+    from nmoe.codegen.build import build, format_build
+    from nmoe.codegen.cache import default_root
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    result = build(list(uses), args.cache or default_root(), workers=args.workers or 0, progress=progress)
+    _line(format_build(config.run.name, result))
+    if not result.complete:
+        raise UserError(
+            f"nmoe compile: {len(result.missing) + len(result.failed)} kernels of {config.run.name} were not built "
+            f"(listed above); {config.target.device} cannot train without them"
+        )
     return 0
 
 
@@ -113,7 +127,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=200, metavar="N", help="steps to time (default 200)")
     sub.add_argument("--baseline", type=Path, metavar="FILE", help="compare with a result saved by --save")
     sub.add_argument("--save", type=Path, metavar="FILE", help="store the result as a baseline")
-    sub = command("compile", _compile, "the kernels that the config's schedule needs")
+    sub = command("compile", _compile, "build the kernels that the config needs, into a cache; no GPU needed")
+    sub.add_argument("--workers", type=int, metavar="N", help="compiling processes (default: one a core)")
+    sub.add_argument(
+        "--cache", type=Path, metavar="DIR", help="default $NMOE_HOME/kernels or ~/.cache/nmoe/kernels"
+    )
     sub.add_argument(
         "--list", action="store_true", help="print them with their keys instead of building them"
     )

@@ -1,0 +1,138 @@
+"""`nmoe compile`: every kernel that a schedule names, from the cache or built in worker processes.
+
+Workers are fresh processes: CuTeDSL's compiler is not thread-safe, takes seconds to import and must not see a GPU's
+architecture in the environment.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nmoe import autotune
+from nmoe.codegen import compiler, gemm
+from nmoe.codegen.cache import Cache, Entry
+from nmoe.codegen.gemm import GemmConfig, GemmProblem
+from nmoe.codegen.report import format_report
+from nmoe.codegen.spec import KernelSpec
+
+
+@dataclass
+class Build:
+    """What a build found and made, by spec in the schedule's order."""
+
+    target: str
+    warm: dict[KernelSpec, Entry] = field(default_factory=dict)
+    built: dict[KernelSpec, Entry] = field(default_factory=dict)
+    failed: dict[KernelSpec, str] = field(default_factory=dict)
+    missing: dict[KernelSpec, str] = field(default_factory=dict)
+    repaired: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        return not self.failed and not self.missing
+
+
+def build(
+    specs: Sequence[KernelSpec],
+    root: Path,
+    *,
+    workers: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Build:
+    """Every spec's artifact. `progress` is told of each kernel that is done; `workers` 0 means one a core."""
+    begin = time.monotonic()
+    cache = Cache(root)
+    before = set(cache.quarantined())
+    result = Build(specs[0].target if specs else "cpu")
+    work: dict[KernelSpec, GemmConfig] = {}
+    for spec in specs:
+        if reason := compiler.unsupported(spec):
+            result.missing[spec] = reason
+            continue
+        problem = gemm.match(spec)
+        assert isinstance(problem, GemmProblem)
+        config = autotune.choose(problem, spec.target)
+        if entry := cache.get(compiler.problem_key(problem, config, spec.target), spec.target):
+            result.warm[spec] = entry
+        else:
+            work[spec] = config
+    if work:
+        compiler.check_toolchain()
+        _compile(work, root, workers, result, progress)
+    result.repaired = sorted(set(cache.quarantined()) - before)
+    result.seconds = time.monotonic() - begin
+    return result
+
+
+def _compile(
+    work: Mapping[KernelSpec, GemmConfig],
+    root: Path,
+    workers: int,
+    result: Build,
+    progress: Callable[[str], None],
+) -> None:
+    count = min(workers or len(os.sched_getaffinity(0)), len(work))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_start) as pool:
+        futures = {pool.submit(_one, spec.json(), config, root): spec for spec, config in work.items()}
+        for done, future in enumerate(as_completed(futures), 1):
+            spec = futures[future]
+            try:
+                entry = future.result()
+                result.built[spec] = entry
+                outcome = f"{entry.report['seconds']:.1f} s"
+            except Exception as error:
+                result.failed[spec] = outcome = f"{type(error).__name__}: {error}"
+            progress(
+                f"[{done:>{len(str(len(work)))}}/{len(work)}] {spec.key} {spec.name}: {outcome.splitlines()[0]}"
+            )
+
+
+def _start() -> None:
+    """A worker hears of Ctrl-C from its parent, sees no GPU and prints nothing of its own."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _one(spec: str, config: GemmConfig, root: Path) -> Entry:
+    return compiler.compile_kernel(KernelSpec.from_json(spec), config, Cache(root))
+
+
+def format_build(name: str, result: Build) -> str:
+    """A line a kernel, then what is missing and the sum."""
+    lines = []
+    for spec, entry in {**result.warm, **result.built}.items():
+        predicted = entry.report["predicted"]
+        lines.append(
+            f"{spec.key}  {' + '.join(map(str, spec.parts))}: {format_report(entry.report)}, predicted "
+            f"{predicted['microseconds']:.0f} µs at {100 * predicted['roofline']:.0f} % of roofline"
+        )
+    lines += [
+        f"{spec.key}  {' + '.join(map(str, spec.parts))}: FAILED: {why}"
+        for spec, why in result.failed.items()
+    ]
+    lines += [f"damaged entry set aside and rebuilt: {reason}" for reason in result.repaired]
+    if result.missing:
+        lines.append(f"not built, for want of a template ({len(result.missing)}):")
+        lines += [
+            f"{spec.key}  {' + '.join(map(str, spec.parts))}: {why}" for spec, why in result.missing.items()
+        ]
+    total = len(result.warm) + len(result.built) + len(result.failed) + len(result.missing)
+    lines.append(
+        f"{name} for {result.target}: {len(result.warm) + len(result.built)} of {total} kernels ready "
+        f"({len(result.warm)} cached, {len(result.built)} built), {len(result.failed)} failed, "
+        f"{len(result.missing)} without a template, {result.seconds:.1f} s"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""What a compiled kernel uses, read from its machine code: registers, spills, shared memory, instructions that matter.
+
+The disassembler is NVIDIA's, as triton's wheel carries it or as it lies on PATH; without one the report has only what
+the compiler says.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Instructions by what they are for: products, tensor copies, local memory (spills).
+PATTERNS = {
+    "mma": re.compile(r"^(HGMMA|UTC[HQO]MMA)\b"),
+    "tma": re.compile(r"^(UTMALDG|UTMASTG|UTMAREDG|UTMACMDFLUSH|UBLKCP)\b"),
+    "tensor memory": re.compile(r"^(LDTM|STTM|UTCATOMSWS|UTCBAR|UTCCP)\b"),
+    "local": re.compile(r"^(LDL|STL)\b"),
+}
+OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)")
+USAGE = re.compile(r"Function ([^:]+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+def tool(name: str) -> Path | None:
+    """cuobjdump or nvdisasm, if there is one."""
+    spec = importlib.util.find_spec("triton")
+    if spec and spec.origin:
+        carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+        if carried.exists():
+            return carried
+    found = shutil.which(name)
+    return Path(found) if found else None
+
+
+def resources(cubin: bytes) -> dict[str, Any]:
+    """{"kernels": {name: {registers, stack, local}}, "sass": {kind: {opcode: count}}}; empty without the tools."""
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    if cuobjdump is None or nvdisasm is None:
+        return {}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output([str(cuobjdump), "-res-usage", file.name])
+        sass = _output([str(nvdisasm), "-c", file.name])
+    kernels = {
+        _short(name): {"registers": int(reg), "stack": int(stack), "local": int(local)}
+        for name, reg, stack, _, local in USAGE.findall(usage)
+    }
+    return {"kernels": kernels, "sass": count(sass)}
+
+
+def count(sass: str) -> dict[str, dict[str, int]]:
+    """Instructions of the kinds in PATTERNS, by opcode with its modifiers."""
+    opcodes = Counter(OPCODE.findall(sass))
+    return {
+        kind: {op: n for op, n in sorted(opcodes.items()) if pattern.match(op)}
+        for kind, pattern in PATTERNS.items()
+    }
+
+
+def _short(name: str) -> str:
+    """ "kernel_cutlass_sum_partials_nmoe…" → "sum_partials"."""
+    found = re.match(r"kernel_cutlass_(\w+?)_nmoe", name)
+    return found.group(1) if found else name
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """One line: config, registers, spills, shared memory, products found, prediction."""
+    parts = [report["config"], f"smem {report['shared_bytes']}"]
+    for name, used in report.get("kernels", {}).items():
+        spilled = used["stack"] + used["local"]
+        parts.append(
+            f"{name}: {used['registers']} regs, " + (f"{spilled} B SPILLED" if spilled else "no spills")
+        )
+    for opcode, n in report.get("sass", {}).get("mma", {}).items():
+        parts.append(f"{n}x {opcode}")
+    parts.append(report["tuning"])
+    return "; ".join(parts)

@@ -1,0 +1,84 @@
+"""The producer warp: walks the tiles and fills the ring's stages by TMA."""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Int16, Int32, cute
+from cutlass.cute.nvgpu import cpasync
+
+from nmoe.codegen.gemm import ROW_TILE, SLICE
+from nmoe.codegen.templates.fixed import Fixed
+from nmoe.codegen.templates.ring import Ring
+from nmoe.codegen.templates.tiles import Segments
+
+
+class Loader(Fixed):
+    """Loads A[128, 64] and B[tile_n, 64] of each slice.
+
+    B comes in two boxes of tile_n / 2 rows: the left and right columns of a tile, or its gate and up columns. Alone, a
+    thread block loads both. In a cluster of two each loads one of them: `shared` B is multicast to both (Hopper);
+    otherwise B stays split between the pair, whose MMA reads both parts (Blackwell), and the bytes of both thread
+    blocks are counted by the first one's barrier.
+    """
+
+    def __init__(self, gemm, ring: Ring, a, b, a_stages, b_stages, shared: bool) -> None:  # type: ignore[no-untyped-def]
+        self.gemm, self.ring, self.shared = gemm, ring, shared
+        self.a_atom, a_tensor = a
+        self.b_atom, b_tensor = b
+        half = gemm.config.tile_n // 2
+        one = cute.make_layout(1)
+        ga = cute.local_tile(a_tensor, (ROW_TILE, SLICE), (None, None))
+        gb = cute.local_tile(b_tensor, (half, SLICE), (None, None, None, None))
+        halves = cute.flat_divide(b_stages, (half, SLICE))[None, None, None, 0, None]
+        self.sa, self.ga = cpasync.tma_partition(
+            self.a_atom, 0, one, cute.group_modes(a_stages, 0, 2), cute.group_modes(ga, 0, 2)
+        )
+        self.sb, self.gb = cpasync.tma_partition(
+            self.b_atom, 0, one, cute.group_modes(halves, 0, 2), cute.group_modes(gb, 0, 2)
+        )
+        per_block = 2 * SLICE * (ROW_TILE + cute.size(b_stages, mode=[0]))
+        self.stage_bytes = per_block if shared or gemm.cluster == 1 else 2 * per_block
+
+    @cute.jit
+    def run(self, segments: Segments, cluster: Int32, clusters: Int32, rank: Int32) -> None:
+        tiles = self.gemm.tiles
+        stage, phase = Int32(0), Int32(1)
+        tile, expert, first = tiles.begin(segments, cluster)
+        while tiles.live(tile, expert):
+            place = tiles.place(segments, tile, expert, first, rank)
+            for k in cutlass.range(place.begin, place.begin + place.slices, unroll=1):
+                self._fill(place, k, rank, stage, phase)
+                stage, phase = self.ring.after(stage, phase)
+            tile, expert, first = tiles.seek(segments, tile + clusters, expert, first)
+
+    @cute.jit
+    def _fill(self, place, k: Int32, rank: Int32, stage: Int32, phase: Int32) -> None:  # type: ignore[no-untyped-def]
+        full = self.ring.full + stage
+        cute.arch.mbarrier_wait(self.ring.empty + stage, phase)
+        if cutlass.const_expr(self.shared or self.gemm.cluster == 1):
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
+        elif rank == 0:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
+        cute.copy(self.a_atom, self.ga[None, place.row, k], self.sa[None, stage], tma_bar_ptr=full)
+        if cutlass.const_expr(self.gemm.cluster == 1):
+            for half in cutlass.range_constexpr(2):
+                self._half(place, k, half, half, stage)
+        elif cutlass.const_expr(self.shared):
+            self._half(place, k, rank, rank, stage)
+        else:
+            self._half(place, k, rank, 0, stage)
+
+    @cute.jit
+    def _half(self, place, k: Int32, half, slot, stage: Int32) -> None:  # type: ignore[no-untyped-def]
+        """Box `half` of B into part `slot` of the stage."""
+        batch = 0 if cutlass.const_expr(self.gemm.problem.ragged == "depth") else place.expert
+        if cutlass.const_expr(self.gemm.paired):
+            box = self.gb[None, place.column, k, half, batch]
+        else:
+            box = self.gb[None, 2 * place.column + half, k, 0, batch]
+        mask = Int16(3) if cutlass.const_expr(self.shared) else None
+        cute.copy(
+            self.b_atom, box, self.sb[None, slot, stage], tma_bar_ptr=self.ring.full + stage, mcast_mask=mask
+        )

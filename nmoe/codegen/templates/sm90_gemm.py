@@ -1,0 +1,170 @@
+"""Grouped GEMM for Hopper: TMA → shared memory → WGMMA → registers → epilogue → TMA, persistent and warp-specialised.
+
+warpgroup 0  warp 0 loads: for every 64-deep slice of a tile A[128, 64] and B[tile_n, 64] into the next stage. Its
+             other three warps idle: their registers go to the consumers.
+warpgroup 1  rows 0..63 of the tile    wgmma m64 × tile_n × k16, accumulators in registers;
+warpgroup 2  rows 64..127 of the tile  then the epilogue, while warp 0 already fills the next tile's stages
+
+                 ┌ stage 0 ┬ stage 1 ┬ … ┐   full[s]:  1 arrival (expect_tx) + the bytes of A and B
+warp 0 ── TMA ──▶│  A  B   │  A  B   │   │   empty[s]: one arrival from each consumer warp of the cluster
+                 └─────────┴─────────┴───┘
+Cluster of 2: the thread blocks work on neighbouring row tiles of one column tile. Each loads half of B and
+multicasts it to both, which halves the traffic from L2; a stage is free when both have left it.
+
+barriers: full, empty (ring.py); named 1 and 2: the threads of a consumer warpgroup; arrived[2]: h has been read,
+a pair for each warpgroup (dSwiGLU).
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import BFloat16, Float32, Int32, Int64, cute
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.memory import SmemAllocator
+
+from nmoe.codegen.gemm import SLICE
+from nmoe.codegen.templates.epilogue import Epilogue, Fragment
+from nmoe.codegen.templates.grouped import GroupedGemm
+from nmoe.codegen.templates.layouts import major
+from nmoe.codegen.templates.load import Loader
+from nmoe.codegen.templates.ring import Ring
+from nmoe.codegen.templates.tiles import Segments
+
+GROUP = 128  # threads of a warpgroup
+LOAD_REGISTERS, MATH_REGISTERS = 40, 232
+
+
+class Sm90GroupedGemm(GroupedGemm):
+    threads = 3 * GROUP
+    unit_rows = 64
+
+    @property
+    def b_rows(self) -> int:
+        return self.config.tile_n
+
+    def load_operations(self):  # type: ignore[no-untyped-def]
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        return load, cpasync.CopyBulkTensorTileG2SMulticastOp() if self.cluster > 1 else load
+
+    def mma(self, tile_n: int):  # type: ignore[no-untyped-def]
+        op = warpgroup.MmaF16BF16Op(
+            BFloat16, Float32, (64, tile_n, 16), warpgroup.OperandSource.SMEM,
+            major(self.problem.a_mn_major), major(self.problem.b_mn_major),
+        )  # fmt: skip
+        return cute.make_tiled_mma(cute.make_mma_atom(op))
+
+    @cute.kernel
+    def kernel(self, a, b, stores, read, offsets, weight, partial, a_layout, b_layout, buffer_layout):  # type: ignore[no-untyped-def]
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+        _, cluster, _ = cute.arch.block_idx()
+        _, clusters, _ = cute.arch.grid_dim()
+        segments = Segments(offsets, cute.size(a.tensor, mode=[0 if self.problem.ragged == "rows" else 1]))
+
+        smem = SmemAllocator()
+        a_stages = smem.allocate_tensor(BFloat16, a_layout.outer, 1024, swizzle=a_layout.inner)
+        b_stages = smem.allocate_tensor(BFloat16, b_layout.outer, 1024, swizzle=b_layout.inner)
+        buffers = smem.allocate_tensor(self.out_type, buffer_layout.outer, 1024, swizzle=buffer_layout.inner)
+        ring = Ring(smem.allocate_array(Int64, 2 * self.config.stages), self.config.stages)
+        arrived = smem.allocate_array(Int64, 4)
+
+        if warp == 0:
+            cpasync.prefetch_descriptor(a.atom)
+            cpasync.prefetch_descriptor(b.atom)
+            with cute.arch.elect_one():
+                ring.init(arrivals=8 * self.cluster)
+                for i in cutlass.range_constexpr(4):
+                    cute.arch.mbarrier_init(arrived + i, 1)
+            cute.arch.mbarrier_init_fence()
+        self.sync_cluster()
+
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
+            if warp == 0:
+                loader = Loader(self, ring, a, b, a_stages, b_stages, shared=self.cluster > 1)
+                loader.run(segments, cluster, clusters, rank)
+        else:
+            cute.arch.setmaxregister_increase(MATH_REGISTERS)
+            self._math(ring, a_stages, b_stages, buffers, stores, read, arrived,
+                       segments, weight, partial, cluster, clusters, rank)  # fmt: skip
+        self.sync_cluster()  # a thread block stays until its neighbour has sent and signalled all that it will
+
+    @cute.jit
+    def _math(  # type: ignore[no-untyped-def]
+        self, ring, a_stages, b_stages, buffers, stores, read, arrived,
+        segments, weight, partial, cluster, clusters, rank,
+    ):  # fmt: skip
+        thread = cute.arch.thread_idx()[0] % GROUP
+        group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // GROUP) - 1
+        mma = self.mma(self.config.tile_n)
+        part = mma.get_slice(thread)
+        rows = cute.flat_divide(a_stages, (64, SLICE))[None, None, group, 0, None]
+        fa = mma.make_fragment_A(part.partition_A(rows))
+        fb = mma.make_fragment_B(part.partition_B(b_stages))
+        acc = cute.make_rmem_tensor(mma.partition_shape_C((64, self.config.tile_n)), Float32)
+        own = cute.flat_divide(buffers, (64, buffers.shape[1], self.config.buffers))
+        own = own[None, None, None, 0, 0, group]
+        fragment = WgmmaFragment(self, own, thread, group)
+        epilogue = Epilogue(self, fragment, own, stores, read, arrived + 2 * group, group)
+
+        stage, phase, turn = Int32(0), Int32(0), Int32(0)
+        tile, expert, first = self.tiles.begin(segments, cluster)
+        while self.tiles.live(tile, expert):
+            place = self.tiles.place(segments, tile, expert, first, rank)
+            if place.exists:
+                epilogue.prefetch(place)
+            stage, phase = self._multiply(ring, mma, fa, fb, acc, place.slices, stage, phase)
+            if place.exists:
+                turn = epilogue.run(acc, place, weight, partial, turn)
+            tile, expert, first = self.tiles.seek(segments, tile + clusters, expert, first)
+        epilogue.finish()
+
+    @cute.jit
+    def _multiply(self, ring, mma, fa, fb, acc, slices, stage, phase):  # type: ignore[no-untyped-def]
+        """acc = A·Bᵀ over `slices` stages, one slice of wgmma in flight while the next is issued."""
+        lane = cute.arch.lane_idx()
+        acc.fill(0.0)
+        mma.set(warpgroup.Field.ACCUMULATE, True)
+        done = Int32(-1)  # the stage that the wgmma in flight reads
+        warpgroup.fence()
+        for _ in cutlass.range(slices, unroll=1):
+            cute.arch.mbarrier_wait(ring.full + stage, phase)
+            for k in cutlass.range_constexpr(SLICE // 16):
+                cute.gemm(mma, acc, fa[None, None, k, stage], fb[None, None, k, stage], acc)
+            warpgroup.commit_group()
+            warpgroup.wait_group(1)
+            if done >= 0 and lane < self.cluster:
+                cute.arch.mbarrier_arrive(ring.empty + done, lane)
+            done = stage
+            stage, phase = ring.after(stage, phase)
+        warpgroup.wait_group(0)
+        if done >= 0 and lane < self.cluster:
+            cute.arch.mbarrier_arrive(ring.empty + done, lane)
+        return stage, phase
+
+
+class WgmmaFragment(Fragment):
+    """D of wgmma m64nNk16: value 4j + 2i + c of thread t is row 16·(t/32) + (t%32)/4 + 8i, column 8j + 2·(t%4) + c."""
+
+    rows = 64
+    lanes = 4
+
+    def __init__(self, gemm: Sm90GroupedGemm, buffers: cute.Tensor, thread: Int32, group: Int32) -> None:
+        self.group = group
+        first = thread // 32 * 16 + thread % 32 // 4
+        self.mine = (first, first + 8)
+        self.leads = cute.arch.make_warp_uniform(thread // 32) == 0
+        self.slice = gemm.mma(cute.size(buffers, mode=[1])).get_slice(thread)
+        self.shape = self.stored(buffers[None, None, 0]).shape
+
+    def stored(self, buffer: cute.Tensor) -> cute.Tensor:
+        return self.slice.partition_C(buffer)
+
+    def piece(self, acc: cute.Tensor, index: int | Int32) -> cute.Tensor:
+        return cute.make_tensor(acc.iterator + index * cute.size(self.shape), cute.make_layout(self.shape))
+
+    def row(self, value: int) -> int:
+        return value // 2 % 2
+
+    def sync(self) -> None:
+        cute.arch.barrier(barrier_id=1 + self.group, number_of_threads=GROUP)

@@ -1,0 +1,89 @@
+"""Building a config's kernels: reports of Blackwell's kernels, cold and warm, and what is honestly missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nmoe.codegen import report
+from nmoe.codegen.build import Build, build, format_build
+from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.spec import KernelSpec, specs
+from nmoe.config import Target, load
+from nmoe.schedule import lower
+
+MOONLET = Path(__file__).parents[2] / "configs" / "moonlet.toml"
+
+
+@pytest.fixture(scope="module")
+def moonlet() -> list[KernelSpec]:
+    """The kernels of one MoE layer's experts, and its router's, which has no template."""
+    config = load(MOONLET)
+    config = replace(config, target=Target("sm_100a"), schedule=replace(config.schedule, precision="bf16"))
+    return [spec for spec in specs(lower(config)) if spec.parts[0].kind in ("grouped_gemm", "router")]
+
+
+@pytest.fixture(scope="module")
+def built(
+    moonlet: list[KernelSpec], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Build, list[str]]:
+    root, lines = tmp_path_factory.mktemp("kernels"), []
+    return root, build(moonlet, root, progress=lines.append), lines
+
+
+@pytest.mark.usefixtures("compiler")
+def test_blackwells_kernels_keep_within_their_budgets(built: tuple[Path, Build, list[str]]) -> None:
+    _, result, lines = built
+    assert len(result.built) == len(lines) == 6 and not result.failed and not result.complete
+    for spec, entry in result.built.items():
+        found = entry.report
+        assert found["shared_bytes"] <= HARDWARE["sm_100a"].shared
+        if report.tool("nvdisasm") is None:
+            continue
+        assert found["sass"]["local"] == {}, spec.name
+        assert all(used["stack"] == used["local"] == 0 for used in found["kernels"].values())
+        assert found["sass"]["mma"] == {"UTCHMMA.2CTA": 4}, "one slice of 64 is four products of k16"
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_warm_build_compiles_nothing(
+    built: tuple[Path, Build, list[str]], moonlet: list[KernelSpec]
+) -> None:
+    root, cold, _ = built
+    warm = build(moonlet, root)
+    assert set(warm.warm) == set(cold.built) and not warm.built
+    text = format_build("moonlet", warm)
+    assert "6 of 7 kernels ready (6 cached, 0 built), 0 failed, 1 without a template" in text.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_damaged_kernel_is_rebuilt_and_reported(
+    built: tuple[Path, Build, list[str]], moonlet: list[KernelSpec]
+) -> None:
+    root, cold, _ = built
+    spec, entry = next(iter(cold.built.items()))
+    entry.library.write_bytes(b"")
+    again = build(moonlet, root, workers=1)
+    assert list(again.built) == [spec] and len(again.warm) == 5
+    assert "damaged entry set aside and rebuilt: " in format_build("moonlet", again)
+
+
+def test_what_has_no_template_is_named(moonlet: list[KernelSpec], tmp_path: Path) -> None:
+    router = [spec for spec in moonlet if spec.name == "router"]
+    result = build(router, tmp_path)
+    assert not result.complete
+    assert format_build("moonlet", result).splitlines()[1].endswith("router: no template for router")
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_failing_kernel_fails_alone(
+    moonlet: list[KernelSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # no gcc in the workers; found by the parent's check below
+    monkeypatch.setattr("nmoe.codegen.compiler.check_toolchain", lambda: None)
+    wgrad = [spec for spec in moonlet if spec.name == "grouped_gemm.wgrad"][:1]
+    result = build(wgrad, tmp_path, workers=1)
+    assert list(result.failed) == wgrad
+    assert "kernels are linked with gcc, found none: apt-get install gcc" in result.failed[wgrad[0]]

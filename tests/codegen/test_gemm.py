@@ -1,0 +1,150 @@
+"""Specs become GEMM problems, configs are legal or say why not, keys name what matters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nmoe import autotune
+from nmoe.codegen import compiler, gemm
+from nmoe.codegen.gemm import GemmConfig, GemmProblem
+from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.report import count
+from nmoe.codegen.spec import specs
+from nmoe.config import Config, Target, load
+from nmoe.schedule import lower
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def with_precision(name: str, precision: str, target: str) -> Config:
+    config = load(CONFIGS / f"{name}.toml")
+    return replace(config, target=Target(target), schedule=replace(config.schedule, precision=precision))
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
+def test_the_gemms_of_moonlet_in_bf16_have_templates(target: str) -> None:
+    found = {spec: gemm.match(spec) for spec in specs(lower(with_precision("moonlet", "bf16", target)))}
+    grouped = {p for s, p in found.items() if s.parts[0].kind == "grouped_gemm"}
+    assert grouped == {
+        GemmProblem("fprop", 64, 2816, 2048, "swiglu"),
+        GemmProblem("fprop", 64, 2048, 1408, "store"),
+        GemmProblem("dgrad", 64, 2048, 1408, "dswiglu"),
+        GemmProblem("dgrad", 64, 2816, 2048, "store"),
+        GemmProblem("wgrad", 64, 2048, 1408, "accumulate"),
+        GemmProblem("wgrad", 64, 2816, 2048, "accumulate"),
+    }
+    dense = [p for s, p in found.items() if s.parts[0].kind == "gemm"]
+    assert GemmProblem("fprop", 0, 5632, 2048, "swiglu") in dense, "the shared experts"
+    assert {p for p in dense if isinstance(p, str)} == {
+        "no epilogue for gemm.fprop + add yet", "no epilogue for gemm.fprop + add + add yet",
+        "no epilogue for gemm.dgrad + add yet",
+    }  # fmt: skip
+    others = [p for s, p in found.items() if s.parts[0].kind not in ("gemm", "grouped_gemm")]
+    assert others and all(isinstance(p, str) and p.startswith("no template for ") for p in others)
+
+
+def test_quantized_operands_are_refused_by_name() -> None:
+    for spec in specs(lower(with_precision("moonlet", "mxfp8", "sm_100a"))):
+        if spec.parts[0].kind in ("gemm", "grouped_gemm") and "add" not in str(spec.parts):
+            assert gemm.match(spec) == "no template for mxfp8 operands yet"
+
+
+ROLES = {"fprop": ("store", "swiglu"), "dgrad": ("store", "dswiglu"), "wgrad": ("accumulate",)}
+problems = st.builds(
+    lambda role, i, e, n, k: GemmProblem(role, e, 16 * n, 8 * k, ROLES[role][i % len(ROLES[role])]),
+    st.sampled_from(sorted(ROLES)), st.integers(0, 1), st.integers(0, 256), st.integers(1, 512), st.integers(1, 1024),
+)  # fmt: skip
+targets = st.sampled_from(sorted(HARDWARE))
+
+
+@given(problems, targets)
+def test_candidates_are_legal_and_use_the_shared_memory(problem: GemmProblem, target: str) -> None:
+    found = autotune.candidates(problem, target)
+    assert found and autotune.choose(problem, target) in found
+    for config in found:
+        assert gemm.violations(problem, config, target) == []
+        more = replace(config, stages=config.stages + 1)
+        assert config.stages == 8 or "bytes of shared memory" in " ".join(
+            gemm.violations(problem, more, target)
+        )
+        assert 0 < autotune.predict(problem, config, target)["roofline"] <= 1
+
+
+@given(problems, targets)
+def test_operands_cover_what_the_views_index(problem: GemmProblem, target: str) -> None:
+    """The largest offset of every view is the last element of its operand."""
+    rows = 640
+    for operand in problem.operands(256):
+        if operand.name not in ("a", "b", "h", *problem.stored):
+            continue
+        size = 1
+        for extent in operand.shape:
+            size *= rows if extent == gemm.ROWS else extent
+        modes = problem.modes(operand.name)
+        last = sum(((rows if extent == gemm.ROWS else extent) - 1) * stride for extent, stride in modes)
+        assert last == size - 1
+
+
+@pytest.mark.parametrize(
+    ("config", "problem", "target", "message"),
+    [
+        (GemmConfig(192, 4, 2), "store", "sm_90a", "tile_n 192: a half of B is a box of whole 64-element"),
+        (GemmConfig(256, 4, 3), "store", "sm_90a", "cluster 3: 1, or 2 that load half"),
+        (GemmConfig(256, 5, 1), "store", "sm_90a", "279552 bytes of shared memory: H100 SXM gives"),
+        (GemmConfig(256, 7, 2), "store", "sm_100a", "263168 bytes of shared memory: B200 gives"),
+        (GemmConfig(128, 4, 2), "swiglu", "sm_90a", "2 buffers for 3 epilogue pieces: at least 2, each"),
+        (GemmConfig(256, 1, 2), "store", "sm_100a", "stages 1: loads overlap the products"),
+        (GemmConfig(512, 2, 2), "store", "sm_100a", "1024 columns of tensor memory for two"),
+    ],
+)  # fmt: skip
+def test_an_illegal_config_names_the_limit(
+    config: GemmConfig, problem: str, target: str, message: str
+) -> None:
+    case = GemmProblem("fprop", 8, 512, 512, problem)  # type: ignore[arg-type]
+    with pytest.raises(gemm.IllegalConfig) as error:
+        gemm.require_legal(case, config, target)
+    assert message in str(error.value)
+    assert str(error.value).startswith(f"fprop 512x512 for {target}, 128x{config.tile_n}x64")
+
+
+def test_the_key_names_problem_config_and_target() -> None:
+    problem, config = GemmProblem("fprop", 8, 512, 512, "store"), GemmConfig(256, 4, 2)
+    keys = {
+        compiler.problem_key(problem, config, "sm_90a"),
+        compiler.problem_key(problem, config, "sm_100a"),
+        compiler.problem_key(problem, replace(config, buffers=4), "sm_90a"),
+        compiler.problem_key(replace(problem, k=520), config, "sm_90a"),
+    }
+    assert len(keys) == 4
+    assert compiler.problem_key(problem, config, "sm_90a") in keys
+
+
+def test_another_version_of_the_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "TOOLCHAIN", {"pytest": "0.0.1"})
+    with pytest.raises(
+        compiler.CompilerError, match=r"compiled with pytest 0\.0\.1, found [0-9.]+: pip install"
+    ):
+        compiler.check_toolchain()
+    monkeypatch.setattr(compiler, "TOOLCHAIN", {"no-such-package": "1"})
+    with pytest.raises(compiler.CompilerError, match="found nothing: pip install no-such-package==1"):
+        compiler.check_toolchain()
+
+
+def test_instructions_are_counted_by_kind() -> None:
+    sass = """
+        /*0010*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
+        /*0020*/              @P0  STL [R1], R3 ;
+        /*0030*/             @!UP1 UTMALDG.2D [UR8], [UR4] ;
+        /*0040*/                   FADD R1, R2, R3 ;
+    """
+    assert count(sass) == {
+        "mma": {"HGMMA.64x256x16.F32.BF16": 1},
+        "tma": {"UTMALDG.2D": 1},
+        "tensor memory": {},
+        "local": {"STL": 1},
+    }
