@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import tiny_config
 from test_model import initialise
+from tiny import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 

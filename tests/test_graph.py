@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from conftest import tiny_config
 from harness import POISONS, close, poisoned_executor, poisoned_run, randn, run_op
+from tiny import tiny_config
 
 from nmoe import model
 from nmoe.differentiate import differentiate

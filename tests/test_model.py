@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_config
 from harness import POISONS, close, poisoned_run, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_model import OracleModel
+from tiny import tiny_config
 
 from nmoe.config import Config, LayerGroup
 from nmoe.executor import Executor, allocate

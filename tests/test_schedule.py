@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import configs
+from tiny import tiny_config
 
 from nmoe.config import Config, load
 from nmoe.ops import OPS
