@@ -10,7 +10,6 @@ Every rank computes the whole plan from the same matrix, so that all decide alik
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +37,17 @@ class Plan:
         """Slots in use on each rank."""
         return self.offsets[:, -1].tolist()
 
-    def padding(self, rank: int) -> Iterator[slice]:
-        """The slots of a rank that no row is sent to, one slice an expert; the rank zeroes them itself."""
-        local = self.offsets.shape[1] - 1
-        rows = self.counts.sum(0)[rank * local : (rank + 1) * local]
-        filled = self.offsets[rank, :-1] + rows
-        for start, end in zip(filled.tolist(), self.offsets[rank, 1:].tolist(), strict=True):
-            yield slice(start, end)
+    def sources(self, rank: int) -> Tensor:
+        """int64[total of the rank]: the rank that each slot's row comes from, −1 on padding."""
+        ranks, local = len(self.counts), self.offsets.shape[1] - 1
+        runs = torch.empty(
+            local, ranks + 1, dtype=torch.int64
+        )  # an expert's rows of every source, then its padding
+        runs[:, :-1] = self.counts[:, rank * local : (rank + 1) * local].T
+        runs[:, -1] = self.offsets[rank].diff() - runs[:, :-1].sum(1)
+        source = torch.arange(ranks + 1)
+        source[-1] = -1
+        return source.repeat(local).repeat_interleave(runs.view(-1))
 
 
 def count(indices: Tensor, experts: int) -> Tensor:
