@@ -9,6 +9,7 @@ machines this transport refuses to start.
 
 from __future__ import annotations
 
+import fcntl
 import math
 import mmap
 import os
@@ -16,6 +17,7 @@ import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -26,7 +28,10 @@ from nmoe.rdep.transport import FLAGS, Buffer, Missing
 FOLDER = Path("/dev/shm")
 LINE = 128  # bytes: a flag word has a cache line, and its prefetched neighbour, to itself
 SPINS = 100  # polls before a waiting rank lets others run
-MAPPED = "mapped"
+MAPPED, STATE = (
+    "mapped",
+    "state",
+)  # STATE: 1 + the rank that a rank waits for, 1 + the one that it gave up on, or 0
 
 
 class Shm:
@@ -34,7 +39,8 @@ class Shm:
 
     All ranks pass the same `buffers`. The constructor returns once all have mapped all segments, whose names are then
     gone: whatever becomes of the processes, nothing stays behind. `timeout`, in seconds, bounds every wait; time in
-    which this process itself was stopped does not count.
+    which this process itself was stopped does not count. A rank holds a lock on its segment's file, which the kernel
+    releases when it dies, however it dies: so the others can tell a dead rank from one that waits or is stuck.
     """
 
     def __init__(
@@ -46,16 +52,18 @@ class Shm:
                 f"is {platform.machine()}: set [rdep] ranks = 1"
             )
         self.rank, self.ranks, self._timeout = rank, ranks, timeout
+        self._files: list[BinaryIO] = []
         flags = {f"flag {name}": Buffer((ranks, LINE // 8), torch.int64) for name in (MAPPED, *FLAGS)}
-        layout = {"waits for": Buffer((LINE // 8,), torch.int64), **flags, **buffers}
+        layout = {STATE: Buffer((LINE // 8,), torch.int64), **flags, **buffers}
         size = sum(_bytes(buffer) for buffer in layout.values())
         own = FOLDER / f"nmoe-{key}-{rank}"
         draft = own.with_name(f"{own.name}.{os.getpid()}")
         try:
-            with draft.open("xb") as file:
-                os.posix_fallocate(
-                    file.fileno(), 0, size
-                )  # a full /dev/shm is an error here, not a SIGBUS later
+            self._lock = draft.open("xb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            os.posix_fallocate(
+                self._lock.fileno(), 0, size
+            )  # a full /dev/shm fails here, not with a SIGBUS later
             draft.rename(own)
             self._views = [self._map(key, peer, size, layout) for peer in range(ranks)]
             for peer in range(ranks):
@@ -84,27 +92,40 @@ class Shm:
         word = self._views[self.rank][f"flag {flag}"][peer]
         if int(word[0]) >= epoch:
             return
-        mark = self._views[self.rank]["waits for"]
-        mark[0] = peer + 1
+        state = self._views[self.rank][STATE]
+        state[0] = peer + 1
         clock = _Clock(self._timeout)
         while not clock.expired():  # looks at the word once more after every look at the clock
             if int(word[0]) >= epoch:
-                mark[0] = 0
+                state[0] = 0
                 return
-        raise self._missing(peer, flag, epoch, int(word[0]))
-
-    def _missing(self, peer: int, flag: str, epoch: int, seen: int) -> Missing:
-        """Follows who waits for whom to the rank that waits for nobody. The mark of this rank stays, for the others."""
-        chain = [peer]
-        while (after := int(self._views[chain[-1]]["waits for"][0]) - 1) >= 0 and after not in chain:
-            chain.append(after)
+        chain = self._chain(peer)
+        state[1] = chain[-1] + 1
         through = "".join(f", which waits for rank {rank}" for rank in chain[1:])
-        return Missing(
-            f"rank {self.rank} waited {self._timeout:g} s for {flag} {epoch} (seen {seen}) of rank {peer}{through}: "
-            f"rank {chain[-1]} of {self.ranks} is dead or stuck. Look for the first error in its log, then continue "
-            "with --resume",
-            chain[-1],
+        fate = "is stuck" if self._alive(chain[-1]) else "has died"
+        raise Missing(
+            f"rank {self.rank} waited {self._timeout:g} s for {flag} {epoch} (seen {int(word[0])}) of rank {peer}"
+            f"{through}: rank {chain[-1]} of {self.ranks} {fate}. Look for the first error in its log, then continue "
+            "with --resume"
         )
+
+    def _chain(self, peer: int) -> list[int]:
+        """From the rank that this one waits for, along who waits for whom, to the one that has died or is stuck."""
+        chain = [peer]
+        while True:
+            waits, gave_up = self._views[chain[-1]][STATE][:2].tolist()
+            after = (gave_up or (waits if self._alive(chain[-1]) else 0)) - 1
+            if after < 0 or after in (self.rank, *chain):
+                return chain
+            chain.append(after)
+
+    def _alive(self, peer: int) -> bool:
+        try:
+            fcntl.flock(self._files[peer], fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(self._files[peer], fcntl.LOCK_UN)
+        return False
 
     def _map(self, key: str, peer: int, size: int, layout: Mapping[str, Buffer]) -> dict[str, Tensor]:
         path, clock = FOLDER / f"nmoe-{key}-{peer}", _Clock(self._timeout)
@@ -112,17 +133,17 @@ class Shm:
             if clock.expired():
                 raise Missing(
                     f"rank {self.rank} waited {self._timeout:g} s for rank {peer} of {self.ranks} to start. Look "
-                    "for the first error in its log",
-                    peer,
+                    "for the first error in its log"
                 )
-        with path.open("r+b") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise UserError(
-                    f"rank {peer} has {found:,} bytes of buffers, rank {self.rank} has {size:,}: start all ranks with "
-                    "the same config"
-                )
-            memory = mmap.mmap(file.fileno(), size)
+        file = path.open("r+b")
+        self._files.append(file)
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise UserError(
+                f"rank {peer} has {found:,} bytes of buffers, rank {self.rank} has {size:,}: start all ranks with the "
+                "same config"
+            )
+        memory = mmap.mmap(file.fileno(), size)
         views, at = {}, 0
         for name, buffer in layout.items():
             flat = torch.frombuffer(memory, dtype=buffer.dtype, count=math.prod(buffer.shape), offset=at)

@@ -1,7 +1,8 @@
 """What moves rows between the ranks of a group: one small interface, and the group of one rank.
 
 A transport gives every rank the same named buffers and lets each write into its peers': the model of symmetric memory.
-It orders nothing but what its flags order. shm.py serves processes of one host.
+It orders nothing but what its flags order; `ordered=False` asks for a flag that orders nothing, which only tests do.
+shm.py serves processes of one host.
 """
 
 from __future__ import annotations
@@ -19,13 +20,9 @@ FLAGS = tuple(f"{channel}.{flag}" for channel in PROTOCOL for flag in ("full", "
 
 
 class Missing(UserError):
-    """A rank of the group did not answer in time. `missing` is the rank on which all wait in the end."""
+    """A rank of the group did not answer in time; the message names the one on which all wait in the end."""
 
     exit_code = 4
-
-    def __init__(self, message: str, missing: int) -> None:
-        super().__init__(message)
-        self.missing = missing
 
 
 class Buffer(NamedTuple):

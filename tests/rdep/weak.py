@@ -118,7 +118,7 @@ class WeakRank:
 
     def _wait(self, peer: int, flag: str, epoch: int) -> None:
         if not self._turn(lambda: self._group.flags[self.rank, flag, peer] >= epoch):
-            raise Missing(f"rank {self.rank} waits for {flag} {epoch} of rank {peer} for ever", peer)
+            raise Missing(f"rank {self.rank} waits for {flag} {epoch} of rank {peer} for ever")
 
     def local(self, buffer: str) -> Tensor:
         self._wait_overtaken()
