@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from checker import mutants
+from harness import run_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer import Problem, equal, joined, run
@@ -50,6 +51,30 @@ def test_one_rank_against_autograd(problem):
     expected = {"y": y.detach(), "dx": x.grad, "dweights": weights.grad, "dw1": w1.grad, "dw2": w2.grad}
     for name, value in expected.items():
         assert torch.allclose(found[name].double(), value, rtol=1e-4, atol=1e-4), name
+
+
+@given(PROBLEMS)
+@settings(max_examples=25, deadline=None)
+def test_one_rank_is_the_ops_of_the_layer_graph(problem):
+    p, exchange = problem, Exchange(Local(problem.buffers(1)))
+    indices, x, weights = p.indices(0), p.randn("x", p.tokens, p.width), p.randn("w", p.tokens, p.topk)
+    capacity = p.buffers(1)["rows.data"].shape[0]
+    attrs = {"experts": p.experts, "ranks": 1, "align": p.align, "format": "f32"}
+    planned = run_op(
+        "moe_plan", [indices], attrs, rows=capacity, into={"load": torch.zeros(p.experts)}
+    ).outputs
+    plan = [planned[name] for name in ("slots", "row_source", "offsets")]
+    sent = run_op("dispatch", [x, weights, *plan], {}, rows=capacity, rows_of=[3]).outputs
+    routing = exchange.plan(indices, p.experts, p.align)
+    rows, row_weight = exchange.dispatch(routing, x, weights)
+    assert torch.equal(rows, sent["rows"][: len(rows)]) and torch.equal(
+        row_weight, sent["row_weight"][: len(rows)]
+    )
+    back = run_op(
+        "combine", [sent["rows"], sent["row_weight"], *plan], {}, rows=capacity, rows_of=[0, 1, 3]
+    ).outputs
+    y, values = exchange.combine(routing, rows, row_weight)
+    assert torch.equal(y, back["y"]) and torch.equal(values, back["values"])
 
 
 @given(PROBLEMS, st.sampled_from([2, 4]), st.integers(0, 9999))
