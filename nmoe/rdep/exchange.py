@@ -107,7 +107,7 @@ class Exchange:
                     t.put(peer, "returns.value", routing.choice[held], values[held])
 
         def read() -> tuple[Tensor, Tensor | None]:
-            returned = t.local("returns.data")[:n].view(n // routing.topk, routing.topk, -1)
+            returned = t.local("returns.data")[:n].view(-1, routing.topk, rows.shape[1])
             total = torch.zeros(returned[:, 0].shape)
             for k in range(routing.topk):
                 total += returned[:, k]

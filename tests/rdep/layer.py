@@ -17,7 +17,8 @@ from nmoe.rdep.transport import Buffer
 
 @dataclass(frozen=True)
 class Problem:
-    """`tokens` over all ranks; `skew` > 0 gathers the choices on few experts."""
+    """`tokens` over all ranks, in consecutive shares that may differ by one and be empty. `skew` > 0 gathers choices
+    on few experts."""
 
     tokens: int = 24
     topk: int = 2
@@ -38,7 +39,7 @@ class Problem:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
     def buffers(self, ranks: int, capacity: int = 0) -> dict[str, Buffer]:
-        own = self.tokens // ranks
+        own = -(-self.tokens // ranks)
         rows = capacity or worst_case(ranks, own, self.topk, self.experts, self.align)
         return buffers(ranks, self.experts, own, self.topk, self.width, rows, torch.float32)
 
@@ -50,8 +51,8 @@ def run(problem: Problem, exchange: Exchange, steps: int = 1) -> list[dict[str, 
 
 def _step(p: Problem, exchange: Exchange, step: int) -> dict[str, Any]:
     rank, ranks = exchange.transport.rank, exchange.transport.ranks
-    own, local = p.tokens // ranks, p.experts // ranks
-    mine = slice(rank * own, (rank + 1) * own)
+    local = p.experts // ranks
+    mine = slice(p.tokens * rank // ranks, p.tokens * (rank + 1) // ranks)
     w1, w2 = (
         p.randn(n, p.experts, p.width, p.width)[rank * local : (rank + 1) * local] for n in ("w1", "w2")
     )

@@ -21,7 +21,7 @@ from nmoe.rdep.protocol import PROTOCOL
 from nmoe.rdep.transport import Local
 
 PROBLEMS = st.builds(
-    Problem, tokens=st.sampled_from([4, 8, 24]), topk=st.integers(1, 4), experts=st.sampled_from([4, 8]),
+    Problem, tokens=st.sampled_from([2, 7, 24]), topk=st.integers(1, 4), experts=st.sampled_from([4, 8]),
     align=st.sampled_from([1, 4, 16]), skew=st.integers(0, 7), seed=st.integers(0, 999),
 )  # fmt: skip
 
