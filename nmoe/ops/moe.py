@@ -11,15 +11,11 @@ from typing import Any
 
 import torch
 
-from nmoe.errors import UserError
 from nmoe.graph import Graph, Name, Op, Spec
 from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
+from nmoe.rdep.plan import CapacityError
 
 EPSILON = 1e-20  # keeps the normalisation of all-zero scores finite (as DeepSeek-V3)
-
-
-class CapacityError(UserError):
-    """More expert rows arrived than the buffers hold; nothing was overwritten."""
 
 
 def _scores(attrs: Attrs, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,152 @@
+"""A rank's end of the protocol: the plan of a layer, the dispatch of rows to their experts and their return."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from nmoe.rdep import plan as slots
+from nmoe.rdep.plan import Plan
+from nmoe.rdep.protocol import PROTOCOL, Channel, Protocol
+from nmoe.rdep.transport import Buffer, Transport
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One layer's rows as this rank knows them. Of its own choices, flat [T·k]: `owner`, the rank, and `slot`, the
+    row there. Of the rows that it holds, [total]: `source`, the rank, and `choice`, t·k + j there; padding is −1."""
+
+    plan: Plan
+    topk: int
+    owner: Tensor
+    slot: Tensor
+    source: Tensor
+    choice: Tensor
+
+
+def buffers(
+    ranks: int, experts: int, tokens: int, topk: int, width: int, capacity: int, dtype: torch.dtype
+) -> dict[str, Buffer]:
+    """What a transport must hold for layers of these sizes; all layers share it. `tokens`: of the fullest rank."""
+    choices = tokens * topk
+    return {
+        "counts": Buffer((ranks, experts), torch.int64),
+        "rows.choice": Buffer((capacity,), torch.int64),
+        "rows.data": Buffer((capacity, width), dtype),
+        "rows.weight": Buffer((capacity,), torch.float32),
+        "returns.data": Buffer((choices, width), dtype),
+        "returns.value": Buffer((choices,), torch.float32),
+    }
+
+
+class Exchange:
+    """Executes `protocol` over a transport that holds `buffers`. All ranks make the same calls in the same order."""
+
+    def __init__(self, transport: Transport, protocol: Protocol = PROTOCOL) -> None:
+        self.transport = transport
+        self._protocol = protocol
+        self._epochs: Counter[Channel] = Counter()
+
+    def plan(self, indices: Tensor, experts: int, align: int) -> Routing:
+        """The slots of indices int32[T, k]. Raises CapacityError, on all ranks or none, before any row travels."""
+        t = self.transport
+
+        def put() -> None:
+            mine = slots.count(indices, experts).unsqueeze(0)
+            for peer in range(t.ranks):
+                t.put(peer, "counts", torch.tensor([t.rank]), mine)
+
+        counts = self._transfer("counts", put, lambda: t.local("counts").clone())
+        made = slots.plan(counts, align)
+        slots.check_capacity(made, t.local("rows.data").shape[0])
+        owner, slot = (x.view(-1) for x in slots.place(made, indices, t.rank))
+        source = made.sources(t.rank)
+        routing = Routing(made, indices.shape[1], owner, slot, source, torch.empty_like(source))
+        numbers = torch.arange(indices.numel())
+        self._send(routing, {"rows.choice": lambda choice: numbers[choice]}, {"rows.choice": routing.choice})
+        routing.choice[source < 0] = -1
+        return routing
+
+    def dispatch(
+        self, routing: Routing, x: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x[T, d], weights FP32[T, k]? → rows[total, d], row weights FP32[total]; zero on padding."""
+        rows = x.new_empty(len(routing.source), x.shape[1])
+        payload: dict[str, Callable[[Tensor], Tensor]] = {
+            "rows.data": lambda choice: x[choice // routing.topk]
+        }
+        into, row_weight = {"rows.data": rows}, None
+        if weights is not None:
+            flat = weights.reshape(-1)
+            payload["rows.weight"] = lambda choice: flat[choice]
+            into["rows.weight"] = row_weight = flat.new_empty(len(rows))
+        self._send(routing, payload, into)
+        for tensor in into.values():
+            tensor[routing.source < 0] = 0
+        return rows, row_weight
+
+    def combine(
+        self, routing: Routing, rows: Tensor, values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """rows[total, d], values FP32[total]? → y[T, d], the sum of each token's rows in FP32 in the order of its
+        choices; values FP32[T, k]."""
+        t, n = self.transport, len(routing.owner)
+
+        def put() -> None:
+            for peer in range(t.ranks):
+                (held,) = torch.where(routing.source == peer)
+                t.put(peer, "returns.data", routing.choice[held], rows[held])
+                if values is not None:
+                    t.put(peer, "returns.value", routing.choice[held], values[held])
+
+        def read() -> tuple[Tensor, Tensor | None]:
+            returned = t.local("returns.data")[:n].view(-1, routing.topk, rows.shape[1])
+            total = torch.zeros(returned[:, 0].shape)
+            for k in range(routing.topk):
+                total += returned[:, k]
+            brought = None if values is None else t.local("returns.value")[:n].clone().view(-1, routing.topk)
+            return total.to(rows.dtype), brought
+
+        return self._transfer("returns", put, read)
+
+    def _send(
+        self, routing: Routing, payload: dict[str, Callable[[Tensor], Tensor]], into: dict[str, Tensor]
+    ) -> None:
+        """One transfer of rows: `payload` gives a buffer's rows for given choices of this rank."""
+        t = self.transport
+
+        def put() -> None:
+            for peer in range(t.ranks):
+                (choice,) = torch.where(routing.owner == peer)
+                for buffer, rows in payload.items():
+                    t.put(peer, buffer, routing.slot[choice], rows(choice))
+
+        def read() -> None:
+            for buffer, tensor in into.items():
+                tensor.copy_(t.local(buffer)[: len(tensor)])
+
+        self._transfer("rows", put, read)
+
+    def _transfer(self, channel: Channel, put: Callable[[], None], read: Callable[[], _T]) -> _T:
+        """Every rank starts with the peer after it, so that not all put to the same one."""
+        self._epochs[channel] += 1
+        t = self.transport
+        result: _T | None = None
+        for action in self._protocol[channel]:
+            epoch = self._epochs[channel] - action.lag
+            if action.kind == "put":
+                put()
+            elif action.kind == "read":
+                result = read()
+            else:
+                act = t.raise_flag if action.kind == "raise" else t.wait_flag
+                for i in range(1, t.ranks):
+                    act((t.rank + i) % t.ranks, f"{channel}.{action.flag}", epoch, ordered=action.ordered)
+        return cast(_T, result)
