@@ -267,3 +267,38 @@ def test_divergent_branches_reconverge_and_loops_end_lane_by_lane():
     a = np.arange(64, dtype=np.uint32)
     n = a & 15
     np.testing.assert_array_equal(evaluate(body, np.uint32, a), (n // 2) * 100 + (n + 1) // 2)
+
+
+@pytest.mark.parametrize(
+    ("operation", "a", "b", "c"),
+    [
+        ("add.f32 %d, %a, %b;", 0x7F800001, 0x3F800000, 0),
+        ("add.f32 %d, %a, %b;", 0x7F800000, 0xFF800000, 0),
+        ("add.rz.ftz.f32 %d, %a, %b;", 0xFFC12345, 0, 0),
+        ("mul.rp.f32 %d, %a, %b;", 0x7F800000, 0, 0),
+        ("fma.rn.f32 %d, %a, %b, %c;", 0x3F800000, 0x3F800000, 0xFFFFFFFF),
+        ("div.rn.f32 %d, %a, %b;", 0, 0, 0),
+        ("sqrt.rn.f32 %d, %a;", 0xBF800000, 0, 0),
+        ("rcp.rn.f32 %d, %a;", 0x7FC00001, 0, 0),
+        ("min.f32 %d, %a, %b;", 0xFFC00000, 0x7FC00001, 0),
+        ("max.NaN.f32 %d, %a, %b;", 0x3F800000, 0xFFC00000, 0),
+        ("lg2.approx.f32 %d, %a;", 0xFF800000, 0, 0),
+        ("cos.approx.f32 %d, %a;", 0x7F800000, 0, 0),
+    ],
+)
+def test_an_f32_nan_is_canonical_whatever_made_it(operation, a, b, c):
+    """Seen on an H100; PTX leaves the payload open."""
+    inputs = (np.uint32([value]) for value in (a, b, c))
+    assert evaluate(operation, np.uint32, *inputs)[0] == 0x7FFFFFFF
+
+
+def test_bf16_fma_rounds_once():
+    """7 x 37 = 259 lies half way between 258 and 260, 9 x 29 = 261 between 260 and 262: a c far below decides."""
+    a, b = np.float32([7, 7, 7, 9, 9, 9, -7]), np.float32([37, 37, 37, 29, 29, 29, 37])
+    tiny = np.float32(2.0**-120)
+    c = np.float32([-tiny, 0, tiny, -tiny, 0, tiny, tiny])
+    want = np.float32([258, 260, 260, 260, 260, 262, -258])
+    packed = [(x.view(np.uint32) >> 16) * np.uint32(0x10001) for x in (a, b, c)]
+    got = evaluate("fma.rn.bf16x2 %d, %a, %b, %c;", np.uint32, *packed)
+    np.testing.assert_array_equal((got << 16).view(np.float32), want)
+    np.testing.assert_array_equal((got & 0xFFFF0000).view(np.float32), want)

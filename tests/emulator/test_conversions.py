@@ -193,3 +193,10 @@ def test_tf32_keeps_ten_mantissa_bits():
     x = np.float32([1 + 2**-11, 1 + 2**-11 + 2**-20, 1 + 2**-10])
     got = evaluate("cvt.rna.tf32.f32 %d, %a;", np.float32, x)
     np.testing.assert_array_equal(got, np.float32([1 + 2**-10, 1 + 2**-10, 1 + 2**-10]))
+
+
+def test_tf32_keeps_the_upper_bits_of_a_nan():
+    """Seen on an H100, down to a NaN that so becomes an infinity."""
+    x = np.uint32([0x7FFE380E, 0xFF815466, 0x7F8011BE])
+    got = evaluate("cvt.rna.tf32.f32 %d, %a;", np.uint32, x)
+    assert [hex(v) for v in got] == ["0x7ffe2000", "0xff814000", "0x7f800000"]

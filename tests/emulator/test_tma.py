@@ -140,6 +140,40 @@ def test_store_clips_at_the_edge_and_marks_only_what_it_wrote():
     assert torch.equal(target.torch[5:, 8:], tile[:5, :12])
 
 
+@pytest.mark.parametrize("opcode", ["cp.async.bulk.tensor", "cp.reduce.async.bulk.tensor"])
+@pytest.mark.parametrize(
+    ("dtype", "start", "message"),
+    [
+        (torch.float32, "-4, 0", "coordinate 0 is -4; expected none below 0"),
+        (torch.float32, "0, -8", "coordinate 1 is -8; expected none below 0"),
+        (torch.float32, "1, 0", "starts 32 bits into its row; expected a multiple of 128 bits"),
+        (torch.bfloat16, "4, 0", "starts 64 bits into its row; expected a multiple of 128 bits"),
+        (torch.bfloat16, "8, 0", None),
+        (torch.float32, "32, 0", None),
+        (torch.float32, "0, 20", None),
+    ],
+)
+def test_stores_start_inside_and_on_16_bytes(opcode, dtype, start, message):
+    """What an H100 runs, and what it stops as an illegal instruction."""
+    device = Device()
+    target = device.tensor(torch.zeros(20, 32, dtype=dtype))
+    operation = ".add" if "reduce" in opcode else ""
+    copy = f"{opcode}.2d.global.shared::cta{operation}.tile.bulk_group [%rd1, {{{start}}}], [%r2];"
+    arguments = (
+        STORE.format(words=8 * 16 * dtype.itemsize // 4, copy=copy),
+        device,
+        device.tensor(torch.ones(8, 16, dtype=dtype)),
+        device.tensor(tensor_map(target, (8, 16))),
+    )
+    if message is None:
+        run(*arguments, declarations=DECLARATIONS)
+        column, row = (int(x) for x in start.split(","))
+        assert target.torch.sum() == target.torch[row : row + 8, column : column + 16].numel()
+        return
+    with pytest.raises(EmulationError, match=f"tensor store: .*{message}"):
+        run(*arguments, declarations=DECLARATIONS)
+
+
 @pytest.mark.parametrize(
     ("operation", "dtype"),
     [("add", torch.float32), ("add", torch.bfloat16), ("max", torch.int32), ("min", torch.float16)],

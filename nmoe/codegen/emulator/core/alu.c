@@ -39,10 +39,11 @@ static inline float flush(float value) {
   uint32_t bits = bits_of(value);
   return (bits & 0x7F800000u) == 0 ? float_bits(bits & 0x80000000u) : value;
 }
+/* Every f32 result: a NaN is the canonical one, as an H100 gives it, whatever NaN went in. */
 static inline float finish(float value, int flags) {
   if (flags & FTZ) value = flush(value);
   if (flags & SAT) value = value > 0 ? (value < 1 ? value : 1) : 0; /* .sat: NaN becomes +0 */
-  return value;
+  return value != value ? float_bits(0x7FFFFFFF) : value;
 }
 static inline int64_t clamp_s32(int64_t value) {
   return value > INT32_MAX ? INT32_MAX : value < INT32_MIN ? INT32_MIN : value;
@@ -125,6 +126,17 @@ static inline uint64_t pair32(int operation, uint64_t a, uint64_t b, uint64_t c,
   return (uint64_t)halves[1] << 32 | halves[0];
 }
 
+/* a * b + c for a narrower rounding to follow: the sum is rounded to odd, so that the two roundings are one. The
+ * product of 16-bit numbers is exact, and twosum recovers what the addition lost. */
+static double fma_to_odd(double a, double b, double c) {
+  double product = a * b, sum = product + c;
+  double part = sum - product, lost = (product - (sum - part)) + (c - part);
+  uint64_t bits;
+  memcpy(&bits, &sum, 8);
+  if (isfinite(sum) && lost != 0 && !(bits & 1)) sum = nextafter(sum, lost > 0 ? INFINITY : -INFINITY);
+  return sum;
+}
+
 /* One 16-bit operation: 0 add, 1 sub, 2 mul, 4 fma, 5 min, 6 max, 7 neg, 8 abs, 9 ex2, 10 tanh. */
 static uint32_t half16(int operation, uint32_t a, uint32_t b, uint32_t c, const Insn *in) {
   Type type = (Type)in->a;
@@ -136,7 +148,7 @@ static uint32_t half16(int operation, uint32_t a, uint32_t b, uint32_t c, const 
     case 0: result = x + y; break;
     case 1: result = x - y; break;
     case 2: result = x * y; break;
-    case 4: result = fma(x, y, z); break;
+    case 4: result = fma_to_odd(x, y, z); break;
     case 5: result = min_number(x, y, in->flags); break;
     case 6: result = max_number(x, y, in->flags); break;
     case 9: result = exp2(x); break;
@@ -272,6 +284,8 @@ static void convert(Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
         float exact = from == T_U64 ? (float)raw : (float)(int64_t)raw; /* one rounding, not two through double */
         memcpy(&out, &exact, 4), out &= FULL;
       }
+      /* cvt.rna.tf32 keeps the upper bits of a NaN (seen on an H100) */
+      if (to == T_TF32 && in->c == RNA && !(in->flags & NAN_OUT) && value != value) out = raw & 0xFFFFE000u;
       if (to == T_F32 && in->flags & FTZ && (out & 0x7F800000u) == 0) out &= 0x80000000u;
     }
     if (in->flags & WIDE_DST) u64_of(w, o[0])[i] = out;

@@ -295,6 +295,19 @@ static void check_bulk(Machine *m, uint64_t shared, uint64_t other, uint64_t siz
           (unsigned long long)shared, (unsigned long long)other);
 }
 
+/* A store or reduction may not begin before the tensor in any dimension (a load may), nor between 16-byte units of a
+ * row. An H100 stops both as an illegal instruction; ptxas accepts them. Rows of scatter4 are not known to be bound. */
+static void check_store_start(Machine *m, const AsyncOp *op, const TensorMap *t) {
+  int32_t coord[5];
+  coordinates(op, coord);
+  for (uint32_t k = 0; k < t->rank; k++)
+    if (coord[k] < 0) fault(m, "tensor store: coordinate %u is %d; expected none below 0, as in loads alone", k, coord[k]);
+  int64_t start = (int64_t)coord[0] * t->bits;
+  if (start % 128)
+    fault(m, "tensor store: the box starts %lld bits into its row; expected a multiple of 128 bits",
+          (long long)start);
+}
+
 /* tma_load: operands shared, map, mbarrier, coordinates.., [mask]; imm, d = offsets of shared and mbarrier; modifiers
  * a = coordinates, b = F_* flags. tma_store, tma_reduce: operands map, coordinates.., shared; c = operation + 1. */
 static void issue_tensor(Machine *m, Warp *w, const Insn *in, const uint32_t *o, unsigned lane) {
@@ -313,6 +326,7 @@ static void issue_tensor(Machine *m, Warp *w, const Insn *in, const uint32_t *o,
   if ((uint32_t)in->a != expected) fault(m, "tensor copy of rank %d with a tensor map of rank %u", in->a, t.rank);
   uint32_t alignment = t.swizzle ? 128 : 16;
   if (base % alignment) fault(m, "tensor copy: shared offset %#x is not %u-byte aligned", base, alignment);
+  if (!load && !gather) check_store_start(m, op, &t);
   if (load) {
     op->arg[A_BARRIER] = u32_of(w, o[2])[lane] + (uint32_t)in->d;
     if (in->b & F_MULTICAST) op->arg[A_MASK] = u32_of(w, o[3 + in->a])[lane] & 0xFFFF;
