@@ -2,6 +2,7 @@
 
     python bench/emulator.py --on emulator --out DIR     # results of every case, DIR/emulator.npz
     python bench/emulator.py --on device --out DIR       # the same PTX through the CUDA driver, DIR/device.npz
+    python bench/emulator.py --on device --out DIR --case NAME    # one case, in this process, nothing else recorded
     python bench/emulator.py --compare DIR               # bit for bit where the result is defined, else the distance
     python bench/emulator.py --speed                     # warp instructions a second
 
@@ -15,7 +16,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,7 +30,7 @@ def assumed_map(spec: Map, address: int) -> bytes:
     """The 128 bytes of a tensor map as the emulator reads them."""
     words = [0] * 32
     words[0], words[1] = address & 0xFFFFFFFF, address >> 32
-    words[2] = 2 | 1 << 4 | MAP_KINDS[spec.kind][0] << 7 | spec.swizzle << 13
+    words[2] = 1 << 4 | MAP_KINDS[spec.kind][0] << 7 | spec.swizzle << 13
     words[3] = spec.pitch // 16
     words[8], words[9] = spec.sizes[0] - 1, spec.sizes[1] - 1
     words[13], words[14] = spec.box[0] - 1 << 24, spec.box[1] - 1
@@ -46,7 +49,7 @@ def run_emulator(case: Case) -> list[np.ndarray]:
     params += b"".join(assumed_map(m, tensors[m.buffer].pointer) for m in case.maps)
     program = device.program(ptx.parse(case.text), "k")
     device.launch(program, (case.grid, 1, 1), (case.block, 1, 1), params, (case.cluster, 1, 1))
-    return [tensors[i].torch.numpy().copy() for i in case.results]
+    return [tensors[i].torch.numpy().ravel().copy() for i in case.results]
 
 
 class Driver:
@@ -135,20 +138,45 @@ class Driver:
         ]
 
 
-def record(on: str, out: Path) -> None:
+def device_arrays(case: Case) -> dict[str, np.ndarray]:
+    results, maps = Driver().run(case)
+    arrays = {f"{case.name}/{i}": result for i, result in enumerate(results)}
+    for i, (found, assumed) in enumerate(maps):
+        arrays[f"{case.name}/map{i}"] = np.frombuffer(found + assumed, np.uint8)
+    return arrays
+
+
+def emulator_arrays(case: Case) -> dict[str, np.ndarray]:
+    return {f"{case.name}/{i}": result for i, result in enumerate(run_emulator(case))}
+
+
+def isolated(case: Case) -> dict[str, np.ndarray]:
+    """The case on the device, in a process of its own: a launch that fails leaves its CUDA context unusable."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--on", "device", "--out", folder, "--case", case.name]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            print(f"FAILED\t{case.name}\tno end after 60 s", flush=True)
+            return {}
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            print(f"FAILED\t{case.name}\t{reason}", flush=True)
+            return {}
+        with np.load(Path(folder, "device.npz")) as arrays:
+            return dict(arrays)
+
+
+def record(on: str, out: Path, name: str | None) -> int:
+    """Write DIR/<on>.npz; cases that fail on the device are named and left out, and the exit code is then 1."""
     out.mkdir(parents=True, exist_ok=True)
-    driver = Driver() if on == "device" else None
-    arrays: dict[str, np.ndarray] = {}
-    for case in all_cases():
-        if driver:
-            results, maps = driver.run(case)
-            for i, (found, assumed) in enumerate(maps):
-                arrays[f"{case.name}/map{i}"] = np.frombuffer(found + assumed, np.uint8)
-        else:
-            results = run_emulator(case)
-        for i, result in enumerate(results):
-            arrays[f"{case.name}/{i}"] = result
-    np.savez_compressed(out / f"{on}.npz", **arrays)
+    cases = [case for case in all_cases() if name in (None, case.name)]
+    if not cases:
+        raise SystemExit(f"no case is called {name!r}")
+    run = emulator_arrays if on == "emulator" else isolated if name is None else device_arrays
+    arrays = [run(case) for case in cases]
+    np.savez_compressed(out / f"{on}.npz", **{key: value for each in arrays for key, value in each.items()})
+    return int(not all(arrays))
 
 
 def compare(folder: Path) -> int:
@@ -156,13 +184,19 @@ def compare(folder: Path) -> int:
     found, expected = np.load(folder / "emulator.npz"), np.load(folder / "device.npz")
     failed = 0
     for case in all_cases():
+        if f"{case.name}/0" not in expected:
+            failed = 1
+            print(f"MISSING\t{case.name}\tthe device has no result")
+            continue
         for i in range(len(case.results)):
             a, b = (f[f"{case.name}/{i}"].view(np.uint32) for f in (found, expected))
             differing = int(np.count_nonzero(a != b))
             detail = f"{differing} of {a.size} words differ"
             if differing and not case.exact:
                 x, y = a.view(np.float32).astype(np.float64), b.view(np.float32).astype(np.float64)
-                detail += f", largest relative difference {np.max(np.abs(x - y) / np.maximum(np.abs(y), 1e-30)):.2e}"
+                distance = np.abs(x - y)
+                relative = distance / np.maximum(np.abs(y), 1e-30)
+                detail += f", largest difference {distance.max():.2e}, relative {relative.max():.2e}"
             if differing and case.exact:
                 at = int(np.flatnonzero(a != b)[0])
                 detail += f", first at {at}: emulator {a[at]:#010x}, device {b[at]:#010x}"
@@ -219,16 +253,18 @@ def main() -> int:
     )
     parser.add_argument("--on", choices=("emulator", "device"))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--case", metavar="NAME")
     parser.add_argument("--compare", type=Path, metavar="DIR")
     parser.add_argument("--speed", action="store_true")
     arguments = parser.parse_args()
+    failed = 0
     if arguments.on:
         if arguments.out is None:
             parser.error("--on needs --out")
-        record(arguments.on, arguments.out)
+        failed = record(arguments.on, arguments.out, arguments.case)
     if arguments.speed:
         speed()
-    return compare(arguments.compare) if arguments.compare else 0
+    return compare(arguments.compare) if arguments.compare else failed
 
 
 if __name__ == "__main__":

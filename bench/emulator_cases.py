@@ -171,6 +171,8 @@ def arithmetic_cases() -> list[Case]:
         "max.NaN.f32",
         "div.rn.f32",
         "add.rn.f16x2",
+        "mul.rn.f16x2",
+        "add.rn.bf16x2",
         "mul.rn.bf16x2",
         "max.bf16x2",
     ):
@@ -197,6 +199,7 @@ def arithmetic_cases() -> list[Case]:
             )
         )
     plain = rng.uniform(0.01, 4, 1 << 16).astype(np.float32).view(np.uint32)
+    special = np.array([0, 1 << 31, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FC00000, 0xFFFFFFFF], np.uint32)
     for operation in (
         "ex2.approx.f32",
         "lg2.approx.f32",
@@ -208,6 +211,9 @@ def arithmetic_cases() -> list[Case]:
         "cos.approx.f32",
     ):
         cases.append(lanewise(operation, f"{operation} %d, %a;", np.uint32, plain, exact=False))
+        cases.append(
+            lanewise(f"{operation} of zeros, infinities, NaN", f"{operation} %d, %a;", np.uint32, special)
+        )
     return cases
 
 
@@ -289,7 +295,7 @@ def reduction_case(kind: str) -> Case:
     @%p1 ret;
     mov.b64 %rd2, m0;
     cvta.param.u64 %rd3, %rd2;
-    cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%rd3, {{-4, 15}}], [%r2];
+    cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%rd3, {{{16 // element}, 15}}], [%r2];
     cp.async.bulk.commit_group;
     cp.async.bulk.wait_group 0;
     """
