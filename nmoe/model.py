@@ -13,6 +13,7 @@ from nmoe.config import Config, Layer, layers
 from nmoe.graph import Graph, Name
 from nmoe.ops.attention import yarn_mscale
 from nmoe.ops.base import wide
+from nmoe.rdep.plan import worst_case
 
 Mode = Literal["train", "logits"]
 GROUPS = ("dense", "router", "expert")
@@ -49,18 +50,14 @@ def row_align(config: Config) -> int:
 def bind_dims(config: Config, sequences: int) -> dict[str, int]:
     """The two symbols of the graph for a micro-batch of so many sequences: T tokens and R expert rows.
 
-    Without a stated capacity R is the worst case: every rank of the group sends each of its tokens to as many of
-    this rank's experts as it may choose (min(topk, experts here)), plus the padding of every segment.
+    Without a stated capacity R is the worst case, which no routing exceeds.
     """
     tokens = sequences * config.train.seq_len
-    dims = {"T": tokens, "R": 0}
-    if config.moe:
-        local = config.moe.experts // config.rdep.ranks
-        worst = config.rdep.ranks * tokens * min(config.moe.topk, local)
-        align = row_align(config)
-        worst = -(-(worst + local * (align - 1)) // align) * align
-        dims["R"] = config.rdep.capacity or worst
-    return dims
+    moe, rdep = config.moe, config.rdep
+    if moe is None:
+        return {"T": tokens, "R": 0}
+    worst = worst_case(rdep.ranks, tokens, moe.topk, moe.experts, row_align(config))
+    return {"T": tokens, "R": rdep.capacity or worst}
 
 
 class _Builder:
