@@ -1,4 +1,7 @@
-"""Random grouped-GEMM problems, their float64 results and how far a kernel may be from them.
+"""`nmoe compile --verify`: kernels of the config's families on the PTX emulator, against float64.
+
+A family is a kernel's role, epilogue, formats and config; sizes and experts are compiled in, so a small member of it is
+compiled and run: random problems with ragged, empty and single-row experts, under warp schedules with race detection.
 
 Bounds, with u = 2^-24. Products of BF16 are exact in FP32. A tensor core adds a step's products to the accumulator
 with truncation at FP32's last place or below it, so a sum of `d` terms is within (d / 16 + 16) · 4u of Σ|a·b|.
@@ -8,23 +11,29 @@ error of its argument, |x|·log2(e)·u·2 in the exponent.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
-from nmoe.codegen.gemm import GemmProblem
+from nmoe import autotune
+from nmoe.codegen import compiler, gemm
+from nmoe.codegen.gemm import ROW_TILE, GemmConfig, GemmProblem
+from nmoe.codegen.spec import KernelSpec
+from nmoe.errors import UserError
 
 U = 2.0**-24
 STORE = 2.0**-8
 SIGMOID = 2.0**-18
 TINY = 2.0**-120
-ALIGN = 128
+SMALL = {"fprop": (400, 192), "dgrad": (200, 264), "wgrad": (192, 328)}  # n, k: neither fills its tiles
+COUNTS = {1: [130, 0, 1], 2: [1, 257, 0]}  # rows of each expert, by the seed of the warp schedule
 
 
-def offsets_of(counts: list[int]) -> torch.Tensor:
-    """First row of each expert's segment, padded to 128 rows; the last is the total."""
-    padded = torch.tensor([0, *(-(-c // ALIGN) * ALIGN for c in counts)])
-    return padded.cumsum(0).to(torch.int32)
+class Mismatch(Exception):
+    """A kernel's result is not what its operands make it."""
 
 
 def inputs(problem: GemmProblem, counts: list[int], seed: int, spare: int = 0, device: str = "cpu"):
@@ -34,7 +43,8 @@ def inputs(problem: GemmProblem, counts: list[int], seed: int, spare: int = 0, d
     if problem.dense:  # all rows are one segment, which need not fill a tile
         offsets, spare = torch.tensor([0, counts[0]], dtype=torch.int32), 0
     else:
-        offsets = offsets_of(counts)
+        padded = torch.tensor([0, *(-(-c // ROW_TILE) * ROW_TILE for c in counts)])
+        offsets = padded.cumsum(0).to(torch.int32)
     total = int(offsets[-1])
     real = torch.zeros(total + spare, dtype=torch.bool)
     for first, count in zip(offsets.tolist(), counts, strict=False):
@@ -87,38 +97,41 @@ def _products(problem: GemmProblem, t: dict[str, torch.Tensor]) -> tuple[torch.T
 def check(
     problem: GemmProblem, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    """Asserts every result of a kernel; returns the largest error of each as a share of its bound."""
+    """The largest error of each result as a share of its bound; raises Mismatch where that is above 1."""
     exact, size = _products(problem, before)
     total = int(before["offsets"][-1])
     depth = {"fprop": problem.k, "dgrad": problem.n}.get(problem.role) or int(before["offsets"].diff().max())
     product = (depth / 16 + 16) * 4 * U * size
     worst: dict[str, float] = {}
 
-    def compare(name: str, got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> None:
+    def compare(name: str, want: torch.Tensor, bound: torch.Tensor) -> None:
+        got, past = after[name][: len(want)], after[name][len(want) :]
         error = (got.double() - want).abs()
-        assert not error.isnan().any(), f"{name}: {int(error.isnan().sum())} elements were not written"
+        if lost := int(error.isnan().sum()):
+            raise Mismatch(f"{name}: {lost} elements are NaN or were not written")
         share = error / (bound + TINY)
         worst[name] = float(share.max()) if share.numel() else 0.0
         where = torch.unravel_index(share.argmax(), share.shape) if share.numel() else ()
-        assert worst[name] <= 1, f"{name}: {worst[name]:.3g} of the bound at {[int(i) for i in where]}"
-
-    def untouched(name: str) -> None:
-        assert after[name][total:].isnan().all(), f"{name}: rows past the last expert were written"
+        if worst[name] > 1:
+            raise Mismatch(
+                f"{name}: {worst[name]:.3g} of the bound at {[int(i) for i in where]}: "
+                f"{got[where].item():.6g}, expected {want[where].item():.6g} ± {bound[where].item():.2g}"
+            )
+        if not past.isnan().all():
+            raise Mismatch(f"{name}: rows past the last expert were written")
 
     if problem.epilogue == "accumulate":
         want = before["dw"].double() + exact
-        compare("dw", after["dw"], want, product + 2 * U * (want.abs() + exact.abs()))
+        compare("dw", want, product + 2 * U * (want.abs() + exact.abs()))
         return worst
     if problem.epilogue == "store":
-        compare("y", after["y"][:total], exact, product + STORE * (exact.abs() + product))
-        untouched("y")
+        compare("y", exact, product + STORE * (exact.abs() + product))
         return worst
     if problem.epilogue == "swiglu":
-        compare("h", after["h"][:total], exact, product + STORE * (exact.abs() + product))
+        compare("h", exact, product + STORE * (exact.abs() + product))
         gate, up = after["h"][:total].double().chunk(2, 1)
         want = before["s"][:total, None].double() * gate * gate.sigmoid() * up
-        compare("act", after["act"][:total], want, (STORE + SIGMOID * (1 + gate.abs())) * want.abs())
-        untouched("h"), untouched("act")
+        compare("act", want, (STORE + SIGMOID * (1 + gate.abs())) * want.abs())
         return worst
     gate, up = before["h"][:total].double().chunk(2, 1)
     s, sigma = before["s"][:total, None].double(), gate.sigmoid()
@@ -131,12 +144,64 @@ def check(
         s * up.abs() * (product * slope.abs() + exact.abs() * steep * slack),
         s * silu.abs() * (product + exact.abs() * slack),
     ], 1)  # fmt: skip
-    compare("dh", after["dh"][:total], want, bound + STORE * (want.abs() + bound))
-    untouched("dh")
+    compare("dh", want, bound + STORE * (want.abs() + bound))
     if problem.dense:
         return worst
     terms = (exact * silu * up).abs()
     bound = (product * (silu * up).abs() + terms * slack).sum(1) + (problem.k + 8) * U * terms.sum(1)
-    compare("ds", after["ds"][:total], (exact * silu * up).sum(1), bound)
-    untouched("ds")
+    compare("ds", (exact * silu * up).sum(1), bound)
     return worst
+
+
+def run(
+    function: Any, problem: GemmProblem, config: GemmConfig, counts: list[int], seed: int
+) -> dict[str, float]:
+    """One emulated launch of a traced function on fresh inputs; the result of `check`. Raises Mismatch, EmulationError
+    and PtxError. `seed` names the warp schedule and the inputs."""
+    from nmoe.codegen.emulator import Device, Options, bind
+
+    tensors = inputs(problem, counts[: problem.groups], seed, spare=64)
+    rows = tensors["a"].shape[0]
+    tensors["partial"] = torch.full((-(-problem.k // config.tile_n), rows), float("nan"))
+    before = {name: t.clone() for name, t in tensors.items()}
+    device = Device(Options(seed=seed, races=True))
+    held = {name: device.tensor(t) for name, t in tensors.items()}
+    operands = [held[operand.name] for operand in problem.operands(config.tile_n)]
+    bind(function)(
+        device, *operands, seed, 0
+    )  # as many clusters as the seed, so that tiles share them unevenly
+    return check(problem, before, {name: t.torch for name, t in held.items()})
+
+
+def verify_family(problem: GemmProblem, config: GemmConfig, target: str) -> str:
+    """What became of a problem under every schedule: `ok: …`, `differs: …` or `emulator error: …`."""
+    function = compiler.trace(problem, config, target, "--keep-ptx --generate-line-info")
+    worst = 0.0
+    for seed, counts in COUNTS.items():
+        try:
+            worst = max(worst, *run(function, problem, config, counts, seed).values())
+        except Mismatch as error:
+            return f"differs: {error} (schedule {seed})"
+        except UserError as error:
+            return f"emulator error: {error} (schedule {seed})"
+    return f"ok: {worst:.3g} of the bound, {len(COUNTS)} schedules"
+
+
+def verify(specs: Sequence[KernelSpec], report: Callable[[str], None]) -> int:
+    """Tells `report` a line for each spec that has a template; returns how many are not ok. Specs of one family and
+    config share a run."""
+    compiler.check_toolchain()
+    outcomes: dict[tuple[GemmProblem, GemmConfig, str], str] = {}
+    failures = 0
+    for spec in specs:
+        problem = gemm.match(spec)
+        if isinstance(problem, str) or compiler.unsupported(spec):
+            continue
+        n, k = SMALL[problem.role]
+        small = replace(problem, experts=min(problem.experts, 3), n=n, k=k)
+        family = (small, autotune.choose(problem, spec.target), spec.target)
+        if family not in outcomes:
+            outcomes[family] = verify_family(*family)
+        failures += not outcomes[family].startswith("ok")
+        report(f"{spec.key}  {' + '.join(map(str, spec.parts))}: {outcomes[family]}")
+    return failures
