@@ -11,12 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "codegen"))
 
 from nmoe import autotune
 from nmoe.codegen import compiler
@@ -105,9 +102,9 @@ def _build_one(problem: GemmProblem, config: GemmConfig, folder: Path) -> str:
 
 
 def run(folder: Path, save: Path | None, only_check: bool) -> None:
-    import gemm_oracle
     import torch
 
+    from nmoe.codegen import verify
     from nmoe.codegen.launch import Kernel
 
     device = torch.device("cuda")
@@ -154,7 +151,7 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
         kernel = load(problem, config)
         for seed, counts in enumerate(COUNTS):
             rows = [max(c, problem.dense) for c in (counts * problem.groups)[: problem.groups]]
-            before = gemm_oracle.inputs(problem, rows, seed, spare=192, device="cuda")
+            before = verify.inputs(problem, rows, seed, spare=192, device="cuda")
             first = None
             for _ in range(3):
                 after = {name: t.clone() for name, t in before.items()}
@@ -175,7 +172,7 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
             torch.cuda.synchronize()
             replayed = [captured[n].view(torch.uint8) for n in (*problem.stored, "ds") if n in captured]
             assert all(torch.equal(x, y) for x, y in zip(replayed, first, strict=True)), "a replay differs"
-            worst = max([worst, *gemm_oracle.check(problem, before, after).values()])
+            worst = max([worst, *verify.check(problem, before, after).values()])
             checked += 1
     print(f"odd shapes: {checked} problems right, largest error {worst:.3f} of its bound; 3 runs and a graph's replay "
           "equal bit for bit")  # fmt: skip
@@ -195,7 +192,7 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
         total: dict[str, float] = {"ours": 0.0, "torch": 0.0}
         flops = 0.0
         for label, problem in layer(hidden, inter, experts).items():
-            before = gemm_oracle.inputs(problem, counts.tolist(), 0, device="cuda")
+            before = verify.inputs(problem, counts.tolist(), 0, device="cuda")
             work_flops = problem.flops(tokens * topk)
             times = {}
             for i, config in enumerate(autotune.candidates(problem, TARGET)):
@@ -205,7 +202,7 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
                 kernel(*ready)
                 torch.cuda.synchronize()
                 if i == 0:
-                    share = max(gemm_oracle.check(problem, before, tensors).values())
+                    share = max(verify.check(problem, before, tensors).values())
                 bits = [tensors[name].view(torch.uint8).clone() for name in problem.stored]
                 if problem.epilogue != "accumulate":
                     for _ in range(20):

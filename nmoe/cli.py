@@ -69,6 +69,15 @@ def _compile(args: argparse.Namespace) -> int:
 
     result = build(list(uses), args.cache or default_root(), workers=args.workers or 0, progress=progress)
     _line(format_build(config.run.name, result))
+    if args.verify:
+        from nmoe.codegen.verify import verify
+
+        ready = [*result.warm, *result.built]
+        if wrong := verify(ready, _line):
+            raise UserError(
+                f"nmoe compile: {wrong} of {len(ready)} kernels of {config.run.name} failed on the emulator (listed "
+                "above); do not train with them, and report the lines above"
+            )
     if not result.complete:
         raise UserError(
             f"nmoe compile: {len(result.missing) + len(result.failed)} kernels of {config.run.name} were not built "
@@ -134,6 +143,11 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--list", action="store_true", help="print them with their keys instead of building them"
+    )
+    sub.add_argument(
+        "--verify",
+        action="store_true",
+        help="then run a small kernel of each one's family on the PTX emulator",
     )
     sub = command("export", _export, "write the newest checkpoint as HuggingFace safetensors and config.json")
     sub.add_argument("folder", help="folder to create")
