@@ -54,12 +54,15 @@ class Cache:
     def get(self, key: str, target: str) -> Entry | None:
         """The entry, or None when there is none; a damaged one is set aside and counts as none."""
         folder = self.folder(key)
-        if not folder.exists():
-            return None
-        reason = _damage(folder, key, target)
-        if reason is None:
-            return Entry(folder, target, json.loads((folder / "report.json").read_text()))
-        self._quarantine(folder, key, target, reason)
+        while folder.exists():
+            reason = _damage(folder, key, target)
+            if reason is not None:
+                self._quarantine(folder, key, target, reason)
+                return None
+            try:
+                return Entry(folder, target, json.loads((folder / "report.json").read_text()))
+            except FileNotFoundError:  # another process has just set it aside: look again
+                continue
         return None
 
     def put(self, key: str, target: str, files: Mapping[str, bytes], report: Mapping[str, Any]) -> Entry:
