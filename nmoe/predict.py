@@ -7,16 +7,16 @@ reuse, imbalance between ranks and power limits are left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from nmoe import model
 from nmoe.config import Config, Moe
 from nmoe.devices import Device
 from nmoe.graph import QUANTIZED, Op, Spec
-from nmoe.ops import OPS, Cost, nbytes
+from nmoe.ops import Cost, nbytes
 from nmoe.schedule import Call, Schedule
-from nmoe.schedule.lower import COMM, MAIN, SIDE, bind
+from nmoe.schedule.lower import COMM, MAIN, SIDE
 
 # Floating-point work that the model needs for each that its forward op does: backward is twice the forward. Scores
 # that attention's backward computes again are not needed, so it counts as part of its forward op.
@@ -69,29 +69,13 @@ def model_flops(config: Config, schedule: Schedule) -> float:
 
 def call_cost(schedule: Schedule, call: Call, rows: Mapping[str, int]) -> Cost:
     """What one kernel does. Values that stay inside it cost no traffic; what several of its ops read counts once."""
-    return sum((cost for _, cost in _op_costs(schedule, call, rows)), Cost())
-
-
-def _op_costs(schedule: Schedule, call: Call, rows: Mapping[str, int]) -> Iterator[tuple[Op, Cost]]:
-    dims = {**schedule.dims, **rows}
-    near: set[str] = set(schedule.fused)
-
-    def spec(name: str | None) -> Spec | None:
-        if name is None:
-            return None
-        bound = bind(schedule.graph.tensors[name].spec, dims)
-        return replace(bound, format="register", axis=None, segments=0) if name in near else bound
-
-    for op in call.ops:
-        ins, outs = [spec(n) for n in op.inputs], [spec(n) for n in op.outputs]
-        yield op, OPS[op.kind].cost(op.attrs, ins, outs)
-        near.update(n for n in (*op.inputs, *op.outputs) if n is not None)
+    return sum((cost for _, cost in schedule.costs(call, rows)), Cost())
 
 
 def call_seconds(schedule: Schedule, call: Call, rows: Mapping[str, int], device: Device) -> float:
     """Roofline: arithmetic at the attained share of its precision's peak, or memory traffic, whichever is longer."""
     arithmetic = traffic = 0.0
-    for op, cost in _op_costs(schedule, call, rows):
+    for op, cost in schedule.costs(call, rows):
         precision, attained = _unit(schedule, op)
         arithmetic += cost.flops / (device.peak[precision] * device.attained[attained])
         traffic += cost.bytes

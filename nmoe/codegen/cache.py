@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nmoe.files import write_synced
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 FUNCTION = "nmoe_kernel"  # the symbol that kernel.so exports
@@ -75,10 +77,7 @@ class Cache:
             digests = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
             manifest = {"format": FORMAT, "key": key, "target": target, "files": digests}
             for name, data in {**content, MANIFEST: json.dumps(manifest, indent=1).encode()}.items():
-                with open(temporary / name, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
+                write_synced(temporary / name, data)
             temporary.chmod(0o755)
             while True:
                 try:
