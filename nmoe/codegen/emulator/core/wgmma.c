@@ -33,7 +33,7 @@ static void multiply_accumulate(Machine *m, Warp *w, const Insn *in, const uint3
   static __thread double a[16 * 32], b[32 * 256], acc[16 * 256];
   require_converged(m, w, mask);
   Tile tile_b = matrix_descriptor(m, u64_of(w, b_slot[0])[0], in->c & W_B_MN);
-  uint32_t agent = w->agent + 2, time = w->wgmma_committed + 1;
+  uint32_t agent = w->agent + AGENT_WGMMA, time = w->wgmma_committed + 1;
   race_tile(m, w->cta, &tile_b, type_b, false, 0, n, k, agent, time, &w->clock);
   load_tile(m, w->cta, &tile_b, type_b, false, 0, n, k, b, 1, n);
   if (in->c & W_A_REGISTERS) {
@@ -91,7 +91,7 @@ Outcome execute_wgmma(Machine *m, Warp *w, const Insn *in, const uint32_t *o, ui
     case OP_wgmma_wait: { /* modifier a: groups that may still be under way */
       uint32_t allowed = (uint32_t)in->a, done = w->wgmma_committed > allowed ? w->wgmma_committed - allowed : 0;
       if (w->wgmma_done < done) w->wgmma_done = done;
-      if (w->clock.hb && w->clock.hb[w->agent + 2] < done) w->clock.hb[w->agent + 2] = done;
+      clock_reach(&w->clock, w->agent + AGENT_WGMMA, done);
       return NEXT;
     }
     default: w->wgmma_fenced = true; return NEXT;
