@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nmoe import autotune
-from nmoe.codegen import compiler, gemm
+from nmoe.codegen import compiler, families
 from nmoe.codegen.cache import Cache, Entry
-from nmoe.codegen.gemm import GemmConfig, GemmProblem
+from nmoe.codegen.problem import Config
 from nmoe.codegen.report import format_report
 from nmoe.codegen.spec import KernelSpec
 
@@ -52,13 +52,12 @@ def build(
     cache = Cache(root)
     before = set(cache.quarantined())
     result = Build(specs[0].target if specs else "cpu")
-    work: dict[KernelSpec, GemmConfig] = {}
+    work: dict[KernelSpec, Config] = {}
     for spec in specs:
-        if reason := compiler.unsupported(spec):
-            result.missing[spec] = reason
+        problem = families.match(spec)
+        if isinstance(problem, str):
+            result.missing[spec] = problem
             continue
-        problem = gemm.match(spec)
-        assert isinstance(problem, GemmProblem)
         config = autotune.choose(problem, spec.target)
         if entry := cache.get(compiler.problem_key(problem, config, spec.target), spec.target):
             result.warm[spec] = entry
@@ -73,7 +72,7 @@ def build(
 
 
 def _compile(
-    work: Mapping[KernelSpec, GemmConfig],
+    work: Mapping[KernelSpec, Config],
     root: Path,
     workers: int,
     result: Build,
@@ -106,7 +105,7 @@ def _start() -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _one(spec: str, config: GemmConfig, root: Path) -> Entry:
+def _one(spec: str, config: Config, root: Path) -> Entry:
     return compiler.compile_kernel(KernelSpec.from_json(spec), config, Cache(root))
 
 
