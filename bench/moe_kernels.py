@@ -59,9 +59,9 @@ def work() -> list[tuple[GemmProblem, GemmConfig]]:
     pairs = []
     for shape in SHAPES.values():
         for problem in layer(*shape[1:4]).values():
-            pairs += [(problem, config) for config in autotune.candidates(problem, TARGET)]
+            pairs += [(problem, config) for config in problem.configs(TARGET)]
     for i, problem in enumerate(odd_problems()):
-        configs = autotune.candidates(problem, TARGET)
+        configs = problem.configs(TARGET)
         pairs.append((problem, configs[i % len(configs)]))
     return pairs
 
@@ -104,8 +104,8 @@ def _build_one(problem: GemmProblem, config: GemmConfig, folder: Path) -> str:
 def run(folder: Path, save: Path | None, only_check: bool) -> None:
     import torch
 
-    from nmoe.codegen import verify
     from nmoe.codegen.launch import Kernel
+    from nmoe.codegen.verify import gemm as verify
 
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
@@ -123,8 +123,8 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
         rows = tensors["a"].shape[0]
         columns = -(-problem.k // config.tile_n)
         tensors["partial"] = torch.full((columns, rows), float("nan"), device=device)
-        operands = [tensors[o.name] for o in problem.operands(config.tile_n)]
-        return [*operands, sms // config.cluster, torch.cuda.current_stream().cuda_stream]
+        operands = [tensors[o.name] for o in problem.operands(config)]
+        return [*operands, problem.clusters(config, sms), torch.cuda.current_stream().cuda_stream]
 
     def median(call: Any, repeats: int = 11) -> float:
         for _ in range(3):
@@ -146,7 +146,7 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
     # right, with poisoned results, spare rows and skewed counts; the same bits every time
     worst, checked = 0.0, 0
     for i, problem in enumerate(odd_problems()):
-        configs = autotune.candidates(problem, TARGET)
+        configs = problem.configs(TARGET)
         config = configs[i % len(configs)]
         kernel = load(problem, config)
         for seed, counts in enumerate(COUNTS):
@@ -195,7 +195,7 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
             before = verify.inputs(problem, counts.tolist(), 0, device="cuda")
             work_flops = problem.flops(tokens * topk)
             times = {}
-            for i, config in enumerate(autotune.candidates(problem, TARGET)):
+            for i, config in enumerate(problem.configs(TARGET)):
                 kernel = load(problem, config)
                 tensors = {name: t.clone() for name, t in before.items()}
                 ready = arguments(problem, config, tensors)

@@ -1,5 +1,5 @@
 """Which config a kernel is built with. Until a device has measured them the cost model chooses: "untuned"."""
 
-from nmoe.autotune.cost import candidates, choose, predict
+from nmoe.autotune.cost import choose, predict
 
-__all__ = ["candidates", "choose", "predict"]
+__all__ = ["choose", "predict"]

@@ -1,25 +1,18 @@
-"""A first cost model of grouped GEMMs: enough to order configs, not to promise times.
+"""A first cost model: enough to order configs, not to promise times.
 
-A tile's time is the longest of what its thread block does at once: products at the tensor cores' rate, operands from
-L2, and what no product hides, the epilogue. The whole takes full waves of tiles, and at least the time that memory
-needs for every operand once.
+A kernel takes at least as long as memory needs for every operand once, or the tensor cores for its products. What
+reads and writes rows is taken to reach that. Of a GEMM, a tile takes the longest of what its thread block does at
+once: products at the tensor cores' rate, operands from L2, and what no product hides, the epilogue; the whole takes
+full waves of tiles.
 """
 
 from __future__ import annotations
 
-from itertools import product
 from typing import TypedDict
 
-from nmoe.codegen.gemm import (
-    ROW_TILE,
-    SLICE,
-    GemmConfig,
-    GemmProblem,
-    pieces,
-    shared_bytes,
-    violations,
-)  # fmt: skip
+from nmoe.codegen.gemm import ROW_TILE, SLICE, GemmConfig, GemmProblem
 from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.problem import Config, Problem
 
 ROWS_PER_EXPERT = 2048  # a training step's typical load, for ordering only
 # Fitted to the H100's times in bench/moe_kernels.py; for the B200 they are guesses.
@@ -36,23 +29,20 @@ class Prediction(TypedDict):
     roofline: float
 
 
-def candidates(problem: GemmProblem, target: str) -> list[GemmConfig]:
-    """Every legal config worth timing: of each tile, cluster and number of buffers the most stages that fit."""
-    found = []
-    # 128 wide and alone is left out: it reads the most from L2 and was never within 20 % of the best on the H100.
-    for (tile_n, cluster), buffers in product(((256, 2), (256, 1), (128, 2)), (2, 3, 4)):
-        for stages in range(8, 1, -1):
-            config = GemmConfig(tile_n, stages, cluster, buffers)
-            if not violations(problem, config, target):
-                found.append(config)
-                break
-    return found
-
-
-def predict(problem: GemmProblem, config: GemmConfig, target: str, rows: int = 0) -> Prediction:
-    """µs of one launch on `rows` packed rows (default: ROWS_PER_EXPERT each) and its share of the roofline."""
+def predict(problem: Problem, config: Config, target: str, rows: int = 0) -> Prediction:
+    """µs of one launch on `rows` rows or tokens (default: ROWS_PER_EXPERT for each expert) and its share of the
+    roofline."""
     hardware = HARDWARE[target]
-    rows = rows or problem.groups * ROWS_PER_EXPERT
+    rows = rows or ROWS_PER_EXPERT * (problem.groups if isinstance(problem, GemmProblem) else 1)
+    floor = max(problem.flops(rows) / hardware.bf16, problem.bytes(rows) / hardware.memory)
+    seconds = floor
+    if isinstance(problem, GemmProblem) and isinstance(config, GemmConfig):
+        seconds = max(floor, _gemm_seconds(problem, config, target, rows))
+    return {"microseconds": 1e6 * seconds, "roofline": floor / seconds}
+
+
+def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: int) -> float:
+    hardware = HARDWARE[target]
     clock = hardware.clock
     rate = hardware.bf16 / (hardware.sms * clock)
     wide = config.tile_n // 2 if problem.epilogue == "swiglu" else config.tile_n
@@ -65,22 +55,19 @@ def predict(problem: GemmProblem, config: GemmConfig, target: str, rows: int = 0
         slices = max(1, rows // problem.groups // SLICE)
     multiply = 2.0 * ROW_TILE * config.tile_n * SLICE / rate
     load = 2.0 * SLICE * (ROW_TILE + config.tile_n / config.cluster) / L2_BYTES_PER_CLOCK
-    epilogue = pieces(problem, config) * PIECE_CLOCKS * 2 / config.buffers
+    epilogue = problem.pieces(config) * PIECE_CLOCKS * 2 / config.buffers
     if problem.epilogue == "dswiglu":
         epilogue *= 4  # each piece is read, computed and stored twice over
     if hardware.tensor_columns:  # two accumulators: hidden behind the next tile's products
         multiply, epilogue = max(multiply, epilogue / slices), 0.0
     multiply *= 1 + STALL / (config.stages - 1) ** 2
     waves = -(-tiles // (hardware.sms // config.cluster))
-    seconds = (waves * (slices * max(multiply, load) + epilogue) + SETUP_CLOCKS) / clock
-    floor = max(problem.flops(rows) / hardware.bf16, problem.bytes(rows) / hardware.memory)
-    seconds = max(seconds, floor)
-    return {"microseconds": 1e6 * seconds, "roofline": floor / seconds}
+    return (waves * (slices * max(multiply, load) + epilogue) + SETUP_CLOCKS) / clock
 
 
-def choose(problem: GemmProblem, target: str) -> GemmConfig:
-    """The fastest candidate by prediction; of equals the one with the least shared memory."""
+def choose(problem: Problem, target: str) -> Config:
+    """The fastest legal config by prediction; of equals the one with the least shared memory."""
     return min(
-        candidates(problem, target),
-        key=lambda c: (predict(problem, c, target)["microseconds"], shared_bytes(problem, c, target)),
+        problem.configs(target),
+        key=lambda c: (predict(problem, c, target)["microseconds"], problem.shared_bytes(c, target)),
     )

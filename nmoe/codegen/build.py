@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nmoe import autotune
-from nmoe.codegen import compiler, gemm
+from nmoe.codegen import compiler, families
 from nmoe.codegen.cache import Cache, Entry
-from nmoe.codegen.gemm import GemmConfig, GemmProblem
-from nmoe.codegen.report import format_report
+from nmoe.codegen.problem import Config
+from nmoe.codegen.report import disassemble, format_report, tool
 from nmoe.codegen.spec import KernelSpec
 
 
@@ -52,13 +53,12 @@ def build(
     cache = Cache(root)
     before = set(cache.quarantined())
     result = Build(specs[0].target if specs else "cpu")
-    work: dict[KernelSpec, GemmConfig] = {}
+    work: dict[KernelSpec, Config] = {}
     for spec in specs:
-        if reason := compiler.unsupported(spec):
-            result.missing[spec] = reason
+        problem = families.match(spec)
+        if isinstance(problem, str):
+            result.missing[spec] = problem
             continue
-        problem = gemm.match(spec)
-        assert isinstance(problem, GemmProblem)
         config = autotune.choose(problem, spec.target)
         if entry := cache.get(compiler.problem_key(problem, config, spec.target), spec.target):
             result.warm[spec] = entry
@@ -73,7 +73,7 @@ def build(
 
 
 def _compile(
-    work: Mapping[KernelSpec, GemmConfig],
+    work: Mapping[KernelSpec, Config],
     root: Path,
     workers: int,
     result: Build,
@@ -106,8 +106,23 @@ def _start() -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _one(spec: str, config: GemmConfig, root: Path) -> Entry:
+def _one(spec: str, config: Config, root: Path) -> Entry:
     return compiler.compile_kernel(KernelSpec.from_json(spec), config, Cache(root))
+
+
+def emit(result: Build, folder: Path) -> str:
+    """Writes each kernel's PTX, machine code (where nvdisasm is installed) and report to a folder of its own, named
+    by what it computes and its key; returns a line that says so."""
+    ready = {**result.warm, **result.built}
+    for spec, entry in ready.items():
+        place = folder / f"{spec.name}-{spec.key}"
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ("kernel.ptx", "report.json"):
+            shutil.copyfile(entry.folder / name, place / name)
+        if sass := disassemble((entry.folder / "kernel.cubin").read_bytes()):
+            (place / "kernel.sass").write_text(sass)
+    without = "" if tool("nvdisasm") else "; no SASS: nvdisasm is not installed (pip install triton)"
+    return f"PTX, SASS and reports of {len(ready)} kernels are in {folder}{without}"
 
 
 def format_build(name: str, result: Build) -> str:

@@ -7,9 +7,11 @@ cute.compile is not thread-safe: one call at a time in a process; build.py uses 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -20,50 +22,50 @@ from pathlib import Path
 from typing import Any
 
 from nmoe import autotune
-from nmoe.codegen import gemm
+from nmoe.codegen import families
 from nmoe.codegen.cache import FUNCTION, Cache, Entry
-from nmoe.codegen.gemm import GemmConfig, GemmProblem, Operand
+from nmoe.codegen.problem import Config, Operand, Problem
 from nmoe.codegen.report import resources
 from nmoe.codegen.spec import KernelSpec
 from nmoe.errors import UserError
 
 # Exactly the versions that the templates were verified with; part of every key.
 TOOLCHAIN = {"nvidia-cutlass-dsl": "4.8.1", "apache-tvm-ffi": "0.1.15.post2"}
-TEMPLATES = {"sm_90a": "sm90_gemm", "sm_100a": "sm100_gemm"}
 FOLDER = Path(__file__).parent
+IMPORT = re.compile(
+    r"^\s*from nmoe\.codegen(?:\.templates)?(?:\.(\w+) import| import (\w+(?:, \w+)*))", re.MULTILINE
+)
 
 
 class CompilerError(UserError):
     """Kernels cannot be compiled here, or one failed to compile."""
 
 
-def unsupported(spec: KernelSpec) -> str | None:
-    """Why no template builds a spec, or None when one does."""
-    found = gemm.match(spec)
-    if isinstance(found, str):
-        return found
-    if spec.target not in TEMPLATES:
-        return f"no template for {spec.target} yet"
-    return None
-
-
 @cache
-def sources(target: str) -> str:
-    """SHA-256 of the sources that the target's kernels are generated from."""
-    others = {f"{name}.py" for arch, name in TEMPLATES.items() if arch != target}
-    files = [FOLDER / "gemm.py", FOLDER / "compiler.py"]
-    files += [path for path in sorted((FOLDER / "templates").glob("*.py")) if path.name not in others]
+def sources(template: str) -> str:
+    """SHA-256 of the sources that a template module generates code from: its own and those that it imports of
+    nmoe.codegen."""
+    found: dict[str, bytes] = {}
+    wanted = [template]
+    while wanted:
+        name = wanted.pop()
+        path = FOLDER / "templates" / f"{name}.py"
+        path = path if path.exists() else FOLDER / f"{name}.py"
+        if name not in found:
+            found[name] = path.read_bytes()
+            for module, modules in IMPORT.findall(found[name].decode()):
+                wanted += [module] if module else modules.split(", ")
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name in sorted(found):
+        digest.update(name.encode() + b"\0" + found[name] + b"\0")
     return digest.hexdigest()
 
 
-def problem_key(problem: GemmProblem, config: GemmConfig, target: str) -> str:
+def problem_key(problem: Problem, config: Config, target: str) -> str:
     """Names an artifact: the SHA-256 of all that its content depends on, token counts not among it."""
     parts = {
-        "problem": asdict(problem), "config": config.json(), "target": target,
-        "sources": sources(target), "toolchain": TOOLCHAIN, "host": "x86_64-linux",
+        "family": problem.family, "problem": asdict(problem), "config": config.json(), "target": target,
+        "sources": sources(problem.template(target).split(".")[0]), "toolchain": TOOLCHAIN, "host": "x86_64-linux",
     }  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -83,38 +85,36 @@ def check_toolchain() -> None:
         raise CompilerError("kernels are linked with gcc, found none: apt-get install gcc")
 
 
-def compile_kernel(spec: KernelSpec, config: GemmConfig, cache: Cache) -> Entry:
+def compile_kernel(spec: KernelSpec, config: Config, cache: Cache) -> Entry:
     """The spec's artifact from the cache, built if it is not there. Specs that state one problem share it."""
-    if reason := unsupported(spec):
-        raise CompilerError(f"{spec.name} {spec.key}: {reason}")
-    problem = gemm.match(spec)
-    assert isinstance(problem, GemmProblem)
+    problem = families.match(spec)
+    if isinstance(problem, str):
+        raise CompilerError(f"{spec.name} {spec.key}: {problem}")
     return compile_problem(problem, config, spec.target, cache)
 
 
-def compile_problem(problem: GemmProblem, config: GemmConfig, target: str, cache: Cache) -> Entry:
+def compile_problem(problem: Problem, config: Config, target: str, cache: Cache) -> Entry:
     key = problem_key(problem, config, target)
     if found := cache.get(key, target):
         return found
-    gemm.require_legal(problem, config, target)
+    problem.require_legal(config, target)
     check_toolchain()
     begin = time.monotonic()
     files = generate(problem, config, target)
-    cubin = files.pop("kernel.cubin")
     report = {
-        "problem": asdict(problem), "target": target, "config": str(config), "tuning": "untuned",
-        "shared_bytes": gemm.shared_bytes(problem, config, target),
-        "predicted": autotune.predict(problem, config, target), **resources(cubin),
+        "family": problem.family, "problem": asdict(problem), "target": target, "config": str(config),
+        "tuning": "untuned", "shared_bytes": problem.shared_bytes(config, target),
+        "predicted": autotune.predict(problem, config, target), **resources(files["kernel.cubin"]),
         "seconds": round(time.monotonic() - begin, 2),
     }  # fmt: skip
     return cache.put(key, target, files, report)
 
 
-def generate(problem: GemmProblem, config: GemmConfig, target: str) -> dict[str, bytes]:
+def generate(problem: Problem, config: Config, target: str) -> dict[str, bytes]:
     """kernel.so, kernel.ptx and kernel.cubin."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        compiled = trace(problem, config, target, f"--keep-ptx --keep-cubin --dump-dir={folder}")
+        compiled = trace(problem, config, target)
         compiled.export_to_c(str(folder / "kernel.o"), FUNCTION)
         library = folder / "kernel.so"
         done = subprocess.run(
@@ -126,39 +126,39 @@ def generate(problem: GemmProblem, config: GemmConfig, target: str) -> dict[str,
                 "kernel.cubin": compiled.__cubin__}  # fmt: skip
 
 
-def trace(problem: GemmProblem, config: GemmConfig, target: str, options: str) -> Any:
-    """CuTeDSL's compiled function; arguments: the problem's operands, clusters, stream."""
+def trace(problem: Problem, config: Config, target: str, options: str = "") -> Any:
+    """CuTeDSL's compiled function, its PTX and machine code. Arguments: the problem's operands, clusters, stream."""
     os.environ.pop("CUTE_DSL_ARCH", None)  # read at import; the option must stand alone
     from cutlass import Int32, cute
     from cutlass.cute.runtime import make_fake_stream
 
-    operands = problem.operands(config.tile_n)
-    rows = cute.sym_int()
-    arguments = [_fake(operand, rows) for operand in operands]
-    return cute.compile(
-        _template(target)(problem, config), *arguments, Int32(1), make_fake_stream(),
-        options=f"--enable-tvm-ffi --gpu-arch={target} {options}",
-    )  # fmt: skip
+    module, name = problem.template(target).split(".")
+    template = getattr(importlib.import_module(f"nmoe.codegen.templates.{module}"), name)
+    extents: dict[int, Any] = {}
+    arguments = [_fake(operand, extents) for operand in problem.operands(config)]
+    with tempfile.TemporaryDirectory() as folder:  # the compiler writes what it keeps there as well
+        return cute.compile(
+            template(problem, config), *arguments, Int32(1), make_fake_stream(),
+            options=f"--enable-tvm-ffi --gpu-arch={target} --keep-ptx --keep-cubin --dump-dir={folder} {options}",
+        )  # fmt: skip
 
 
-def _template(target: str) -> Any:
-    if target == "sm_90a":
-        from nmoe.codegen.templates.sm90_gemm import Sm90GroupedGemm
-
-        return Sm90GroupedGemm
-    from nmoe.codegen.templates.sm100_gemm import Sm100GroupedGemm
-
-    return Sm100GroupedGemm
-
-
-def _fake(operand: Operand, rows: Any) -> Any:
-    """A row-major tensor of the operand's type, its dynamic extent a symbol."""
+def _fake(operand: Operand, extents: dict[int, Any]) -> Any:
+    """A row-major tensor of the operand's type, or a scalar. Each dynamic extent is one symbol in all operands."""
     import cutlass
+    from cutlass import cute
     from cutlass.cute.runtime import make_fake_tensor
 
-    kinds = {"bf16": cutlass.BFloat16, "f32": cutlass.Float32, "i32": cutlass.Int32}
-    shape = tuple(rows if extent == gemm.ROWS else extent for extent in operand.shape)
-    strides = [1]
+    kind = {"bf16": cutlass.BFloat16, "f32": cutlass.Float32, "i32": cutlass.Int32, "i64": cutlass.Int64,
+            "u8": cutlass.Uint8, "e4m3": cutlass.Float8E4M3FN, "bool": cutlass.Boolean}[operand.format]  # fmt: skip
+    if not operand.shape:
+        return kind(1)
+    shape = []
+    for extent in operand.shape:
+        if extent < 0 and extent not in extents:
+            extents[extent] = cute.sym_int()
+        shape.append(extents[extent] if extent < 0 else extent)
+    strides: list[Any] = [1]
     for extent in reversed(shape[1:]):
         strides.insert(0, strides[0] * extent if strides[0] != 1 else extent)
-    return make_fake_tensor(kinds[operand.format], shape, tuple(strides), assumed_align=16)
+    return make_fake_tensor(kind, tuple(shape), tuple(strides), assumed_align=16)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nmoe import autotune
 from nmoe.codegen import compiler as kernel_compiler
 from nmoe.codegen import verify
 from nmoe.codegen.gemm import GemmProblem
+from nmoe.codegen.verify import gemm as oracle
 
 PROBLEMS = [
     GemmProblem("fprop", 3, 256, 136, "store"),
@@ -26,7 +26,8 @@ SCHEDULES = [1, 2, 3]
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.epilogue}{p.experts}")
 def test_grouped_gemms_are_right_under_every_schedule(problem: GemmProblem, target: str) -> None:
     alone = problem.epilogue == "store"  # the others run as clusters of two
-    config = next(c for c in autotune.candidates(problem, target) if c.cluster == (1 if alone else 2))
-    function = kernel_compiler.trace(problem, config, target, "--keep-ptx")
+    config = next(c for c in problem.configs(target) if c.cluster == (1 if alone else 2))
+    function = kernel_compiler.trace(problem, config, target)
     for counts, schedule in zip(COUNTS, SCHEDULES, strict=True):
-        assert verify.run(function, problem, config, counts, schedule) <= 1
+        tensors = oracle.case(problem, config, schedule, counts[: problem.groups])
+        assert verify.run(function, problem, config, tensors, schedule) <= 1

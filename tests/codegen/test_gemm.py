@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmoe import autotune
-from nmoe.codegen import compiler, gemm
+from nmoe.codegen import compiler, families
 from nmoe.codegen.gemm import GemmConfig, GemmProblem
 from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.problem import ROWS, IllegalConfig
 from nmoe.codegen.report import count
 from nmoe.codegen.spec import specs
 from nmoe.config import Config, Target, load
@@ -28,7 +29,7 @@ def with_precision(name: str, precision: str, target: str) -> Config:
 
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
 def test_the_gemms_of_moonlet_in_bf16_have_templates(target: str) -> None:
-    found = {spec: gemm.match(spec) for spec in specs(lower(with_precision("moonlet", "bf16", target)))}
+    found = {spec: families.match(spec) for spec in specs(lower(with_precision("moonlet", "bf16", target)))}
     grouped = {p for s, p in found.items() if s.parts[0].kind == "grouped_gemm"}
     assert grouped == {
         GemmProblem("fprop", 64, 2816, 2048, "swiglu"),
@@ -51,7 +52,7 @@ def test_the_gemms_of_moonlet_in_bf16_have_templates(target: str) -> None:
 def test_quantized_operands_are_refused_by_name() -> None:
     for spec in specs(lower(with_precision("moonlet", "mxfp8", "sm_100a"))):
         if spec.parts[0].kind in ("gemm", "grouped_gemm") and "add" not in str(spec.parts):
-            assert gemm.match(spec) == "no template for mxfp8 operands yet"
+            assert families.match(spec) == "no template for mxfp8 operands yet"
 
 
 ROLES = {"fprop": ("store", "swiglu"), "dgrad": ("store", "dswiglu"), "wgrad": ("accumulate",)}
@@ -64,14 +65,12 @@ targets = st.sampled_from(sorted(HARDWARE))
 
 @given(problems, targets)
 def test_candidates_are_legal_and_use_the_shared_memory(problem: GemmProblem, target: str) -> None:
-    found = autotune.candidates(problem, target)
+    found = problem.configs(target)
     assert found and autotune.choose(problem, target) in found
     for config in found:
-        assert gemm.violations(problem, config, target) == []
+        assert problem.violations(config, target) == []
         more = replace(config, stages=config.stages + 1)
-        assert config.stages == 8 or "bytes of shared memory" in " ".join(
-            gemm.violations(problem, more, target)
-        )
+        assert config.stages == 8 or "bytes of shared memory" in " ".join(problem.violations(more, target))
         assert 0 < autotune.predict(problem, config, target)["roofline"] <= 1
 
 
@@ -79,14 +78,14 @@ def test_candidates_are_legal_and_use_the_shared_memory(problem: GemmProblem, ta
 def test_operands_cover_what_the_views_index(problem: GemmProblem, target: str) -> None:
     """The largest offset of every view is the last element of its operand."""
     rows = 640
-    for operand in problem.operands(256):
+    for operand in problem.operands(GemmConfig(256, 2, 1)):
         if operand.name not in ("a", "b", "h", *problem.stored):
             continue
         size = 1
         for extent in operand.shape:
-            size *= rows if extent == gemm.ROWS else extent
+            size *= rows if extent == ROWS else extent
         modes = problem.modes(operand.name)
-        last = sum(((rows if extent == gemm.ROWS else extent) - 1) * stride for extent, stride in modes)
+        last = sum(((rows if extent == ROWS else extent) - 1) * stride for extent, stride in modes)
         assert last == size - 1
 
 
@@ -106,8 +105,8 @@ def test_an_illegal_config_names_the_limit(
     config: GemmConfig, problem: str, target: str, message: str
 ) -> None:
     case = GemmProblem("fprop", 8, 512, 512, problem)  # type: ignore[arg-type]
-    with pytest.raises(gemm.IllegalConfig) as error:
-        gemm.require_legal(case, config, target)
+    with pytest.raises(IllegalConfig) as error:
+        case.require_legal(config, target)
     assert message in str(error.value)
     assert str(error.value).startswith(f"fprop 512x512 for {target}, 128x{config.tile_n}x64")
 

@@ -14,6 +14,7 @@ from nmoe.codegen import compiler as kernel_compiler
 from nmoe.codegen import verify
 from nmoe.codegen.gemm import GemmProblem
 from nmoe.codegen.spec import KernelSpec, specs
+from nmoe.codegen.verify import gemm as oracle
 from nmoe.config import Target, load
 from nmoe.schedule import lower
 
@@ -47,8 +48,8 @@ def test_families_pass_and_faults_are_reported(monkeypatch: pytest.MonkeyPatch) 
     assert traced == [GemmProblem("wgrad", 3, 192, 328, "accumulate")], "one run for a family"
 
     with monkeypatch.context() as patch:
-        products = verify._products
-        patch.setattr(verify, "_products", lambda p, t: (products(p, t)[0] * 1.01, products(p, t)[1]))
+        products = oracle._products
+        patch.setattr(oracle, "_products", lambda p, t: (products(p, t)[0] * 1.01, products(p, t)[1]))
         failures, lines = verified()
         assert failures == 2 and ": differs: dw: " in lines[0] and ", expected " in lines[0]
 
@@ -64,9 +65,9 @@ def test_families_pass_and_faults_are_reported(monkeypatch: pytest.MonkeyPatch) 
 
 def test_rows_past_the_last_expert_and_unwritten_results_are_noticed() -> None:
     problem = GemmProblem("fprop", 1, 8, 8, "store")
-    before = verify.inputs(problem, [1], seed=0, spare=1)
+    before = oracle.inputs(problem, [1], seed=0, spare=1)
     with pytest.raises(verify.Mismatch, match=r"^y: 1024 elements are NaN or were not written$"):
-        verify.check(problem, before, before)
+        oracle.check(problem, before, before)
     zeros = {**before, "a": torch.zeros_like(before["a"])}
     with pytest.raises(verify.Mismatch, match=r"^y: rows past the last expert were written$"):
-        verify.check(problem, zeros, {**zeros, "y": torch.zeros_like(before["y"])})
+        oracle.check(problem, zeros, {**zeros, "y": torch.zeros_like(before["y"])})

@@ -58,7 +58,7 @@ class GroupedGemm(Fixed):
         """Arguments: the operands in the order of GemmProblem.operands, the number of clusters, the stream."""
         *tensors, clusters, stream = args
         problem = self.problem
-        named = {o.name: t for o, t in zip(problem.operands(self.config.tile_n), tensors, strict=True)}
+        named = {o.name: t for o, t in zip(problem.operands(self.config), tensors, strict=True)}
         a_layout = layouts.operand(problem.a_mn_major, ROW_TILE, self.config.stages)
         b_layout = layouts.operand(problem.b_mn_major, self.b_rows, self.config.stages)
         # The box is half of B whether a thread block loads one half or both.

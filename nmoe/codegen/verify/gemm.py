@@ -1,7 +1,4 @@
-"""`nmoe compile --verify`: kernels of the config's families on the PTX emulator, against float64.
-
-A family is a kernel's role, epilogue, formats and config; sizes and experts are compiled in, so a small member of it is
-compiled and run: random problems with ragged, empty and single-row experts, under warp schedules with race detection.
+"""GEMMs against float64.
 
 Bounds, with u = 2^-24. Products of BF16 are exact in FP32. A tensor core adds a step's products to the accumulator
 with truncation at FP32's last place or below it, so a sum of `d` terms is within (d / 16 + 16) · 4u of Σ|a·b|.
@@ -11,31 +8,27 @@ error of its argument, |x|·log2(e)·u·2 in the exponent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 
-from nmoe import autotune
-from nmoe.codegen import compiler, gemm
 from nmoe.codegen.gemm import ROW_TILE, GemmConfig, GemmProblem
-from nmoe.codegen.spec import KernelSpec
-from nmoe.errors import UserError
+from nmoe.codegen.verify.base import Mismatch, Tensors
 
 U = 2.0**-24
 STORE = 2.0**-8
 SIGMOID = 2.0**-18
 TINY = 2.0**-120
-SMALL = {"fprop": (400, 192), "dgrad": (200, 264), "wgrad": (192, 328)}  # n, k: neither fills its tiles
 COUNTS = {1: [130, 0, 1], 2: [1, 257, 0]}  # rows of each expert, by the seed of the warp schedule
 
-Tensors = dict[str, torch.Tensor]
 
-
-class Mismatch(Exception):
-    """A kernel's result is not what its operands make it."""
+def case(problem: GemmProblem, config: GemmConfig, seed: int, counts: list[int] | None = None) -> Tensors:
+    """Random operands; by default with ragged, empty and single-row experts, by the seed."""
+    counts = counts or COUNTS[1 + seed % len(COUNTS)][: problem.groups]
+    tensors = inputs(problem, counts, seed, spare=64)
+    return tensors | {
+        "partial": torch.full((-(-problem.k // config.tile_n), len(tensors["a"])), float("nan"))
+    }
 
 
 def inputs(problem: GemmProblem, counts: list[int], seed: int, spare: int = 0, device: str = "cpu"):
@@ -150,55 +143,3 @@ def check(problem: GemmProblem, before: Tensors, after: Tensors) -> dict[str, fl
     bound = (product * (silu * up).abs() + terms * slack).sum(1) + (problem.k + 8) * U * terms.sum(1)
     compare("ds", (exact * silu * up).sum(1), bound)
     return worst
-
-
-def run(function: Any, problem: GemmProblem, config: GemmConfig, counts: list[int], seed: int) -> float:
-    """One emulated launch of a traced function; its largest share of a bound. Raises Mismatch, EmulationError and
-    PtxError. `seed` names the warp schedule and the inputs."""
-    from nmoe.codegen.emulator import Device, Options, bind
-
-    tensors = inputs(problem, counts[: problem.groups], seed, spare=64)
-    rows = tensors["a"].shape[0]
-    tensors["partial"] = torch.full((-(-problem.k // config.tile_n), rows), float("nan"))
-    before = {name: t.clone() for name, t in tensors.items()}
-    device = Device(Options(seed=seed, races=True))
-    held = {name: device.tensor(t) for name, t in tensors.items()}
-    operands = [held[operand.name] for operand in problem.operands(config.tile_n)]
-    bind(function)(
-        device, *operands, seed, 0
-    )  # as many clusters as the seed, so that tiles share them unevenly
-    return max(check(problem, before, {name: t.torch for name, t in held.items()}).values())
-
-
-def verify_family(problem: GemmProblem, config: GemmConfig, target: str) -> str:
-    """What became of a problem under every schedule: `ok: …`, `differs: …` or `emulator error: …`."""
-    function = compiler.trace(problem, config, target, "--keep-ptx --generate-line-info")
-    worst = 0.0
-    for seed, counts in COUNTS.items():
-        try:
-            worst = max(worst, run(function, problem, config, counts, seed))
-        except Mismatch as error:
-            return f"differs: {error} (schedule {seed})"
-        except UserError as error:
-            return f"emulator error: {error} (schedule {seed})"
-    return f"ok: {worst:.3g} of the bound, {len(COUNTS)} schedules"
-
-
-def verify(specs: Sequence[KernelSpec], report: Callable[[str], None]) -> int:
-    """Tells `report` a line for each spec that has a template; returns how many are not ok. Specs of one family and
-    config share a run."""
-    compiler.check_toolchain()
-    outcomes: dict[tuple[GemmProblem, GemmConfig, str], str] = {}
-    failures = 0
-    for spec in specs:
-        problem = gemm.match(spec)
-        if isinstance(problem, str) or compiler.unsupported(spec):
-            continue
-        n, k = SMALL[problem.role]
-        small = replace(problem, experts=min(problem.experts, 3), n=n, k=k)
-        family = (small, autotune.choose(problem, spec.target), spec.target)
-        if family not in outcomes:
-            outcomes[family] = verify_family(*family)
-        failures += not outcomes[family].startswith("ok")
-        report(f"{spec.key}  {' + '.join(map(str, spec.parts))}: {outcomes[family]}")
-    return failures

@@ -1,0 +1,17 @@
+"""Which kernel family builds a spec. A family is a module with `match(spec) -> Problem | str`."""
+
+from __future__ import annotations
+
+from nmoe.codegen import gemm
+from nmoe.codegen.problem import Problem
+from nmoe.codegen.spec import KernelSpec
+
+FAMILIES = {"gemm": gemm, "grouped_gemm": gemm}  # by the kind of a spec's anchor
+
+
+def match(spec: KernelSpec) -> Problem | str:
+    """The problem that a spec states, or why no template builds it."""
+    kind = spec.parts[0].kind
+    if kind not in FAMILIES:
+        return f"no template for {kind}"
+    return FAMILIES[kind].match(spec)

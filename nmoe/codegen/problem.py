@@ -1,0 +1,99 @@
+"""What every kernel family states of its kernels, so that they are compiled, cached, tuned, verified, launched alike.
+
+A `Problem` holds all that changes the generated code; what is passed at launch (token counts, scalars, seeds) is not in
+it. A `Config` says how the code is cut. Nothing here needs the compiler, so that kernels can be matched and listed
+without it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from nmoe.errors import UserError
+
+# Dynamic extents, known at launch: expert rows of the rank (spec.py's "R"), its tokens ("T"), positions of the rotary
+# table ("S").
+ROWS, TOKENS, POSITIONS = -1, -2, -3
+EXTENTS = {"R": ROWS, "T": TOKENS, "S": POSITIONS}
+
+Format = Literal["bf16", "f32", "i32", "i64", "u8", "e4m3", "bool"]
+BYTES: dict[Format, int] = {"bf16": 2, "f32": 4, "i32": 4, "i64": 8, "u8": 1, "e4m3": 1, "bool": 1}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A kernel argument: `shape`, row-major, may hold dynamic extents. () is a scalar passed at launch."""
+
+    name: str
+    format: Format
+    shape: tuple[int, ...]
+
+    def bytes(self, extents: dict[int, int]) -> int:
+        """Of a tensor whose dynamic extents are `extents`."""
+        return math.prod(extents.get(n, n) for n in self.shape) * BYTES[self.format]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut; each family has its own fields."""
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Problem(ABC):
+    """What a kernel computes, as its template sees it. Subclasses are frozen dataclasses of plain values."""
+
+    family: ClassVar[str]
+
+    @abstractmethod
+    def operands(self, config: Any) -> tuple[Operand, ...]:
+        """The arguments in call order: the spec's stored inputs in the order of first use, its stored outputs (a
+        quantized value is its buffers, in formats' order), then workspace, then scalars. The number of clusters and
+        the stream follow."""
+
+    @abstractmethod
+    def configs(self, target: str) -> Sequence[Any]:
+        """Every legal config worth timing."""
+
+    @abstractmethod
+    def violations(self, config: Any, target: str) -> list[str]:
+        """Why a config cannot be built: each limit with what was found; empty for a legal one."""
+
+    @abstractmethod
+    def shared_bytes(self, config: Any, target: str) -> int:
+        """Shared memory of a thread block."""
+
+    @abstractmethod
+    def template(self, target: str) -> str:
+        """ "module.Class" under nmoe.codegen.templates. `Class(problem, config)` is called with the operands, the
+        number of clusters and the stream."""
+
+    @abstractmethod
+    def clusters(self, config: Any, sms: int) -> int:
+        """How many clusters a launch on a device of `sms` multiprocessors asks for."""
+
+    @abstractmethod
+    def flops(self, rows: int) -> float:
+        """Of one launch on `rows` rows or tokens."""
+
+    @abstractmethod
+    def bytes(self, rows: int) -> float:
+        """Least traffic of one launch: every operand once."""
+
+    @abstractmethod
+    def small(self) -> Problem:
+        """The member of this problem's family (same code paths, other sizes) that the emulator runs."""
+
+    def require_legal(self, config: Any, target: str) -> None:
+        if found := self.violations(config, target):
+            raise IllegalConfig(f"{self} for {target}, {config}: {'; '.join(found)}")
+
+
+class IllegalConfig(UserError):
+    """A config that breaks a limit of the target."""

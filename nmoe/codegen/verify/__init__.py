@@ -1,0 +1,75 @@
+"""`nmoe compile --verify`: kernels of the config's families on the PTX emulator, against an oracle.
+
+A family is a kernel's code path: its problem but for the sizes, and its config. Sizes are compiled in, so a small
+member of it is compiled and run, under warp schedules with race detection. An oracle is a module of this package with
+
+    case(problem, config, seed)      operands by name, results poisoned
+    check(problem, before, after)    the largest error of each result as a share of its bound; raises Mismatch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from nmoe import autotune
+from nmoe.codegen import compiler, families
+from nmoe.codegen.problem import Config, Problem
+from nmoe.codegen.spec import KernelSpec
+from nmoe.codegen.verify import gemm
+from nmoe.codegen.verify.base import Mismatch, Tensors
+from nmoe.errors import UserError
+
+ORACLES: dict[str, ModuleType] = {"gemm": gemm}  # by Problem.family
+SCHEDULES = (1, 2)
+
+
+def run(function: Any, problem: Problem, config: Config, tensors: Tensors, seed: int) -> float:
+    """One emulated launch of a traced function; its largest share of a bound. Raises Mismatch, EmulationError and
+    PtxError. `seed` names the warp schedule; as many clusters are launched, so that tiles share them unevenly."""
+    from nmoe.codegen.emulator import Device, Options, bind
+
+    device = Device(Options(seed=seed, races=True))
+    held = {n: device.tensor(t.clone()) if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
+    bind(function)(device, *(held[operand.name] for operand in problem.operands(config)), seed, 0)
+    after = {n: t.torch if isinstance(tensors[n], torch.Tensor) else t for n, t in held.items()}
+    return max(ORACLES[problem.family].check(problem, tensors, after).values())
+
+
+def verify_family(problem: Problem, config: Config, target: str) -> str:
+    """What became of a problem under every schedule: `ok: …`, `differs: …`, `emulator error: …` or, for what nobody
+    foresaw, the exception."""
+    worst = 0.0
+    try:
+        function = compiler.trace(problem, config, target, "--generate-line-info")
+        for seed in SCHEDULES:
+            case = ORACLES[problem.family].case(problem, config, seed)
+            worst = max(worst, run(function, problem, config, case, seed))
+    except Mismatch as error:
+        return f"differs: {error} (schedule {seed})"
+    except UserError as error:
+        return f"emulator error: {error} (schedule {seed})"
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {error}"
+    return f"ok: {worst:.3g} of the bound, {len(SCHEDULES)} schedules"
+
+
+def verify(specs: Sequence[KernelSpec], report: Callable[[str], None]) -> int:
+    """Tells `report` a line for each spec that has a template; returns how many are not ok. Specs of one family and
+    config share a run."""
+    compiler.check_toolchain()
+    outcomes: dict[tuple[Problem, Config, str], str] = {}
+    failures = 0
+    for spec in specs:
+        problem = families.match(spec)
+        if isinstance(problem, str):
+            continue
+        family = (problem.small(), autotune.choose(problem, spec.target), spec.target)
+        if family not in outcomes:
+            outcomes[family] = verify_family(*family)
+        failures += not outcomes[family].startswith("ok")
+        report(f"{spec.key}  {' + '.join(map(str, spec.parts))}: {outcomes[family]}")
+    return failures
