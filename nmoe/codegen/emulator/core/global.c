@@ -7,6 +7,7 @@
 #include "emu.h"
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 struct GlobalCell {
   uint64_t write, read[2];
@@ -97,6 +98,18 @@ static void note_read(const Machine *m, GlobalCell *cell, const GlobalAccess *no
   cell->read[place < 0 ? (int)(epoch >> 44 & 1) : place] = epoch;
 }
 
+static void touch(Machine *m, GlobalCell *cell, const GlobalAccess *now, uint64_t epoch, uint64_t at, uint32_t buffer) {
+  bool again = MAKER(cell->write) == MAKER(epoch);
+  if (cell->write && !again) check(m, now, cell->write, BYTES(epoch), at, buffer, "write");
+  if (now->access == READ) {
+    note_read(m, cell, now, epoch);
+    return;
+  }
+  for (int i = 0; i < 2; i++)
+    if (cell->read[i]) check(m, now, cell->read[i], BYTES(epoch), at, buffer, "read");
+  *cell = (GlobalCell){.write = epoch | (again ? cell->write : 0)};
+}
+
 void race_global(Machine *m, const GlobalAccess *now, uint64_t address, uint64_t size) {
   if (!m->run->races || size == 0) return;
   uint32_t buffer = buffer_at(m, address);
@@ -107,22 +120,19 @@ void race_global(Machine *m, const GlobalAccess *now, uint64_t address, uint64_t
     fault(m, "out of host memory for race detection on %llu bytes", (unsigned long long)b->size);
   m->counters->race_checks++;
   uint64_t maker = (uint64_t)now->seen->owner << 44 | (uint64_t)now->agent << 33 | (uint64_t)now->scope << 30 | now->time;
-  uint64_t first = address - b->base, last = first + size;
+  uint64_t first = address - b->base, last = first + size, before_bytes = 0;
+  GlobalCell before = {0}, after = {0};
   for (uint64_t i = first / 4; i <= (last - 1) / 4; i++) {
     GlobalCell *cell = &(*cells)[i];
     uint64_t bytes = 0xF;
-    if (first > 4 * i) bytes &= bytes << (first - 4 * i);
-    if (last < 4 * i + 4) bytes &= 0xFu >> (4 * i + 4 - last);
-    bytes = (bytes & 0xF) << 26;
-    if (cell->write && MAKER(cell->write) != maker) check(m, now, cell->write, bytes, 4 * i, buffer, "write");
-    if (now->access == READ) {
-      if (MAKER(cell->read[0]) != maker) note_read(m, cell, now, maker | bytes);
-      else cell->read[0] |= bytes;
-      continue;
+    if (first > 4 * i) bytes = bytes << (first - 4 * i) & 0xF;
+    if (last < 4 * i + 4) bytes &= 0xF >> (4 * i + 4 - last);
+    if (bytes != before_bytes || memcmp(cell, &before, sizeof before) != 0) { /* else it is as its neighbour */
+      before = after = *cell;
+      before_bytes = bytes;
+      touch(m, &after, now, maker | bytes << 26, 4 * i, buffer);
     }
-    for (int k = 0; k < 2; k++)
-      if (cell->read[k]) check(m, now, cell->read[k], bytes, 4 * i, buffer, "read");
-    *cell = (GlobalCell){.write = maker | bytes | (MAKER(cell->write) == maker ? cell->write : 0)};
+    *cell = after;
   }
 }
 

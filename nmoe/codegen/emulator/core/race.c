@@ -40,7 +40,7 @@ __attribute__((noreturn)) static void report(Machine *m, Cta *cta, uint32_t plac
         before, agent_name(cluster, AGENT(epoch)), agent_number(cluster, AGENT(epoch)), rule);
 }
 
-static const char *conflict(const Cell *cell, Access access, int proxy, uint32_t agent, const Clock *seen,
+static inline const char *conflict(const Cell *cell, Access access, int proxy, uint32_t agent, const Clock *seen,
                             Cluster *cluster, uint32_t *epoch, const char **rule) {
   *rule = "";
   if (cell->write && AGENT(cell->write) != agent) {
@@ -62,7 +62,7 @@ static const char *conflict(const Cell *cell, Access access, int proxy, uint32_t
   return NULL;
 }
 
-static void note(Cell *cell, Access access, uint32_t agent, uint32_t clock, const Clock *seen) {
+static inline void note(Cell *cell, Access access, uint32_t agent, uint32_t clock, const Clock *seen) {
   if (access != READ) {
     cell->write = EPOCH(agent, clock);
     memset(cell->read, 0, sizeof cell->read);
@@ -84,11 +84,20 @@ void race_shared(Machine *m, Cta *cta, uint32_t offset, uint32_t size, Access ac
                  uint32_t clock, const Clock *seen) {
   if (cta->cells == NULL) return;
   m->counters->race_checks++;
+  Cell last = {.write = ~0u}, noted = last;
   for (uint32_t i = offset / 4; i <= (offset + size - 1) / 4; i++) {
+    Cell *cell = &cta->cells[i];
+    if (access == READ && cell->read[0] == EPOCH(agent, clock)) continue; /* the same read was checked */
+    if (memcmp(cell, &last, sizeof last) == 0) { /* as its neighbour */
+      *cell = noted;
+      continue;
+    }
+    last = *cell;
     uint32_t epoch;
-    const char *rule, *before = conflict(&cta->cells[i], access, proxy, agent, seen, cta->cluster, &epoch, &rule);
+    const char *rule, *before = conflict(cell, access, proxy, agent, seen, cta->cluster, &epoch, &rule);
     if (before) report(m, cta, i * 4, "shared memory", access_names[access], before, epoch, rule);
-    note(&cta->cells[i], access, agent, clock, seen);
+    note(cell, access, agent, clock, seen);
+    noted = *cell;
   }
 }
 
