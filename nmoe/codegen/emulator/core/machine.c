@@ -300,6 +300,7 @@ static void free_cluster(Cluster *cluster) {
       free(cta->warps[i].regs);
       free(cta->warps[i].local);
       free(cta->warps[i].wgmma_busy);
+      free(cta->warps[i].tmem_pending);
       clock_free(&cta->warps[i].clock);
       for (int far = 0; far < SCOPES; far++) {
         clock_free(&cta->warps[i].fenced[far]);
@@ -431,6 +432,7 @@ static uint32_t run_warp(Machine *m, Warp *w, uint32_t quantum) {
     }
     uint32_t at = p->pc;
     if (w->wgmma_busy && executors[in->op] != execute_wgmma) wgmma_check_registers(m, w, in, program->operands + in->first);
+    if (w->tmem_loads > w->tmem_loaded) tmem_check_registers(m, w, in, program->operands + in->first);
     Outcome outcome = executors[in->op](m, w, in, program->operands + in->first, mask);
     if (outcome == STAY) break;
     m->launch->executed[at]++;
@@ -464,6 +466,7 @@ __attribute__((noreturn)) static void deadlock(Machine *m, const char *why) {
         int n = snprintf(text + used, sizeof text - used, "\n  %sCTA (%u,%u,%u) warp %u at @%u:%u@: %s", which, id[0], id[1], id[2],
                          k, launch, w->path[w->depth].pc, wait);
         if (n > 0 && used + (size_t)n < sizeof text) used += (size_t)n;
+        text[used] = 0; /* a line that does not fit is left out whole */
       }
   m->current = first;
   fault(m, "deadlock: %s%s", why, text);

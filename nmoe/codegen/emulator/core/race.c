@@ -13,7 +13,8 @@
 const char *agent_name(Cluster *cluster, uint32_t agent) {
   uint32_t warps = cluster->ctas[0].n_warps * cluster->n_ctas;
   if (agent < warps * AGENTS_PER_WARP) {
-    static const char *const kinds[] = {"warp", "a bulk store of warp", "wgmma of warp", "a bulk store of warp"};
+    static const char *const kinds[] = {"warp", "cp.async of warp", "a bulk store of warp", "a bulk store of warp",
+                                        "wgmma of warp", "tcgen05.ld of warp", "tcgen05.st of warp"};
     return kinds[agent % AGENTS_PER_WARP];
   }
   return agent < warps * AGENTS_PER_WARP + cluster->n_ctas ? "the tensor pipe of CTA rank" : "an asynchronous copy on mbarrier";
@@ -30,7 +31,7 @@ uint32_t agent_number(Cluster *cluster, uint32_t agent) {
 }
 
 static bool is_generic(Cluster *cluster, uint32_t agent) {
-  return agent < AGENTS_PER_WARP * cluster->ctas[0].n_warps * cluster->n_ctas && agent % AGENTS_PER_WARP == AGENT_WARP;
+  return agent < AGENTS_PER_WARP * cluster->ctas[0].n_warps * cluster->n_ctas && agent % AGENTS_PER_WARP <= AGENT_CP_ASYNC;
 }
 
 __attribute__((noreturn)) static void report(Machine *m, Cta *cta, uint32_t place, const char *memory, const char *now,
