@@ -28,8 +28,8 @@ MOVE = (
 )
 
 
-def tensor_moves(first=STORE_WAIT, second=LOAD_WAIT, third=""):
-    device = Device()
+def tensor_moves(first=STORE_WAIT, second=LOAD_WAIT, third="", options=None):
+    device = Device(options)
     out = device.empty((128,), torch.int32)
     body = MOVE.replace("@1", first).replace("@2", second).replace("@3", third)
     run(body, device, out, threads=128, declarations=SMEM)
@@ -53,6 +53,14 @@ def test_arithmetic_on_a_loaded_value_needs_the_wait(other):
 def test_every_use_needs_the_wait(use):
     with pytest.raises(EmulationError, match=r"tcgen05.ld is used, but no tcgen05.wait::ld"):
         tensor_moves(second="", third=use + LOAD_WAIT)
+
+
+def test_use_may_be_made_to_wait():
+    options = Options(implicit_waits=True)
+    tensor_moves(second="", options=options)
+    with pytest.raises(EmulationError, match=r"this write is not ordered after the read by tcgen05.ld"):
+        overwrite = f"tcgen05.st.sync.aligned.32x32b.x1.b32 [%r4], {{%r0}};\n{STORE_WAIT}"
+        tensor_moves(second="", third=overwrite, options=options)
 
 
 @pytest.mark.parametrize("other", ["", LOAD_WAIT])

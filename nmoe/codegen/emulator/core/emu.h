@@ -90,6 +90,7 @@ typedef struct {
   uint64_t seed;  /* 0: round robin, asynchronous work at once; else a random or adversarial schedule */
   uint64_t limit; /* warp instructions before a launch is called a livelock */
   uint32_t races;
+  uint32_t implicit_waits; /* using a result of tcgen05.ld waits for it */
   uint32_t partial; /* other threads run the rest of the grid, so clusters must not wait for each other */
 } Run;
 
