@@ -201,16 +201,18 @@ def test_distributed_shared_memory_and_exit_before_access():
         "ld.shared::cluster.b32 %r6, [%r5];\n"
         "END:"
     )
-    fails(
-        "accessed after that CTA has exited",
-        CLUSTER.format(tail=late),
-        device,
-        out,
-        threads=1,
-        grid=2,
-        cluster=2,
-        declarations=".shared .align 4 .b8 buf[4];",
-    )
+    for races, message in ((True, "exits, which is not ordered after"), (False, "after that CTA has exited")):
+        device = Device(Options(races=races))
+        fails(
+            message,
+            CLUSTER.format(tail=late),
+            device,
+            device.empty((2,), torch.int32),
+            threads=1,
+            grid=2,
+            cluster=2,
+            declarations=".shared .align 4 .b8 buf[4];",
+        )
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,7 @@ typedef struct Cta {
   uint32_t next_allocation;
   bool relinquished;
   Warp *warps;
+  Clock reached; /* the last accesses of its shared memory by agents of other CTAs; they must be known when it exits */
   Clock pipe; /* tensor pipe: what the operations issued so far know */
   uint32_t pipe_agent, pipe_count;
 } Cta;
@@ -343,6 +344,7 @@ const char *agent_name(Cluster *cluster, uint32_t agent);
 uint32_t agent_number(Cluster *cluster, uint32_t agent);
 void race_shared(Machine *m, Cta *cta, uint32_t offset, uint32_t size, Access access, int proxy, uint32_t agent,
                  uint32_t clock, const Clock *seen);
+void race_exit(Machine *m, Cta *cta);
 void race_tmem(Machine *m, Cta *cta, uint32_t lane, uint32_t lanes, uint32_t column, uint32_t columns, Access access,
                uint32_t agent, uint32_t clock, const Clock *seen);
 

@@ -282,6 +282,7 @@ static void start_cluster(Machine *m, Job *job) {
     if (m->run->races) cta->cells = allocate(m, cta->shared_bytes / 4 + 1, sizeof(Cell));
     cta->pipe_agent = n_ctas * n_warps * AGENTS_PER_WARP + rank;
     clock_new(cluster, &cta->pipe);
+    clock_new(cluster, &cta->reached);
     for (int i = 0; i < MAX_BARRIERS; i++) {
       clock_new(cluster, &cta->named[i].arriving);
       clock_new(cluster, &cta->named[i].done);
@@ -316,6 +317,7 @@ static void free_cluster(Cluster *cluster) {
       clock_free(&cta->mbarriers[i].done);
     }
     clock_free(&cta->pipe);
+    clock_free(&cta->reached);
     free(cta->mbarriers);
     free(cta->warps);
     free(cta->shared);
@@ -391,10 +393,12 @@ static Outcome execute_control(Machine *m, Warp *w, const Insn *in, const uint32
 
 static void exit_warp(Machine *m, Warp *w) {
   w->done = true;
-  if (--w->cta->live_warps == 0)
+  if (--w->cta->live_warps == 0) {
     for (uint32_t i = 0; i < w->cta->n_warps; i++)
       if (w->cta->warps[i].bulk_issued > w->cta->warps[i].bulk_done)
         fault(m, "the CTA exits while a bulk store of warp %u may still read its shared memory: cp.async.bulk.wait_group is missing", i);
+    race_exit(m, w->cta);
+  }
   w->cta->cluster->live_warps--;
   m->progress++;
 }

@@ -74,6 +74,7 @@ static uint8_t *shared_access(Machine *m, Warp *w, uint32_t address, uint32_t si
   uint8_t *place = shared_at(m, cta, offset, size);
   if (access == WRITE) shared_mark(cta, offset, size);
   else shared_check_written(m, cta, offset, size, "the instruction");
+  if (cta != w->cta) clock_reach(&cta->reached, w->agent, warp_time(w));
   if (order == 0) race_shared(m, cta, offset, size, access, BY_GENERIC, w->agent, warp_time(w), &w->clock);
   return place;
 }

@@ -115,3 +115,15 @@ void race_tmem(Machine *m, Cta *cta, uint32_t lane, uint32_t lanes, uint32_t col
       note(cell, access, agent, clock, seen);
     }
 }
+
+/* Shared memory lasts until its CTA exits, so one of its warps must know of all that others did to it. */
+void race_exit(Machine *m, Cta *cta) {
+  for (uint32_t agent = 0; agent < cta->reached.n; agent++) {
+    uint32_t known = 0;
+    for (uint32_t i = 0; i < cta->n_warps; i++)
+      if (cta->warps[i].clock.hb[agent] > known) known = cta->warps[i].clock.hb[agent];
+    if (cta->reached.hb[agent] > known)
+      fault(m, "CTA rank %u exits, which is not ordered after an access of its shared memory by %s %u of CTA rank %u: a cluster barrier is missing",
+            cta->rank, agent_name(cta->cluster, agent), agent_number(cta->cluster, agent), agent / (cta->n_warps * AGENTS_PER_WARP));
+  }
+}

@@ -98,7 +98,9 @@ static uint32_t shared_address(Warp *w, const Insn *in, uint32_t slot, unsigned 
 
 static MBarrier *addressed(Machine *m, Warp *w, const Insn *in, uint32_t slot, unsigned lane) {
   uint32_t address = shared_address(w, in, slot, lane);
-  MBarrier *b = mbarrier_at(m, cta_of(m, w, address), address & OFFSET_MASK);
+  Cta *cta = cta_of(m, w, address);
+  MBarrier *b = mbarrier_at(m, cta, address & OFFSET_MASK);
+  if (cta != w->cta) clock_reach(&cta->reached, w->agent, warp_time(w));
   if (w->clock.hb && w->agent != b->init_agent && w->clock.hb[b->init_agent] < b->init_time)
     fault(m, "race on mbarrier %#x of CTA rank %u: this use is not ordered after its initialisation", b->offset,
           address >> RANK_SHIFT);

@@ -451,6 +451,7 @@ static void issue_copy(Machine *m, Warp *w, const Insn *in, const uint32_t *o, u
 static void run_commit(Machine *m, AsyncOp *op) {
   FOR_LANES(rank, (uint32_t)op->arg[A_A]) {
     Cta *cta = cta_of(m, op->warp, rank << RANK_SHIFT);
+    if (cta != op->pipe) clock_reach(&cta->reached, op->pipe->pipe_agent, (uint32_t)op->arg[A_B]);
     mbarrier_arrive(m, mbarrier_at(m, cta, op->arg[A_D] & OFFSET_MASK), 1);
   }
 }
@@ -462,6 +463,7 @@ static void issue_commit(Machine *m, Warp *w, const Insn *in, const uint32_t *o,
   op->arg[A_D] = (uint32_t)address;
   op->arg[A_A] = in->b ? u32_of(w, o[1])[lane] & 0xFFFF : 1u << ((uint32_t)address >> RANK_SHIFT);
   if (op->arg[A_A] >> w->cta->cluster->n_ctas) fault(m, "tcgen05.commit: mask %#x names CTAs beyond the cluster", (uint32_t)op->arg[A_A]);
+  op->arg[A_B] = op->pipe->pipe_count;
   FOR_LANES(rank, (uint32_t)op->arg[A_A]) {
     MBarrier *b = mbarrier_for_async(m, cta_of(m, w, rank << RANK_SHIFT), op->arg[A_D] & OFFSET_MASK);
     clock_join(&b->arriving, &op->pipe->pipe);
