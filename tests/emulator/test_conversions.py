@@ -176,6 +176,25 @@ def test_stochastic_e2m1_carries_the_random_byte_of_its_source(position):
 FULL = 0xFFFFFFFF
 
 
+@pytest.mark.parametrize(
+    ("kind", "x", "low", "high"), [("e4m3", 1.03125, 0x38, 0x39), ("e5m2", 1.0625, 0x3C, 0x3D)]
+)
+@pytest.mark.parametrize("position", range(4))
+def test_stochastic_fp8_takes_the_half_of_its_pair(kind, x, low, high, position):
+    """A quarter of the way to the next number: up when the random half is in its upper quarter. a and b share the upper
+    half, e and f the lower; source i lands in byte 3 - i."""
+    sources = ["0f00000000"] * 4
+    sources[position] = "%a"
+    half = np.arange(0, 1 << 16, 64, dtype=np.uint32)
+    shift = np.uint32(16 if position < 2 else 0)
+    body = f"cvt.rs.satfinite.{kind}x4.f32 %d, {{{', '.join(sources)}}}, %b;"
+    value = np.full(half.size, x, np.float32)
+    got = evaluate(body, np.uint32, value, half << shift | np.uint32(0xFFFF) << (16 - shift))
+    other = evaluate(body, np.uint32, value, half << shift)
+    np.testing.assert_array_equal(got, other)
+    np.testing.assert_array_equal(got >> (8 * (3 - position)) & 255, np.where(half >= 0xC000, high, low))
+
+
 def test_stochastic_bf16_and_f16_use_their_half_of_the_random_bits():
     x = np.full(4, 1 + 2**-9, np.float32)  # a quarter of a bf16 ulp, half of nothing else
     random = np.uint32([0x00000000, 0xBFFF0000, 0xC0000000, 0x0000FFFF])
