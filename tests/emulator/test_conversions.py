@@ -219,3 +219,23 @@ def test_tf32_keeps_the_upper_bits_of_a_nan():
     x = np.uint32([0x7FFE380E, 0xFF815466, 0x7F8011BE])
     got = evaluate("cvt.rna.tf32.f32 %d, %a;", np.uint32, x)
     assert [hex(v) for v in got] == ["0x7ffe2000", "0xff814000", "0x7f800000"]
+
+
+@pytest.mark.parametrize("kind", ["e2m3", "e3m2"])
+def test_6_bit_formats_round_trip_and_saturate(kind):
+    """Every code through f16 and back; the first source goes to the high byte."""
+    codes = np.arange(64, dtype=np.uint32)
+    pairs = codes | codes[::-1] << np.uint32(8)
+    halves = evaluate(f"cvt.u16.u32 %h1, %a;\ncvt.rn.f16x2.{kind}x2 %d, %h1;", np.uint32, pairs)
+    low, high = (halves >> s & 0xFFFF for s in (0, 16))
+    low, high = (x.astype(np.uint16).view(np.float16).astype(np.float32) for x in (low, high))
+    assert np.array_equal(low, high[::-1])
+    assert low.max() == (7.5 if kind == "e2m3" else 28.0)
+    back = evaluate(f"cvt.rn.satfinite.{kind}x2.f32 %h1, %b, %a;\ncvt.u32.u16 %d, %h1;", np.uint32, low, high)
+    np.testing.assert_array_equal(back, pairs)
+    big = evaluate(
+        f"cvt.rn.satfinite.{kind}x2.f32 %h1, %a, %a;\ncvt.u32.u16 %d, %h1;",
+        np.uint32,
+        np.float32([1e9, -1e9]),
+    )
+    np.testing.assert_array_equal(big, [0x1F1F, 0x3F3F])
