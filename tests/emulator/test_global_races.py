@@ -302,6 +302,23 @@ def test_everyone_polling_what_nobody_writes_is_a_deadlock():
         run(body, device, words(device, 0, 0), grid=2)
 
 
+@pytest.mark.parametrize("seed", range(9))
+def test_all_who_poll_let_the_last_cta_start(seed):
+    device = Device(Options(seed=seed, limit=10**6))
+    body = """
+    mov.u32 %r1, %ctaid.x;
+    setp.eq.u32 %p1, %r1, 7;
+    setp.eq.and.u32 %p2, %r0, 0, %p1;
+    @%p2 st.release.gpu.global.b32 [%rd0], 1;
+    L: ld.acquire.gpu.global.b32 %r2, [%rd0];
+    add.u32 %r3, %r3, %r2;
+    xor.b32 %r4, %r3, %r2;
+    setp.eq.u32 %p3, %r2, 0;
+    @%p3 bra L;
+    """
+    run("mov.u32 %r3, 0;\n" + body, device, words(device, 0), grid=8, threads=96)
+
+
 def test_polling_takes_time():
     device = Device()
     out = words(device, 0, 0)
