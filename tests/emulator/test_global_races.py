@@ -7,6 +7,7 @@ import torch
 from snippets import Device, Options, module, run
 
 from nmoe.codegen.emulator import EmulationError, together
+from nmoe.codegen.emulator.mutate import mutants, survey
 
 RACE = "race on global memory"
 SEEDS = [Options(seed=seed) for seed in range(4)]
@@ -386,6 +387,27 @@ def test_a_flag_between_devices_without(missing):
     with pytest.raises(EmulationError, match=RACE), together(*ranks):
         start(ranks[0], write, data, flag)
         start(ranks[1], read, data, flag)
+
+
+@pytest.mark.parametrize(
+    ("form", "count"), [("plain", 5), ("fences", 7), ("atomics", 5), ("membar", 5)], ids=lambda x: str(x)
+)
+def test_every_mutation_of_a_flag_between_devices_is_noticed(form, count):
+    write, read = rank_bodies(RIGHT[form], "sys")
+
+    def both(first, second, options):
+        ranks = Device(options), Device(options)
+        data, flag = words(ranks[1], *[0] * 64), words(ranks[1], 0)
+        with together(*ranks):
+            reports = start(ranks[0], first, data, flag), start(ranks[1], second, data, flag)
+        return reports
+
+    options = [Options(seed=seed, limit=10**6) for seed in range(2)]
+    reports = both(write, read, options[0])
+    verdicts = survey(mutants(write, reports[:1]), lambda m, o: bool(both(m, read, o)), options)
+    verdicts += survey(mutants(read, reports[1:]), lambda m, o: bool(both(write, m, o)), options)
+    assert len(verdicts) == count
+    assert [v.mutant for v in verdicts if not v.noticed] == []
 
 
 def test_a_device_runs_its_launches_in_order_and_tells_what_it_heard():
