@@ -9,6 +9,7 @@
 #define QUANTUM 64
 #define PATIENCE 64       /* fruitless polls before another cluster starts */
 #define POLLS 100000      /* fruitless polls before that is a deadlock */
+#define POLLER (1u << 31)    /* priority from which those begin who do not poll */
 #define POLL_TIME 1000000 /* nanoseconds that a pass with such polls takes, so that waits with a time limit end */
 
 static const char *const opcode_names[] = {
@@ -230,7 +231,7 @@ static void start_warp(Machine *m, Cta *cta, uint32_t index, uint32_t threads) {
   w->start_mask = lanes == LANES ? FULL : (1u << lanes) - 1;
   w->path[0] = (Path){0, w->start_mask, -1};
   w->last_false = FULL;
-  w->priority = next_random(m, 1u << 30);
+  w->priority = POLLER + next_random(m, 1u << 30);
   clock_new(cta->cluster, &w->clock);
   if (w->clock.hb) w->clock.hb[w->agent] = 1;
   for (Job *before = m->jobs; before < cta->cluster->job; before++)
@@ -447,7 +448,7 @@ static uint32_t run_warp(Machine *m, Warp *w, uint32_t quantum) {
     completed++;
     if (outcome != JUMPED) p->pc = at + 1;
     if (outcome == YIELD) {
-      w->priority >>= 14; /* below all who may have what it polls for */
+      w->priority = POLLER - (uint32_t)(m->polls % POLLER); /* below all others, who polled last below all */
       break;
     }
   }
@@ -510,7 +511,7 @@ static bool run_pass(Machine *m, Warp **warps) {
     moved |= ran;
     if (m->mode == MODE_RANDOM && next_random(m, 4) == 0) async_step(m, warps[i]->cta->cluster);
     if (m->mode == MODE_PRIORITY && ran) {
-      if (next_random(m, 24) == 0) warps[i]->priority = next_random(m, 1u << 30);
+      if (next_random(m, 24) == 0) warps[i]->priority = POLLER + next_random(m, 1u << 30);
       if (next_random(m, 8) == 0) async_step(m, warps[i]->cta->cluster);
       break;
     }
