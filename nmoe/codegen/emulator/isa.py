@@ -52,7 +52,7 @@ SPACES = {
     "param": 3,
     "local": 4,
 }
-SCOPES = ("cta", "cluster", "gpu", "sys")
+SCOPES = ("cta", "cluster", "gpu", "gl", "sys")
 WIDTHS = {"pred": 1} | {f"{kind}{bits}": bits for kind in "bsuf" for bits in (8, 16, 32, 64)} | {"bf16": 16}
 HINTS = re.compile(
     r"(L1|L2)::.*|nc|ca|cg|cs|lu|cv|wb|wt|noftz|uni|aligned|sync|volatile|level::.*|unified|collector::.*"
@@ -60,6 +60,11 @@ HINTS = re.compile(
 OPERATIONS = {
     n: i for i, n in enumerate(["add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"])
 }
+
+
+def scope_number(name: str) -> int:
+    """SCOPE_* of core/emu.h; `membar` calls gpu gl."""
+    return {"cta": 1, "cluster": 2, "gpu": 3, "gl": 3, "sys": 4}[name]
 
 
 class Modifiers:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 
 from nmoe.codegen.emulator import ptx
-from nmoe.codegen.emulator.isa import OPERATIONS, PAIRS, SCOPES, TYPE, Modifiers, opcode
+from nmoe.codegen.emulator.isa import OPERATIONS, PAIRS, SCOPES, TYPE, Modifiers, opcode, scope_number
 from nmoe.codegen.emulator.library import ADDRESS_64, WIDE_DST
 from nmoe.codegen.emulator.program import Assembler
 
 SHARED = ("shared", "shared::cta", "shared::cluster")
+PROXY_SHARED, PROXY_GLOBAL = 1, 2
 PAIR, A_IN_TMEM, LANE_MASK = 1, 2, 4  # tcgen05.mma flags
 MULTICAST, CTA_PAIR, GATHER = 1, 2, 4  # copy flags
 
@@ -120,13 +121,15 @@ def cluster_barrier(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
 @opcode("fence", "membar")
 def fence(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     if "proxy" in mods.names:
-        asynchronous = mods.flag("async", "async.shared::cta") and "global" not in mods.names
+        asynchronous, memory = mods.flag("async"), mods.take("global", *SHARED)
         mods.names.clear()
-        asm.emit("proxy_fence" if asynchronous else "nop")
+        memories = {None: PROXY_SHARED | PROXY_GLOBAL, "global": PROXY_GLOBAL}.get(memory, PROXY_SHARED)
+        asm.emit("proxy_fence" if asynchronous else "nop", mods=(memories,))
         return
     initialises = mods.flag("mbarrier_init")
+    scope = mods.need(*SCOPES)
     mods.names.clear()
-    asm.emit("fence", mods=(int(initialises),))
+    asm.emit("fence", mods=(int(initialises), scope_number(scope)))
 
 
 @opcode("cp.async.ca", "cp.async.cg")
@@ -164,11 +167,11 @@ def bulk_groups(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     if "commit" in ins.opcode:
         asm.emit("bulk_commit")
         return
-    mods.flag("read")
+    read = mods.flag("read")
     count = ins.operands[0]
     if not isinstance(count, ptx.Imm):
         raise asm.error("the group count must be an immediate")
-    asm.emit("bulk_wait", mods=(count.bits,))
+    asm.emit("bulk_wait", mods=(count.bits, int(read)))
 
 
 def copy_flags(mods: Modifiers) -> int:

@@ -52,15 +52,15 @@ static Outcome allocate(Machine *m, Warp *w, const Insn *in, const uint32_t *o, 
   if (cta->tmem == NULL) {
     cta->tmem = calloc(TMEM_LANES * TMEM_COLUMNS, sizeof *cta->tmem);
     cta->tmem_written = calloc(TMEM_LANES * TMEM_COLUMNS, 1);
-    if (m->launch->races) cta->tmem_cells = calloc(4 * TMEM_COLUMNS, sizeof(Cell));
-    if (!cta->tmem || !cta->tmem_written || (m->launch->races && !cta->tmem_cells)) fault(m, "out of host memory for tensor memory");
+    if (m->run->races) cta->tmem_cells = calloc(4 * TMEM_COLUMNS, sizeof(Cell));
+    if (!cta->tmem || !cta->tmem_written || (m->run->races && !cta->tmem_cells)) fault(m, "out of host memory for tensor memory");
   }
   cta->next_allocation = cta->next_allocation % 255 + 1;
   memset(cta->columns + start, (int)cta->next_allocation, units);
   for (uint32_t i = 0; i < TMEM_LANES; i++) memset(cta->tmem_written + i * TMEM_COLUMNS + start * 32, 0, count);
   uint32_t address = start * 32;
   uint64_t place = (in->flags & ADDRESS_64 ? u64_of(w, o[0])[lane] : u32_of(w, o[0])[lane]) + (uint64_t)in->imm;
-  memcpy(resolve(m, w, SPACE_SHARED, (uint32_t)place, 4, WRITE, lane), &address, 4);
+  memcpy(resolve(m, w, SPACE_SHARED, (uint32_t)place, 4, WRITE, 0, lane), &address, 4);
   m->progress++;
   return NEXT;
 }
@@ -77,7 +77,7 @@ static void deallocate(Machine *m, Warp *w, const uint32_t *o, uint32_t mask) {
   if ((start > 0 && columns[start - 1] == columns[start]) ||
       (start + units < TMEM_COLUMNS / 32 && columns[start + units] == columns[start]))
     fault(m, "tcgen05.dealloc of %u columns: the allocation is larger", count);
-  race_tmem(m, w->cta, 0, TMEM_LANES, start * 32, count, WRITE, w->agent, w->clock.hb ? w->clock.hb[w->agent] : 0, &w->clock);
+  race_tmem(m, w->cta, 0, TMEM_LANES, start * 32, count, WRITE, w->agent, warp_time(w), &w->clock);
   memset(columns + start, 0, units);
   m->progress++;
 }
@@ -115,7 +115,7 @@ static void move_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *
     }
   require_columns(m, cta, column0 + low, high - low);
   race_tmem(m, cta, lane0, in->a ? 16 : 32, column0 + low, high - low, loads ? READ : WRITE, w->agent,
-            w->clock.hb ? w->clock.hb[w->agent] : 0, &w->clock);
+            warp_time(w), &w->clock);
   for (unsigned r = 0; r < registers; r++) {
     uint32_t *reg = u32_of(w, values[r]);
     for (unsigned t = 0; t < LANES; t++) {
@@ -309,8 +309,8 @@ static void run_mma(Machine *m, AsyncOp *op) {
 /* Enters an operation into the pipe's clock; returns its own time there. */
 static uint32_t pipe_enter(Warp *w, Cta *pipe) {
   pipe->pipe_count++;
-  clock_join(pipe->cluster, &pipe->pipe, &w->clock);
-  if (pipe->pipe.hb) pipe->pipe.hb[pipe->pipe_agent] = pipe->pipe.px[pipe->pipe_agent] = pipe->pipe_count;
+  clock_join(&pipe->pipe, &w->clock);
+  clock_reach(&pipe->pipe, pipe->pipe_agent, pipe->pipe_count);
   return pipe->pipe_count;
 }
 
@@ -434,7 +434,7 @@ static void issue_commit(Machine *m, Warp *w, const Insn *in, const uint32_t *o,
   if (op->arg[A_A] >> w->cta->cluster->n_ctas) fault(m, "tcgen05.commit: mask %#x names CTAs beyond the cluster", (uint32_t)op->arg[A_A]);
   FOR_LANES(rank, (uint32_t)op->arg[A_A]) {
     MBarrier *b = mbarrier_for_async(m, cta_of(m, w, rank << RANK_SHIFT), op->arg[A_D] & OFFSET_MASK);
-    clock_join(w->cta->cluster, &b->arriving, &op->pipe->pipe);
+    clock_join(&b->arriving, &op->pipe->pipe);
   }
   async_issue(m, op);
 }
