@@ -61,7 +61,7 @@ def _compile(args: argparse.Namespace) -> int:
     if args.list or not uses:
         _line(format_specs(config, uses))
         return 0
-    from nmoe.codegen.build import build, format_build
+    from nmoe.codegen.build import build, emit, format_build
     from nmoe.codegen.cache import default_root
 
     def progress(line: str) -> None:
@@ -69,6 +69,8 @@ def _compile(args: argparse.Namespace) -> int:
 
     result = build(list(uses), args.cache or default_root(), workers=args.workers or 0, progress=progress)
     _line(format_build(config.run.name, result))
+    if args.emit:
+        _line(emit(result, args.emit))
     if args.verify:
         from nmoe.codegen.verify import verify
 
@@ -143,6 +145,9 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--list", action="store_true", help="print them with their keys instead of building them"
+    )
+    sub.add_argument(
+        "--emit", type=Path, metavar="DIR", help="also write each kernel's PTX, SASS and report there"
     )
     sub.add_argument(
         "--verify",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from nmoe import autotune
 from nmoe.codegen import compiler, families
 from nmoe.codegen.cache import Cache, Entry
 from nmoe.codegen.problem import Config
-from nmoe.codegen.report import format_report
+from nmoe.codegen.report import disassemble, format_report, tool
 from nmoe.codegen.spec import KernelSpec
 
 
@@ -118,6 +119,21 @@ def _start() -> None:
 
 def _one(spec: str, config: Config, root: Path) -> Entry:
     return compiler.compile_kernel(KernelSpec.from_json(spec), config, Cache(root))
+
+
+def emit(result: Build, folder: Path) -> str:
+    """Writes each kernel's PTX, machine code (where nvdisasm is installed) and report to a folder of its own, named
+    by what it computes and its key; returns a line that says so."""
+    ready = {**result.warm, **result.built}
+    for spec, entry in ready.items():
+        place = folder / f"{spec.name}-{spec.key}"
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ("kernel.ptx", "report.json"):
+            shutil.copyfile(entry.folder / name, place / name)
+        if sass := disassemble((entry.folder / "kernel.cubin").read_bytes()):
+            (place / "kernel.sass").write_text(sass)
+    without = "" if tool("nvdisasm") else "; no SASS: nvdisasm is not installed (pip install triton)"
+    return f"PTX, SASS and reports of {len(ready)} kernels are in {folder}{without}"
 
 
 def format_build(name: str, result: Build) -> str:

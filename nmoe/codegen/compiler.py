@@ -101,11 +101,10 @@ def compile_problem(problem: Problem, config: Config, target: str, cache: Cache)
     check_toolchain()
     begin = time.monotonic()
     files = generate(problem, config, target)
-    cubin = files.pop("kernel.cubin")
     report = {
         "family": problem.family, "problem": asdict(problem), "target": target, "config": str(config),
         "tuning": "untuned", "shared_bytes": problem.shared_bytes(config, target),
-        "predicted": autotune.predict(problem, config, target), **resources(cubin),
+        "predicted": autotune.predict(problem, config, target), **resources(files["kernel.cubin"]),
         "seconds": round(time.monotonic() - begin, 2),
     }  # fmt: skip
     return cache.put(key, target, files, report)
