@@ -3,9 +3,9 @@
 A call with a kernel is launched by a `Launcher`; the ops of any other, and all on the CPU target, run their reference
 math in torch. All memory is taken when the executor is made; a step allocates nothing of its own.
 
-On a CUDA device the first micro-batch runs call by call, which warms up what torch's libraries set up late, and is then
-recorded as a CUDA graph that the later ones replay. Where an op's reference has to wait for the device they all run call
-by call: `captured` says which.
+On a CUDA device the first micro-batch runs call by call, which warms up what torch's libraries set up late, and is
+then recorded as a CUDA graph that the later ones replay. Where an op's reference has to wait for the device they all
+run call by call: `captured` says which.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class Executor:
         self._views: dict[str, Any] = {}
         self._quantizers = {op.outputs[0]: op for op in schedule.graph.ops if op.kind == "quantize"}
         self._streams = Streams(schedule.calls, self.arena.device)
-        self._phases: dict[str, list[tuple[int, str, Bound]]] = {"init": [], "step": [], "micro": []}
+        self._phases: dict[str, list[tuple[str, Bound]]] = {"init": [], "step": [], "micro": []}
         for index, call in enumerate(schedule.calls):
             for name, run in self._bind(call, launcher):
-                self._phases[call.phase].append((index, name, run))
+                self._phases[call.phase].append((name, self._streams.place(index, run)))
         waiting = any(
             OPS[op.kind].waits
             for call in schedule.calls
@@ -85,10 +85,12 @@ class Executor:
         """What a call runs: its kernel, or the reference of each of its ops."""
         schedule = self.schedule
         if call.workspace is not None:
-            assert launcher is not None, f"{call.name} is a kernel of {schedule.target} and there is no launcher"
+            assert launcher is not None, (
+                f"{call.name} is a kernel of {schedule.target} and there is no launcher"
+            )
             scratch = self._scratch(call.name, [schedule.bind(spec) for spec in call.workspace])
             return [(call.name, binding.bind(schedule, call, self.operand, scratch, launcher))]
-        bound = []
+        bound: list[tuple[str, Bound]] = []
         for op in call.ops:
             ins, outs = ([self.operand(name) for name in side] for side in (op.inputs, op.outputs))
             scratch = self._scratch(op.name, schedule.scratch_specs(op))
@@ -152,9 +154,9 @@ class Executor:
     def _run(self, phase: Phase) -> None:
         unobserved = nullcontext()
         with self._streams.all():
-            for index, name, call in self._phases[phase]:
+            for name, call in self._phases[phase]:
                 try:
-                    with self._streams.of(index), self.observe(name) if self.observe else unobserved:
+                    with self.observe(name) if self.observe else unobserved:
                         call()
                 except UserError as error:
                     raise type(error)(f"{name}: {error}") from None
@@ -164,9 +166,7 @@ def empty(spec: Spec, device: torch.device | str = "cpu") -> torch.Tensor:
     return torch.empty(spec.shape, dtype=DTYPES[spec.format], device=device)
 
 
-def allocate(
-    schedule: Schedule, *kinds: Kind, device: torch.device | str = "cpu"
-) -> dict[str, torch.Tensor]:
+def allocate(schedule: Schedule, *kinds: Kind, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """Zeroed tensors for what outlives a step, of the given kinds; of all kinds when none is given."""
     wanted = kinds or ("param", "grad", "state", "input")
     return {t.name: empty(schedule.spec(t.name), device).zero_() for t in schedule.graph.of_kind(*wanted)}

@@ -70,7 +70,9 @@ class Step:
         self.sequences = config.train.micro_batch_size or config.train.batch_size
         self.micro_batches = config.train.batch_size // self.sequences
         late = config.schedule.bf16_last_tokens
-        self.schedules = [binding.lowered(config)] + ([binding.lowered(high_precision(config))] if late else [])
+        self.schedules = [binding.lowered(config)] + (
+            [binding.lowered(high_precision(config))] if late else []
+        )
         self.schedule = self.schedules[0]
         launcher, device = None, torch.device("cpu")
         if config.target.device != "cpu":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -33,17 +34,16 @@ class Streams:
         for stream in self._streams.values():
             torch.cuda.current_stream().wait_stream(stream)
 
-    def of(self, index: int) -> AbstractContextManager[None]:
-        """Surrounds the work of call `index`: on its stream, after the calls that it waits for."""
-        return self._on(index) if self._streams else nullcontext()
+    def place(self, index: int, run: Callable[[], None]) -> Callable[[], None]:
+        """`run`, which is work of call `index`, on its stream and after the calls that it waits for."""
+        return partial(self._run, index, run) if self._streams else run
 
-    @contextmanager
-    def _on(self, index: int) -> Iterator[None]:
+    def _run(self, index: int, run: Callable[[], None]) -> None:
         call = self._calls[index]
         with torch.cuda.stream(self._streams.get(call.stream)):
             for wait in call.waits:
                 if self._calls[wait].phase == call.phase:  # earlier phases have ended
                     torch.cuda.current_stream().wait_event(self._ended[wait])
-            yield
+            run()
             if index in self._ended:
                 self._ended[index].record()

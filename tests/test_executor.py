@@ -90,9 +90,9 @@ def test_only_the_emulated_formats_allocate_and_keep_nothing(precision):
 
 def test_allocations_are_noticed():
     executor = prepared()
-    index, name, call = executor._phases["micro"][5]
+    name, call = executor._phases["micro"][5]
     kept = []
-    executor._phases["micro"][5] = (index, name, lambda: (call(), kept.append(executor.tensors["embed"] + 1)))
+    executor._phases["micro"][5] = (name, lambda: (call(), kept.append(executor.tensors["embed"] + 1)))
     seen = allocations(executor)
     assert seen.found == {seen.kinds[name]: {"aten.add.Tensor"}}
     assert len([ref for ref in seen.made if ref() is not None]) == 1
@@ -138,9 +138,7 @@ def test_a_tensor_that_does_not_fit(wrong, found):
 
 def test_another_device():
     config = tiny_config(target={"device": "sm_100a"}, schedule={"precision": "bf16"})
-    with pytest.raises(
-        UserError, match=r'\[target\] device = "sm_100a" runs on B200, .* set \[target\]'
-    ):
+    with pytest.raises(UserError, match=r'\[target\] device = "sm_100a" runs on B200, .* set \[target\]'):
         Step(config)
 
 

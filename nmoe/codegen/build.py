@@ -78,8 +78,8 @@ def _require_compiler(work: Mapping[KernelSpec, Config], root: Path) -> None:
     except compiler.CompilerError as error:
         names = sorted({spec.name for spec in work})
         raise compiler.CompilerError(
-            f"{len(work)} kernels are not in the cache {root} ({', '.join(names)}), and this machine cannot build them: "
-            f"{error}; or bring a cache that nmoe compile has filled elsewhere, with the same nmoe"
+            f"{len(work)} kernels are not in the cache {root} ({', '.join(names)}), and this machine cannot build "
+            f"them: {error}; or bring a cache that nmoe compile has filled elsewhere, with the same nmoe"
         ) from None
 
 

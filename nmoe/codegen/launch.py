@@ -84,19 +84,18 @@ class CudaLauncher:
         self, problem: Problem, config: Any, target: str, arguments: Sequence[torch.Tensor | float | int]
     ) -> Callable[[], None]:
         """A launch on the stream that is then current. Raises LaunchError when the cache lacks the kernel."""
+        kernel = self._kernel(problem, config, target)
         import torch
         import tvm_ffi
 
-        kernel = self._kernel(problem, config, target)
         device = device_of(target)
         sms = torch.cuda.get_device_properties(device).multi_processor_count
         clusters = problem.clusters(config, sms)
-        operands = [a for a in problem.operands(config)]
         views = [
             tvm_ffi.from_dlpack(a.view(torch.float8_e4m3fn) if o.format == "e4m3" else a)
             if isinstance(a, torch.Tensor)
             else a
-            for o, a in zip(operands, arguments, strict=True)
+            for o, a in zip(problem.operands(config), arguments, strict=True)
         ]
 
         def launch() -> None:
@@ -110,8 +109,8 @@ class CudaLauncher:
             entry = self._cache.get(key, target)
             if entry is None:
                 raise LaunchError(
-                    f"the kernel of {problem.family} {problem} for {target} ({config}) is not in {self._cache.root}: build "
-                    "it with nmoe compile, on a machine with nvidia-cutlass-dsl, and bring the cache here"
+                    f"the kernel of {problem.family} {problem} for {target} ({config}) is not in {self._cache.root}: "
+                    "build it with nmoe compile, on a machine with nvidia-cutlass-dsl, and bring the cache here"
                 )
             self._kernels[key] = Kernel(entry)
         return self._kernels[key]

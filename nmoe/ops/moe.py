@@ -268,7 +268,7 @@ class MoePlan(OpDef):
         offsets[:1].zero_()
         offsets[1:].copy_(shift)
         # Looks at the total, for which a GPU has to be waited for, only if there may be too many.
-        most = worst_case(1, *slots.shape, offsets.shape[0] - 1, align)
+        most = worst_case(1, slots.shape[0], slots.shape[1], offsets.shape[0] - 1, align)
         if most > row_source.shape[0] and (total := int(shift[-1])) > row_source.shape[0]:
             raise CapacityError(
                 f"{total} expert rows arrived, the capacity is {row_source.shape[0]}: raise [rdep] capacity to at "
