@@ -302,18 +302,17 @@ def torch_layer(shape: Shape, runner: Runner) -> dict[str, float]:
 def time_layer(name: str, shape: Shape, runner: Runner) -> dict[str, Any]:
     flops = 18.0 * shape.tokens * shape.topk * shape.hidden * shape.inter
     parts = profile(runner)
-    stages = {c.name: c.ops[0].stage for c in runner.schedule.calls}
-    op_stage = {op.name: op.stage for op in runner.schedule.graph.ops}
-    by_stage = {"forward": 0.0, "backward": 0.0}
-    for call, ms in parts.items():
-        by_stage[op_stage.get(call, stages.get(call, "forward"))] += ms
+    stages = {op.name: op.stage for op in runner.schedule.graph.ops}
+    forward, backward = (
+        sum(ms for call, ms in parts.items() if stages[call] == stage) for stage in ("forward", "backward")
+    )
     whole = median(lambda: runner.executor.run("micro"))
     print(f"{name:14} {shape}: forward + backward {whole:.2f} ms in one graph, "
-          f"{flops / whole / 1e9:.0f} TFLOP/s; eager {by_stage['forward']:.2f} + {by_stage['backward']:.2f} ms")  # fmt: skip
+          f"{flops / whole / 1e9:.0f} TFLOP/s; eager {forward:.2f} + {backward:.2f} ms")  # fmt: skip
     for call, ms in sorted(parts.items(), key=lambda item: -item[1])[:16]:
         kernel = any(c.name == call and c.workspace is not None for c in runner.schedule.calls)
         print(f"    {ms:8.3f} ms  {call}{'' if kernel else '  (torch)'}")
-    result = {"ms": whole, "tflops": flops / whole / 1e9, "calls": parts, "stages": by_stage}
+    result = {"ms": whole, "tflops": flops / whole / 1e9, "calls": parts, "forward": forward}
     try:
         result["torch"] = torch_layer(shape, runner)
         print(f"    torch._grouped_mm, eager: forward {result['torch']['forward']:.2f} ms, "

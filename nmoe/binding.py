@@ -83,6 +83,7 @@ def launcher(schedules: Sequence[Schedule], say: Callable[[str], None]) -> CudaL
     Raises UserError when the device is another one or a kernel cannot be built.
     """
     device_of(schedules[0].target)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # references sum in FP32
     root = default_root()
     made = build(list(dict.fromkeys(spec for s in schedules for spec in specs(s))), root, progress=say)
     if made.failed:
