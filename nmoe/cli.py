@@ -38,10 +38,10 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from nmoe.schedule import lower
+    from nmoe.binding import lowered
     from nmoe.schedule.explain import explain
 
-    _line(explain(lower(args.load())))
+    _line(explain(lowered(args.load())))
     return 0
 
 
@@ -53,14 +53,16 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _compile(args: argparse.Namespace) -> int:
+    from nmoe.binding import by_torch, lowered
     from nmoe.codegen.spec import format_specs, specs
     from nmoe.schedule import lower
 
     config = args.load()
-    uses = specs(lower(config))
-    if args.list or not uses:
-        _line(format_specs(config, uses))
+    if args.list or config.target.device == "cpu":
+        _line(format_specs(config, specs(lower(config))))
         return 0
+    schedule = lowered(config)
+    uses = specs(schedule)
     from nmoe.codegen.build import build, emit, format_build
     from nmoe.codegen.cache import default_root
 
@@ -74,6 +76,7 @@ def _compile(args: argparse.Namespace) -> int:
         tune_all(list(uses), root, _line)
     result = build(list(uses), root, workers=args.workers or 0, progress=progress)
     _line(format_build(config.run.name, result))
+    _line(by_torch(schedule))
     if args.emit:
         _line(emit(result, args.emit))
     if args.verify:
@@ -85,10 +88,10 @@ def _compile(args: argparse.Namespace) -> int:
                 f"nmoe compile: {wrong} of {len(ready)} kernels of {config.run.name} failed on the emulator (listed "
                 "above); do not train with them, and report the lines above"
             )
-    if not result.complete:
+    if result.failed:
         raise UserError(
-            f"nmoe compile: {len(result.missing) + len(result.failed)} kernels of {config.run.name} were not built "
-            f"(listed above); {config.target.device} cannot train without them"
+            f"nmoe compile: {len(result.failed)} kernels of {config.run.name} were not built (listed above); "
+            f"{config.target.device} cannot train without them"
         )
     return 0
 
@@ -149,7 +152,9 @@ def parser() -> argparse.ArgumentParser:
         "--cache", type=Path, metavar="DIR", help="default $NMOE_HOME/kernels or ~/.cache/nmoe/kernels"
     )
     sub.add_argument(
-        "--list", action="store_true", help="print them with their keys instead of building them"
+        "--list",
+        action="store_true",
+        help="print those of a schedule that lacks none, with their keys; build nothing",
     )
     sub.add_argument(
         "--emit", type=Path, metavar="DIR", help="also write each kernel's PTX, SASS and report there"

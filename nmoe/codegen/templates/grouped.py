@@ -75,7 +75,7 @@ class GroupedGemm(Fixed):
             made = cpasync.make_tiled_tma_atom(
                 operation, layouts.view(named[name], problem.modes(name)), box, tile
             )
-            return Copy(made.atom, made.tma_tensor)
+            return Copy(made.atom, layouts.widened(made.tma_tensor))
 
         stores = [copy(store, name, buffers) for name in problem.stored]
         read = (

@@ -32,3 +32,15 @@ def view(tensor: cute.Tensor, modes: Modes) -> cute.Tensor:
     """The tensor with other modes, each (extent, stride) in elements; ROWS stands for its dynamic first extent."""
     shape = tuple(tensor.shape[0] if extent == ROWS else extent for extent, _ in modes)
     return cute.make_tensor(tensor.iterator, cute.make_layout(shape, stride=tuple(s for _, s in modes)))
+
+
+def widened(coordinates: cute.Tensor) -> cute.Tensor:
+    """A TMA's coordinates for at least two of the largest tiles each way. CuTe gives a mode of one tile the stride 0,
+    so that tiles past the end of a small tensor would be its first again; wider, TMA sees and clips them."""
+    rows, columns, *rest = coordinates.shape
+    wide = (_at_least(rows), _at_least(columns), *rest)
+    return cute.make_tensor(coordinates.iterator, cute.make_layout(wide, stride=coordinates.stride))
+
+
+def _at_least(extent):  # type: ignore[no-untyped-def]
+    return max(extent, 512) if isinstance(extent, int) else extent
