@@ -59,9 +59,14 @@ def _workspace(spec: KernelSpec) -> Workspace | None:
     problem = families.match(spec)
     if isinstance(problem, str):
         return None
-    tensors = [o for o in problem.operands(autotune.choose(problem, spec.target)) if o.shape]
+    tensors = [o for o in problem.operands(_config(problem, spec.target)) if o.shape]
     given = sum(BUFFERS.get(value.format, 1) for side in (spec.inputs, spec.outputs) for value in side)
     return tuple(Spec(tuple(SYMBOLS.get(n, n) for n in o.shape), o.format) for o in tensors[given:])
+
+
+def _config(problem: Problem, target: str) -> Any:
+    """The config that the cache's kernel is built with."""
+    return autotune.choose(problem, target, default_root())[0]
 
 
 def lowered(config: Config, **options: Any) -> Schedule:
@@ -106,7 +111,7 @@ def bind(
     spec = spec_of(schedule.graph, schedule.target, call.ops, schedule.fused)
     problem = families.match(spec)
     assert isinstance(problem, Problem), f"{call.name} has no kernel: {problem}"
-    config = autotune.choose(problem, schedule.target)
+    config = _config(problem, schedule.target)
     tensors = [t for name in _stored(schedule, call) for t in _buffers(operand(name))] + list(workspace)
     operands = problem.operands(config)
     scalars = [_scalar(call, o) for o in operands if not o.shape]
