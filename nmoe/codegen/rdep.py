@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import ClassVar, Literal
 
 from nmoe.codegen.hardware import HARDWARE
@@ -71,7 +72,8 @@ class RdepProblem(Problem):
     def operands(self, config: RdepConfig) -> tuple[Operand, ...]:
         """All end with addresses, state, and the numbers of the rank and of the layer."""
         return (*self.arguments(), Operand("addresses", "i64", (self.ranks, len(COLUMNS))),
-                Operand("state", "i64", (len(STATE),)), Operand("rank", "i32", ()), Operand("layer", "i32", ()))  # fmt: skip
+                Operand("state", "i64", (len(STATE),)), Operand("rank", "i32", ()),
+                Operand("layer", "i32", ()))  # fmt: skip
 
     def configs(self, target: str) -> list[RdepConfig]:
         return [RdepConfig()]
@@ -99,7 +101,7 @@ class RdepProblem(Problem):
 
     def bytes(self, rows: int) -> float:
         extents = {TOKENS: rows, SLOTS: rows, TILES: -(-rows // TILE)}
-        return float(sum(operand.bytes(extents) for operand in self.arguments()))
+        return float(sum(operand.bytes(extents) for operand in self.operands(RdepConfig())))
 
     def small(self) -> RdepProblem:
         return replace(self, ranks=2)
@@ -189,18 +191,16 @@ class MoveProblem(RdepProblem):
                 Operand("capacity", "i32", ()), Operand("choices", "i32", ()))  # fmt: skip
 
     def configs(self, target: str) -> list[RdepConfig]:
-        """Of each number of thread blocks the deepest ring that fits."""
-        rows = 1 if self.channel == "rows" else max(1, min(8, 16384 // sum(self.parts)))
-        return [self.deepest(RdepConfig(blocks, warps, rows=rows), target)
-                for blocks in (8, 16, 32) for warps in (4, 8)]  # fmt: skip
-
-    def deepest(self, config: RdepConfig, target: str) -> RdepConfig:
-        """The config with as many stages as fit, at most 16, half of them behind."""
-        for stages in range(16, 1, -1):
-            found = replace(config, stages=stages, behind=stages // 2)
-            if not self.violations(found, target):
-                return found
-        return replace(config, stages=2, behind=1)
+        """Of each number of thread blocks and warps the deepest ring that fits, half of it behind."""
+        rows = 1 if self.channel == "rows" else max(1, min(8, 8192 // sum(self.parts)))
+        found = []
+        for blocks, warps in product((8, 16, 32), (4, 8)):
+            for stages in range(16, 1, -1):
+                config = RdepConfig(blocks, warps, stages, rows, stages // 2)
+                if not self.violations(config, target):
+                    found.append(config)
+                    break
+        return found
 
     def violations(self, config: RdepConfig, target: str) -> list[str]:
         found = super().violations(config, target)

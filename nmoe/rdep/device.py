@@ -190,3 +190,15 @@ def offsets(buffers: Mapping[str, Buffer], align: int = 1024) -> tuple[dict[str,
         found[name] = at
         at += -(-buffer.bytes // align) * align
     return found, at
+
+
+class Launcher:
+    """Launches compiled kernels with torch tensors on the current stream."""
+
+    def __init__(self, kernels: Mapping[RdepProblem, tuple[Any, int]]) -> None:
+        """Of each problem the loaded kernel (nmoe.codegen.launch) and the thread blocks of its config."""
+        self._kernels = kernels
+
+    def __call__(self, problem: RdepProblem, *arguments: Any) -> None:
+        kernel, blocks = self._kernels[problem]
+        kernel(*arguments, blocks, torch.cuda.current_stream().cuda_stream)

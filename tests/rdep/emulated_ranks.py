@@ -53,7 +53,9 @@ class Rank:
         bind(function(problem, self.target))(self.device, *arguments, found.blocks, 0)
 
     def routing(self, tokens: int) -> Routing:
-        return Routing(**{n: self.device.empty(b.shape, b.dtype) for n, b in self.group.routing(tokens).items()})
+        return Routing(
+            **{n: self.device.empty(b.shape, b.dtype) for n, b in self.group.routing(tokens).items()}
+        )
 
 
 def group_of(group: Group, target: str, seed: int) -> list[Rank]:

@@ -42,7 +42,9 @@ class Named(Fixed):
 class Link(Fixed):
     """addresses int64[ranks, len(COLUMNS)], state int64[len(STATE)]."""
 
-    def __init__(self, ranks: int, addresses: cute.Tensor, state: cute.Tensor, rank: Int32, layer: Int32) -> None:
+    def __init__(
+        self, ranks: int, addresses: cute.Tensor, state: cute.Tensor, rank: Int32, layer: Int32
+    ) -> None:
         self.ranks, self.addresses, self.state, self.rank, self.layer = ranks, addresses, state, rank, layer
 
     def at(self, peer: Int32, column: str, element, align: int = 0) -> cute.Pointer:  # type: ignore[no-untyped-def]

@@ -118,7 +118,9 @@ class Move(Kernel):
             link.finish(problem.channel, epoch)
 
     @cute.jit
-    def _store(self, link: Link, named: Named, stages: Stages, stage: Int32, number: Int32, lane: Int32, place: Int32) -> None:  # type: ignore[no-untyped-def]
+    def _store(
+        self, link: Link, named: Named, stages: Stages, stage: Int32, number: Int32, lane: Int32, place: Int32
+    ) -> None:  # type: ignore[no-untyped-def]
         """Destination `number` of the launch: its row and what describes it."""
         problem = self.problem
         count = named["capacity"] if cutlass.const_expr(problem.channel == "rows") else named["choices"]

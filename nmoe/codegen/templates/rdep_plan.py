@@ -44,7 +44,9 @@ class Count(Tiled):
         warp, lane = thread // 32, thread % 32
         smem = SmemAllocator()
         # One expert more than there are: what lanes past the last choice count.
-        table = smem.allocate_tensor(Int32, cute.make_layout((WARPS, experts + 1), stride=(experts + 1, 1)), 16)
+        table = smem.allocate_tensor(
+            Int32, cute.make_layout((WARPS, experts + 1), stride=(experts + 1, 1)), 16
+        )
         for i in cutlass.range(thread, cute.size(table), THREADS):
             table[i // (experts + 1), i % (experts + 1)] = Int32(0)
         cute.arch.sync_threads()
