@@ -30,7 +30,7 @@ import torch.multiprocessing as mp
 
 from nmoe.codegen import compiler
 from nmoe.codegen.cache import Cache
-from nmoe.codegen.rdep import MoveProblem, RdepConfig, RdepProblem
+from nmoe.codegen.rdep import COLUMNS, MoveProblem, RdepConfig, RdepProblem
 from nmoe.rdep import plan as slots
 from nmoe.rdep.device import Exchange, Group, Launcher, Routing
 
@@ -458,14 +458,22 @@ def speed(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> Non
     far = int(max(counts[0, 1], counts[1, 0]))  # rows on the wire, of the busier direction
     wire = far * 2.0 * width
 
-    # the link: one copy engine transfer a direction, both at once
-    from nvshmem.core.interop.torch import get_peer_tensor
+    from cuda.bindings import runtime
 
-    peer = get_peer_tensor(heap._memory, 1 - rank)
-    size = min(int(wire), shape.buffers()["data"].bytes) // 1024 * 1024
-    at = heap._at["data"]
-    source = torch.empty(size, dtype=torch.uint8, device="cuda")
-    copied = median_us(lambda: peer[at : at + size].copy_(source))
+    size = min(int(wire), shape.buffers()["data"].bytes)
+    to, source = (
+        int(heap.addresses[1 - rank, COLUMNS.index("data")]),
+        torch.empty(size, dtype=torch.uint8, device="cuda"),
+    )
+
+    def copy() -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        (error,) = runtime.cudaMemcpyAsync(
+            to, source.data_ptr(), size, runtime.cudaMemcpyKind.cudaMemcpyDefault, stream
+        )
+        assert not int(error), error
+
+    copied = median_us(copy)
     put("peer copy, both directions", copied, f"{size / 1e6:.0f} MB", size)
 
     e = me.exchange
