@@ -30,7 +30,7 @@ import torch.multiprocessing as mp
 
 from nmoe.codegen import compiler
 from nmoe.codegen.cache import Cache
-from nmoe.codegen.rdep import COLUMNS, MoveProblem, RdepConfig, RdepProblem
+from nmoe.codegen.rdep import COLUMNS, RdepConfig, RdepProblem
 from nmoe.rdep import plan as slots
 from nmoe.rdep.device import Exchange, Group, Launcher, Routing
 
@@ -51,18 +51,15 @@ SMALL = {"right": group(16, 1000, 3, 512, False), "quantized": group(64, 700, 6,
 SHAPES = {"moonlight": group(64, 8192, 6, 2048, False), "dsv3": group(256, 8192, 8, 7168, False)}
 
 
-def timed(problem: MoveProblem) -> list[RdepConfig]:
-    return problem.configs(TARGET)
-
-
 def work() -> list[tuple[RdepProblem, RdepConfig]]:
     found: dict[tuple[RdepProblem, RdepConfig], None] = {}
     for small in SMALL.values():
         for problem in small.problems().values():
             found[problem, problem.configs(TARGET)[0]] = None
     for shape in SHAPES.values():
-        for problem in shape.problems().values():
-            configs = timed(problem) if isinstance(problem, MoveProblem) else problem.configs(TARGET)[:1]
+        for step, problem in shape.problems().items():
+            timed = step in ("send_rows", "send_returns")
+            configs = problem.configs(TARGET) if timed else problem.configs(TARGET)[:1]
             found |= dict.fromkeys((problem, config) for config in configs)
     return list(found)
 
@@ -490,10 +487,10 @@ def speed(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> Non
     best: dict[str, tuple[float, RdepConfig]] = {}
     origins = heap["origin"].view(-1, 1)
     back = torch.ones(shape.capacity, width, dtype=torch.bfloat16, device="cuda").view(torch.uint8)
-    for config in timed(problems["send_rows"]):  # type: ignore[arg-type]
-        timed_exchange = me.with_configs({"send_rows": config})
+    for config in problems["send_rows"].configs(TARGET):
+        candidate = me.with_configs({"send_rows": config})
 
-        def dispatch(e: Exchange = timed_exchange) -> None:
+        def dispatch(e: Exchange = candidate) -> None:
             e.send_rows(rows, values, routing, 0)
             e.receive_rows(0)
             e.release_rows(0)
@@ -502,10 +499,10 @@ def speed(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> Non
         me.sync()
         put(f"dispatch {config}", us, f"{100 * wire / us / (size / copied):.0f} % of copy", wire)
         best["send_rows"] = min(best.get("send_rows", (us, config)), (us, config), key=lambda pair: pair[0])
-    for config in timed(problems["send_returns"]):  # type: ignore[arg-type]
-        timed_exchange = me.with_configs({"send_returns": config})
+    for config in problems["send_returns"].configs(TARGET):
+        candidate = me.with_configs({"send_returns": config})
 
-        def give_back(e: Exchange = timed_exchange) -> None:
+        def give_back(e: Exchange = candidate) -> None:
             # counts keep a rank from returning into a buffer that is still being summed, as in a layer
             e.send_counts(indices, routing, 0)
             e.receive_counts(indices, routing, 0)

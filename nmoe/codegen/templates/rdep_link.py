@@ -12,6 +12,8 @@ A flag word has one writer, is never reset and holds int64 epochs, which do not 
 
 from __future__ import annotations
 
+from typing import Any
+
 import cutlass
 from cutlass import Int32, Int64, cute
 from cutlass._mlir.dialects import llvm
@@ -126,6 +128,8 @@ class Link(Fixed):
 
 class Kernel(Fixed):
     """The host side of RDEP's kernels. A subclass gives `kernel`, which takes the operands, and may say `blocks`."""
+
+    problem: Any  # of the subclass's own kind
 
     def __init__(self, problem: RdepProblem, config: RdepConfig) -> None:
         self.problem, self.config = problem, config

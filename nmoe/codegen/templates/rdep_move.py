@@ -7,8 +7,8 @@ Every warp works alone: unit u (a stage full of consecutive rows) goes to warp u
     all lanes      wait full[stage]; lane l: destination l of the unit: one bulk store a part, origin and value by st
                         stage ── cp.async.bulk ──▶ peer;  commit_group
 
-so stages − behind units are being loaded and `behind` stored at any time, and few blocks fill the link. At the end every
-lane waits for its stores (wait_group 0), and the last block raises `full` (rdep_link.py).
+so stages − behind units are being loaded and `behind` stored at any time, and few blocks fill the link. At the end
+every lane waits for its stores (wait_group 0), and the last block raises `full` (rdep_link.py).
 
 Padding of this rank's own segments, of which it knows the place, is zeroed here: nobody sends it.
 """
