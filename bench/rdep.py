@@ -17,7 +17,6 @@ import json
 import os
 import signal
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -570,5 +569,4 @@ def nccl(
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     main()

@@ -24,7 +24,7 @@ def config(problem: RdepProblem) -> RdepConfig:
 
 @cache
 def function(problem: RdepProblem, target: str) -> Any:
-    return compiler.trace(problem, config(problem), target, "--generate-line-info")
+    return bind(compiler.trace(problem, config(problem), target, "--generate-line-info"))
 
 
 class Rank:
@@ -50,7 +50,12 @@ class Rank:
 
     def launch(self, problem: RdepProblem, *arguments: Any) -> None:
         found = config(problem)
-        bind(function(problem, self.target))(self.device, *arguments, found.blocks, 0)
+        function(problem, self.target)(self.device, *arguments, found.blocks, 0)
+
+    def column(self, name: str) -> DeviceTensor:
+        """A buffer of the heap as one column."""
+        held = self.heap[name]
+        return DeviceTensor(held.torch.view(-1, 1), held.written, held.memory)
 
     def routing(self, tokens: int) -> Routing:
         return Routing(
