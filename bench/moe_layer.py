@@ -328,7 +328,7 @@ def time_layer(name: str, shape: Shape, runner: Runner) -> dict[str, Any]:
 def build(folder: Path, precision: str, workers: int) -> None:
     found = {}
     for shape in [*odd_shapes(), *LARGE.values()]:
-        found |= specs(schedule_of(shape, precision, binding.kernels(TARGET)))
+        found |= specs(schedule_of(shape, precision, binding.kernels(TARGET, folder)))
     made = build_kernels(list(found), folder, workers=workers, progress=lambda line: print(line, flush=True))
     print(format_build("moe_layer", made))
 
@@ -337,7 +337,7 @@ def run(folder: Path, precision: str, only: str | None, repeats: int, save: Path
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {precision}")
     launcher = CudaLauncher(Cache(folder))
-    kernels = binding.kernels(TARGET)
+    kernels = binding.kernels(TARGET, folder)
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     print(binding.by_torch(schedule_of(LARGE["moonlet"], precision, kernels)))
     right, wrong = 0, []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -36,42 +37,41 @@ SYMBOLS = {extent: symbol for symbol, extent in EXTENTS.items()}
 
 
 class Launcher(Protocol):
-    """Makes kernels callable: on a CUDA device (codegen/launch.py), or on the emulator in tests."""
+    """Makes kernels callable: on a CUDA device (codegen/launch.py), or on the emulator in tests. `root`: the cache
+    whose tuning chose the kernels' configs."""
+
+    root: Path | None
 
     def bind(self, problem: Problem, config: Any, target: str, arguments: Sequence[Argument]) -> Bound:
         """A launch of the kernel on these operands, which neither allocates nor waits for the device."""
 
 
-def kernels(target: str) -> Kernels:
-    """The kernels that the templates build for a target."""
+def kernels(target: str, root: Path | None = None) -> Kernels:
+    """The kernels that the templates build for a target, in the configs that the tuning in the cache `root` chose."""
     found: dict[KernelSpec, Workspace | None] = {}
 
     def workspace(graph: Graph, ops: tuple[Op, ...], fused: frozenset[str]) -> Workspace | None:
         spec = spec_of(graph, target, ops, fused)
         if spec not in found:
-            found[spec] = _workspace(spec)
+            found[spec] = _workspace(spec, root)
         return found[spec]
 
     return workspace
 
 
-def _workspace(spec: KernelSpec) -> Workspace | None:
+def _workspace(spec: KernelSpec, root: Path | None) -> Workspace | None:
     problem = families.match(spec)
     if isinstance(problem, str):
         return None
-    tensors = [o for o in problem.operands(_config(problem, spec.target)) if o.shape]
+    config, _ = autotune.choose(problem, spec.target, root)
+    tensors = [o for o in problem.operands(config) if o.shape]
     given = sum(BUFFERS.get(value.format, 1) for side in (spec.inputs, spec.outputs) for value in side)
     return tuple(Spec(tuple(SYMBOLS.get(n, n) for n in o.shape), o.format) for o in tensors[given:])
 
 
-def _config(problem: Problem, target: str) -> Any:
-    """The config that the cache's kernel is built with."""
-    return autotune.choose(problem, target, default_root())[0]
-
-
-def lowered(config: Config, **options: Any) -> Schedule:
-    """The schedule as this build executes it on the config's target; `options` are those of `lower`."""
-    return lower(config, kernels=kernels(config.target.device), **options)
+def lowered(config: Config, root: Path | None = None) -> Schedule:
+    """The schedule as this build executes it on the config's target, with the cache `root`, by default the user's."""
+    return lower(config, kernels=kernels(config.target.device, root or default_root()))
 
 
 def by_torch(schedule: Schedule) -> str:
@@ -111,7 +111,7 @@ def bind(
     spec = spec_of(schedule.graph, schedule.target, call.ops, schedule.fused)
     problem = families.match(spec)
     assert isinstance(problem, Problem), f"{call.name} has no kernel: {problem}"
-    config = _config(problem, schedule.target)
+    config, _ = autotune.choose(problem, schedule.target, launcher.root)
     tensors = [t for name in _stored(schedule, call) for t in _buffers(operand(name))] + list(workspace)
     operands = problem.operands(config)
     scalars = [_scalar(call, o) for o in operands if not o.shape]

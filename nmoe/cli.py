@@ -54,6 +54,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _compile(args: argparse.Namespace) -> int:
     from nmoe.binding import by_torch, lowered
+    from nmoe.codegen.cache import default_root
     from nmoe.codegen.spec import format_specs, specs
     from nmoe.schedule import lower
 
@@ -61,15 +62,15 @@ def _compile(args: argparse.Namespace) -> int:
     if args.list or config.target.device == "cpu":
         _line(format_specs(config, specs(lower(config))))
         return 0
-    schedule = lowered(config)
-    uses = specs(schedule)
     from nmoe.codegen.build import build, emit, format_build
-    from nmoe.codegen.cache import default_root
+
+    root = args.cache or default_root()
+    schedule = lowered(config, root)
+    uses = specs(schedule)
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    root = args.cache or default_root()
     if args.tune:
         from nmoe.autotune.measure import tune_all
 

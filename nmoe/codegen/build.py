@@ -75,7 +75,7 @@ def build(
     return result
 
 
-def _require_compiler(work: Mapping[KernelSpec, Config], root: Path) -> None:
+def _require_compiler(work: Sequence[KernelSpec], root: Path) -> None:
     try:
         compiler.check_toolchain()
     except compiler.CompilerError as error:

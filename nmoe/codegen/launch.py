@@ -77,6 +77,7 @@ class CudaLauncher:
     """Launches the kernels of a cache on the current device; each is loaded once."""
 
     def __init__(self, cache: Cache) -> None:
+        self.root: Path | None = cache.root
         self._cache = cache
         self._kernels: dict[str, Kernel] = {}
 
@@ -109,7 +110,7 @@ class CudaLauncher:
             entry = self._cache.get(key, target)
             if entry is None:
                 raise LaunchError(
-                    f"the kernel of {problem.family} {problem} for {target} ({config}) is not in {self._cache.root}: "
+                    f"the kernel of {problem.family} {problem} for {target} ({config}) is not in {self.root}: "
                     "build it with nmoe compile, on a machine with nvidia-cutlass-dsl, and bring the cache here"
                 )
             self._kernels[key] = Kernel(entry)

@@ -38,9 +38,9 @@ class Call:
     one after the other. Waits for the calls `waits` on other streams."""
 
     ops: tuple[Op, ...]
-    workspace: Workspace | None = None
     stream: int = MAIN
     waits: tuple[int, ...] = ()
+    workspace: Workspace | None = None
 
     @property
     def name(self) -> str:
@@ -181,7 +181,7 @@ def place(
         return kernels(graph, ops, internal(graph, uses, ops))
 
     groups = fuse(graph, lambda ops: target == "cpu" or workspace(ops) is not None)
-    calls = [Call(group, workspace(group)) for group in groups]
+    calls = [Call(group, workspace=workspace(group)) for group in groups]
     kernel_calls = (call for call in calls if call.workspace is not None)
     fused = frozenset().union(*(internal(graph, uses, call.ops) for call in kernel_calls))
     return _plan_memory(graph, target, dims, assign_streams(calls, overlap), fused)

@@ -20,6 +20,8 @@ from nmoe.schedule import Schedule
 class EmulatedLauncher:
     """`launches` counts those of each problem. Tensors of kernels must come from `memory`."""
 
+    root = None
+
     def __init__(self, seed: int = 1) -> None:
         self.device = Device(Options(seed=seed, races=True))
         self.launches: dict[Problem, int] = {}
