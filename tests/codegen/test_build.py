@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nmoe.codegen import report
-from nmoe.codegen.build import Build, build, format_build
+from nmoe.codegen.build import Build, build, emit, format_build
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.spec import KernelSpec, specs
 from nmoe.config import Target, load
@@ -56,6 +57,20 @@ def test_a_warm_build_compiles_nothing(
     assert set(warm.warm) == set(cold.built) and not warm.built
     text = format_build("moonlet", warm)
     assert "6 of 7 kernels ready (6 cached, 0 built), 0 failed, 1 without a template" in text.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("compiler")
+def test_emit_writes_what_the_report_was_read_from(
+    built: tuple[Path, Build, list[str]], tmp_path: Path
+) -> None:
+    _, result, _ = built
+    assert emit(result, tmp_path / "out").startswith("PTX, SASS and reports of 6 kernels are in ")
+    for spec, entry in result.built.items():
+        place = tmp_path / "out" / f"{spec.name}-{spec.key}"
+        assert ".target sm_100a" in (place / "kernel.ptx").read_text()
+        assert json.loads((place / "report.json").read_text()) == entry.report
+        if report.tool("nvdisasm"):
+            assert report.count((place / "kernel.sass").read_text()) == entry.report["sass"]
 
 
 @pytest.mark.usefixtures("compiler")
