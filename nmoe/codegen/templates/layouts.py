@@ -15,8 +15,8 @@ def major(mn_major: bool) -> cute.nvgpu.OperandMajorMode:
 
 
 def operand(element, mn_major: bool, rows: int, depth: int, stages: int) -> cute.ComposedLayout:  # type: ignore[no-untyped-def]
-    """Stages [rows, depth, stages], 128 or, along the depth, 64 bytes wide; each half of the rows is contiguous, so that
-    it can be one box of TMA."""
+    """Stages [rows, depth, stages], 128 or, along the depth, 64 bytes wide; each half of the rows is contiguous, so
+    that it can be one box of TMA."""
     kind = cute.nvgpu.warpgroup.SmemLayoutAtomKind
     narrow = not mn_major and depth * element.width == 64 * 8
     swizzle = kind.MN_SW128 if mn_major else kind.K_SW64 if narrow else kind.K_SW128

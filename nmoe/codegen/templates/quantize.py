@@ -49,3 +49,16 @@ def inverse(code: Int32) -> Float32:
     if code >= 254:
         bits = Int32(0x40_0000) if code == 254 else Int32(0x7FC0_0000)
     return _float(bits)
+
+
+@cute.jit
+def block(values: cute.Tensor) -> Int32:
+    """Scales a block of 32 FP32 registers in place, ready to be rounded to E4M3; returns its scale's code."""
+    largest = Int32(0)
+    for i in cutlass.range_constexpr(MXFP8_BLOCK):
+        largest = cutlass.max(largest, magnitude(values[i]))
+    code = ue8m0(largest)
+    factor = inverse(code)
+    for i in cutlass.range_constexpr(MXFP8_BLOCK):
+        values[i] = values[i] * factor
+    return code

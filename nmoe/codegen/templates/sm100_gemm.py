@@ -225,7 +225,7 @@ class TensorMemoryFragment(Fragment):
 
     rows = 32
     lanes = 1
-    indexed = True
+    parts = 2
 
     def __init__(self, gemm: Sm100GroupedGemm, buffers: cute.Tensor) -> None:
         self.lane = cute.arch.lane_idx()
@@ -237,15 +237,16 @@ class TensorMemoryFragment(Fragment):
     def stored(self, buffer: cute.Tensor) -> cute.Tensor:
         return buffer[self.lane, None]
 
-    def piece(self, acc: cute.Tensor, index: int | Int32) -> cute.Tensor:
-        tile = cute.flat_divide(acc, (ROW_TILE, self.width))[None, None, 0, index]
-        atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition(self.width)), Float32)
+    def piece(self, acc: cute.Tensor, index: int | Int32, parts: int = 1) -> cute.Tensor:
+        width = self.width // parts
+        tile = cute.flat_divide(acc, (ROW_TILE, width))[None, None, 0, index]
+        atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition(width)), Float32)
         copy = tcgen05.make_tmem_copy(atom, tile).get_slice(self.thread)
-        shape = copy.partition_D(cute.make_identity_tensor((ROW_TILE, self.width))).shape
+        shape = copy.partition_D(cute.make_identity_tensor((ROW_TILE, width))).shape
         target = cute.make_rmem_tensor(shape, Float32)
         cute.copy(atom, copy.partition_S(tile), target)
         cute.arch.fence_view_async_tmem_load()
-        return cute.make_tensor(target.iterator, cute.make_layout(self.width))
+        return cute.make_tensor(target.iterator, cute.make_layout(width))
 
     def row(self, value: int) -> int:
         return 0

@@ -162,7 +162,7 @@ class WgmmaFragment(Fragment):
     def stored(self, buffer: cute.Tensor) -> cute.Tensor:
         return self.slice.partition_C(buffer)
 
-    def piece(self, acc: cute.Tensor, index: int | Int32) -> cute.Tensor:
+    def piece(self, acc: cute.Tensor, index: int | Int32, parts: int = 1) -> cute.Tensor:
         return cute.make_tensor(acc.iterator + index * cute.size(self.shape), cute.make_layout(self.shape))
 
     def row(self, value: int) -> int:
