@@ -56,17 +56,14 @@ def _compile(args: argparse.Namespace) -> int:
     from nmoe.binding import by_torch, lowered
     from nmoe.codegen.cache import default_root
     from nmoe.codegen.spec import format_specs, specs
-    from nmoe.schedule import lower
 
-    config = args.load()
-    if args.list or config.target.device == "cpu":
-        _line(format_specs(config, specs(lower(config))))
-        return 0
-    from nmoe.codegen.build import build, emit, format_build
-
-    root = args.cache or default_root()
+    config, root = args.load(), args.cache or default_root()
     schedule = lowered(config, root)
     uses = specs(schedule)
+    if args.list or not uses:
+        _line(format_specs(config, uses))
+        return 0
+    from nmoe.codegen.build import build, emit, format_build
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

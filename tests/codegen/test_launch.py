@@ -55,6 +55,6 @@ def test_a_kernel_that_the_cache_lacks(tmp_path: Path) -> None:
     with pytest.raises(launch.LaunchError) as error:
         launch.CudaLauncher(Cache(tmp_path)).bind(problem, config, "sm_90a", [])
     assert str(error.value) == (
-        f"the kernel of gemm fprop 256x136 for sm_90a ({config}) is not in {tmp_path}: build it with nmoe compile, "
-        "on a machine with nvidia-cutlass-dsl, and bring the cache here"
+        f"the kernel of gemm bf16 fprop 256x136 for sm_90a ({config}) is not in {tmp_path}: build it with nmoe "
+        "compile, on a machine with nvidia-cutlass-dsl, and bring the cache here"
     )
