@@ -43,7 +43,9 @@ def predict(problem: Problem, config: Config, target: str, rows: int = 0) -> Pre
 
 def _rate(problem: Problem, hardware: Hardware) -> float:
     """FLOP/s of the tensor cores, which take narrower operands as much faster (B200's data sheet)."""
-    return hardware.bf16 * 16 / BITS[problem.multiplied] if isinstance(problem, GemmProblem) else hardware.bf16
+    return (
+        hardware.bf16 * 16 / BITS[problem.multiplied] if isinstance(problem, GemmProblem) else hardware.bf16
+    )
 
 
 def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: int) -> float:
