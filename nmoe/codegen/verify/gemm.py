@@ -135,7 +135,9 @@ def _logical(problem: GemmProblem, t: Tensors, name: str) -> torch.Tensor:
         scale = formats.from_blocked(atoms, lines, length // formats.BLOCK[problem.precision])
     buffers = {"data": data, "scale": scale}
     if amax is not None:
-        buffers["amax"] = torch.ones(lead)  # the global scale is applied below, in float64
+        buffers["amax"] = data.new_ones(
+            lead, dtype=torch.float32
+        )  # the global scale is applied below, in float64
     q = formats.from_buffers(problem.precision, shape, axis, buffers)
     plain = formats.dequantize(q, without_global=True).double()
     if amax is None:
