@@ -65,9 +65,7 @@ def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: i
     epilogue = problem.pieces(config) * PIECE_CLOCKS * 2 / config.buffers
     if problem.epilogue == "dswiglu":
         epilogue *= 4  # each piece is read, computed and stored twice over
-    if (
-        hardware.tensor_columns and problem.accumulators(config) == 2
-    ):  # hidden behind the next tile's products
+    if hardware.tensor_columns:  # two accumulators: hidden behind the next tile's products
         multiply, epilogue = max(multiply, epilogue / slices), 0.0
     multiply *= 1 + STALL / (config.stages - 1) ** 2
     waves = -(-tiles // (hardware.sms // config.cluster))

@@ -26,6 +26,7 @@ ROW_TILE = 128  # rows to which expert segments are padded
 MAX_EXPERTS = 1024
 BITS: dict[Precision, int] = {"bf16": 16, "mxfp8": 8, "nvfp4": 4}
 ATOM_ROWS, ATOM_SCALES, ATOM_BYTES = 128, 4, 512  # of blocked scale factors (formats.to_blocked)
+TENSOR_COLUMNS = HARDWARE["sm_100a"].tensor_columns
 BARRIER_BYTES = 1024
 
 
@@ -266,10 +267,10 @@ class GemmProblem(Problem):
             n = 768 if self.epilogue == "swiglu" else n
         return replace(self, experts=min(self.experts, 3), n=n, k=k)
 
-    def accumulators(self, config: GemmConfig) -> int:
-        """In tensor memory: two, so that a tile's epilogue runs while the next is multiplied, where they fit beside the
-        scale factors."""
-        return 2 if 2 * config.tile_n + self.scale_columns(config) <= 512 else 1
+    def accumulator_columns(self, config: GemmConfig) -> int:
+        """From the first accumulator in tensor memory to the second: less than a tile where two do not fit beside the
+        scale factors, so that the last columns of one are the first of the other."""
+        return min(config.tile_n, TENSOR_COLUMNS - self.scale_columns(config) - config.tile_n)
 
     def scale_columns(self, config: GemmConfig) -> int:
         """Columns of tensor memory that hold the scale factors of a slice of A and B: 4 an atom."""

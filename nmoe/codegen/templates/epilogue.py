@@ -59,6 +59,10 @@ class Fragment(Fixed):
     def sync(self) -> None:
         raise NotImplementedError
 
+    def release(self, free) -> None:  # type: ignore[no-untyped-def]
+        """Lets the barrier `free` know that the pieces read so far may be overwritten."""
+        raise NotImplementedError
+
 
 class Epilogue(Fixed):
     """`unit`: this unit's number in the tile; `buffers`: its own, [rows, width, count]."""
@@ -69,6 +73,7 @@ class Epilogue(Fixed):
         self.width = PIECE_BYTES * 8 // gemm.out_type.width
         self.buffers = gemm.config.buffers
         self.pieces = gemm.config.tile_n // self.width
+        self.steps = self.pieces // 2 if gemm.paired else self.pieces
         self.units = 128 // fragment.rows
         self.tile = buffers
         self.spots = [fragment.stored(buffers[None, None, i]) for i in range(gemm.config.buffers)]
@@ -90,28 +95,35 @@ class Epilogue(Fixed):
         self.reads = [partition(copy, buffers) for copy in reads]
 
     @cute.jit
-    def prefetch(self, place) -> None:  # type: ignore[no-untyped-def]
+    def prefetch(self, place, flip=0) -> None:  # type: ignore[no-untyped-def]
         """Starts reading for the tile's first two pieces, once the last tile's stores have left the buffers."""
         if cutlass.const_expr(len(self.reads) > 0):
             if self.fragment.leads:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
                 for p in cutlass.range_constexpr(2):
-                    self._fetch(p, self._row(place), place.column * self.pieces + p)
+                    self._fetch(p, self._row(place), place.column * self.pieces + (p ^ flip))
 
     @cute.jit
-    def run(self, acc, place, plain, turn: Int32):  # type: ignore[no-untyped-def]
-        """Finishes a tile; returns the phase of the read barriers for the next one."""
+    def run(self, acc, place, plain, turn: Int32, flip=0, free=None):  # type: ignore[no-untyped-def]
+        """Finishes a tile in `steps` steps, number p of them on piece p ^ flip (swiglu: of gate and of up); returns the
+        phase of the read barriers for the next tile. The barrier `free` hears when the first step's have been read."""
         factor = self._factor(place, plain)
         if cutlass.const_expr(self.problem.epilogue == "swiglu"):
-            self._swiglu(acc, place, plain, factor)
+            self._swiglu(acc, place, plain, factor, flip, free)
         elif cutlass.const_expr(len(self.reads) > 0):
-            turn = self._reading(acc, place, plain, factor, turn)
+            turn = self._reading(acc, place, plain, factor, turn, flip, free)
         else:
             batch = place.expert if cutlass.const_expr(self.problem.epilogue == "accumulate") else 0
             for p in cutlass.range_constexpr(self.pieces):
-                at = (self._row(place), place.column * self.pieces + p, batch)
-                self._put(self._piece(acc, p, factor), p % self.buffers, self.problem.stored[0], at)
+                at = (self._row(place), place.column * self.pieces + (p ^ flip), batch)
+                values = self._piece(acc, p ^ flip, factor)
+                self._release(free, p == 0)
+                self._put(values, p % self.buffers, self.problem.stored[0], at)
         return turn
+
+    def _release(self, free, first: bool) -> None:  # type: ignore[no-untyped-def]
+        if free is not None and first:
+            self.fragment.release(free)
 
     @cute.jit
     def finish(self) -> None:
@@ -169,16 +181,17 @@ class Epilogue(Fixed):
         return [weight[first + row] for row in self.fragment.mine]
 
     @cute.jit
-    def _swiglu(self, acc, place, plain, factor) -> None:  # type: ignore[no-untyped-def]
+    def _swiglu(self, acc, place, plain, factor, flip, free) -> None:  # type: ignore[no-untyped-def]
         """h = [gate | up] and act = weight · silu(gate) · up, of h as it is stored, so that recomputing act from h
         gives the same bits."""
-        half = self.pieces // 2
+        half = self.steps
         weights = self._weights(plain.weight, place)
         row = self._row(place)
         each = 3 if cutlass.const_expr(self.problem.keeps_h) else 1
         for p in cutlass.range_constexpr(half):
-            at = place.column * half + p
-            gate, up = self._piece(acc, p, factor), self._piece(acc, half + p, factor)
+            at = place.column * half + (p ^ flip)
+            gate, up = self._piece(acc, p ^ flip, factor), self._piece(acc, half + (p ^ flip), factor)
+            self._release(free, p == 0)
             gate.store(gate.load().to(BFloat16).to(Float32))
             up.store(up.load().to(BFloat16).to(Float32))
             if cutlass.const_expr(self.problem.keeps_h):
@@ -238,7 +251,7 @@ class Epilogue(Fixed):
                       tma_bar_ptr=self.arrived + slot)  # fmt: skip
 
     @cute.jit
-    def _reading(self, acc, place, plain, factor, turn: Int32):  # type: ignore[no-untyped-def]
+    def _reading(self, acc, place, plain, factor, turn: Int32, flip, free):  # type: ignore[no-untyped-def]
         """Results in place of what was read in the buffers, and for dSwiGLU this tile's part of d weight."""
         weights = self._weights(plain.weight, place)
         sums = [Float32(0.0) for _ in self.fragment.mine]
@@ -246,12 +259,15 @@ class Epilogue(Fixed):
             for pair in cutlass.range(self.pieces // 2, unroll=1):
                 for slot in cutlass.range_constexpr(2):
                     sums = self._read_piece(
-                        acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn
+                        acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn, flip
                     )
+                    if cutlass.const_expr(free is not None and slot == 0):
+                        if pair == 0:
+                            self.fragment.release(free)
                 turn ^= 1
         else:
             for p in cutlass.range_constexpr(self.pieces):
-                sums = self._read_piece(acc, place, plain, factor, weights, sums, p, p % 2, turn)
+                sums = self._read_piece(acc, place, plain, factor, weights, sums, p, p % 2, turn, flip)
                 if cutlass.const_expr(p % 2 == 1):
                     turn ^= 1
         if cutlass.const_expr(plain.partial is not None):
@@ -259,22 +275,25 @@ class Epilogue(Fixed):
         return turn
 
     @cute.jit
-    def _read_piece(self, acc, place, plain, factor, weights, sums, p, slot: cutlass.Constexpr, turn: Int32):  # type: ignore[no-untyped-def]
-        row, at = self._row(place), place.column * self.pieces + p
+    def _read_piece(  # type: ignore[no-untyped-def]
+        self, acc, place, plain, factor, weights, sums, p, slot: cutlass.Constexpr, turn: Int32, flip
+    ):
+        piece = p ^ flip
+        row, at = self._row(place), place.column * self.pieces + piece
         cute.arch.mbarrier_wait(self.arrived + slot, turn)
         if cutlass.const_expr(self.problem.epilogue == "dswiglu"):
             if cutlass.const_expr(self.fragment.parts > 0):
                 for part in cutlass.range(self.fragment.parts, unroll=1):
-                    sums = self._dswiglu(acc, p, factor, weights, sums, slot, part)
+                    sums = self._dswiglu(acc, piece, factor, weights, sums, slot, part)
             else:
-                sums = self._dswiglu(acc, p, factor, weights, sums, slot, None)
+                sums = self._dswiglu(acc, piece, factor, weights, sums, slot, None)
             self._store_dh((row, at), place, plain, slot)
         else:
-            self._add(self._piece(acc, p, factor), (row, at, 0), slot)
+            self._add(self._piece(acc, piece, factor), (row, at, 0), slot)
         if p + 2 < self.pieces:
             if self.fragment.leads:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-                self._fetch(slot, row, at + 2)
+                self._fetch(slot, row, place.column * self.pieces + (p + 2 ^ flip))
         return sums
 
     @cute.jit
