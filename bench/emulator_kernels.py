@@ -37,7 +37,8 @@ LARGE = {
     "store": GemmProblem("fprop", 3, 512, 2048, "store"),
     "accumulate": GemmProblem("wgrad", 3, 512, 512, "accumulate"),
 }
-CLUSTERS = 2  # of a launch, so that tiles are shared unevenly
+COUNTS = [300, 0, 200]  # rows of each expert
+CLUSTERS = 1  # of a launch: it works on several tiles, so that every buffer is used again
 LIMIT = 2_000_000
 SCHEDULES = [Options(seed=seed, limit=LIMIT) for seed in range(4)]
 
@@ -49,7 +50,7 @@ class Kernel:
         self.problem, self.config = problem, config
         self.host: HostFunction = bind(compiler.trace(problem, config, target, "--generate-line-info"))
         self.oracle = verify.ORACLES[problem.family]
-        self.tensors: Tensors = self.oracle.case(problem, config, seed)
+        self.tensors: Tensors = self.oracle.case(problem, config, seed, COUNTS)
 
     def launch(self, module: ptx.Module, options: Options) -> tuple[Device, Tensors, float]:
         """The device afterwards, results, and CPU seconds. Raises EmulationError."""

@@ -47,13 +47,15 @@ class Options:
     seed: 0 runs warps round robin and asynchronous work at once; others choose a random, a priority-based or a lazy
     schedule. races: happens-before detection. limit: warp instructions before a launch counts as a livelock.
     threads: how many parts of the grid run side by side; with more than one, floating atomics between clusters add
-    up in no fixed order.
+    up in no fixed order. implicit_waits: using a result of tcgen05.ld waits for it, which the PTX ISA does not promise
+    but NVIDIA's assembler does.
     """
 
     seed: int = 0
     races: bool = True
     limit: int = 1 << 32
     threads: int = 1
+    implicit_waits: bool = False
 
 
 @dataclass
@@ -143,6 +145,7 @@ class _Run:
             options.seed,
             options.limit,
             int(options.races),
+            int(options.implicit_waits),
             int(parts > 1),
         )
 

@@ -150,7 +150,20 @@ def copy_async(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
 
 @opcode("cp.async.commit_group", "cp.async.wait_group", "cp.async.wait_all")
 def copy_async_groups(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
-    asm.emit("cp_async_commit" if "commit" in ins.opcode else "cp_async_wait")
+    if "commit" in ins.opcode:
+        asm.emit("cp_async_commit")
+        return
+    every = "wait_all" in ins.opcode
+    count = 0 if every else immediate_count(asm, ins)
+    asm.emit("cp_async_wait", mods=(count, int(every)))
+
+
+def immediate_count(asm: Assembler, ins: ptx.Instr) -> int:
+    """Groups that a wait lets be under way."""
+    count = ins.operands[0]
+    if not isinstance(count, ptx.Imm):
+        raise asm.error("the group count must be an immediate")
+    return count.bits
 
 
 @opcode("cp.async.mbarrier.arrive")
@@ -168,10 +181,7 @@ def bulk_groups(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
         asm.emit("bulk_commit")
         return
     read = mods.flag("read")
-    count = ins.operands[0]
-    if not isinstance(count, ptx.Imm):
-        raise asm.error("the group count must be an immediate")
-    asm.emit("bulk_wait", mods=(count.bits, int(read)))
+    asm.emit("bulk_wait", mods=(immediate_count(asm, ins), int(read)))
 
 
 def copy_flags(mods: Modifiers) -> int:
@@ -521,15 +531,13 @@ def tcgen05_commit(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     asm.emit("tcgen05_commit", slot, *mask, mods=(pair, int(multicast)), imm=offset)
 
 
-@opcode(
-    "tcgen05.wait::ld",
-    "tcgen05.wait::st",
-    "tcgen05.fence::before_thread_sync",
-    "tcgen05.fence::after_thread_sync",
-)
-def tcgen05_order(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
-    """Loads and stores of tensor memory complete at once here, so their waits and fences order nothing more."""
-    mods.names.clear()
+@opcode("tcgen05.wait::ld", "tcgen05.wait::st")
+def tcgen05_wait(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
+    asm.emit("tcgen05_wait", mods=(int("::st" in ins.opcode),))
+
+
+@opcode("tcgen05.fence::before_thread_sync", "tcgen05.fence::after_thread_sync")
+def tcgen05_fence(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     asm.emit("nop")
 
 

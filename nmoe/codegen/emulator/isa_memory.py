@@ -26,6 +26,7 @@ def memory_order(mods: Modifiers, default: str | None = None) -> int:
     """SEM_* bits and scope of core/emu.h, 0 for a weak access. A volatile access is relaxed at system scope."""
     mods.flag("weak")
     found = mods.take(*SEMANTICS) or default
+    mods.flag("relaxed")  # of mmio.relaxed
     scope = mods.take(*SCOPES) or ("sys" if found in ("volatile", "mmio") else "gpu")
     return SEMANTICS[found] | scope_number(scope) << 4 if found else 0
 

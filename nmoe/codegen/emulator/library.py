@@ -101,7 +101,7 @@ class RunStruct(ctypes.Structure):
         ("buffers", ctypes.POINTER(BufferStruct)),
         ("cells", ctypes.POINTER(ctypes.c_void_p)),
         *((name, ctypes.c_uint64) for name in ("seed", "limit")),
-        *((name, ctypes.c_uint32) for name in ("races", "partial")),
+        *((name, ctypes.c_uint32) for name in ("races", "implicit_waits", "partial")),
     ]
 
 

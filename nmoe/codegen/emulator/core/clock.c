@@ -1,7 +1,8 @@
 /* Vector clocks: who knows of whom, through barriers, fences, flags in memory, and the ends of launches.
  *
- * Agents are warps (generic proxy), a warp's bulk reads, bulk writes and wgmma groups, a CTA's tensor pipe, and each
- * mbarrier (the asynchronous writes that it counts; their time is the phase). A clock is dense over the agents of its
+ * Agents are warps (generic proxy), what a warp has under way (cp.async, bulk reads and writes, wgmma, tcgen05.ld and
+ * st; the time is a group's or an instruction's number), a CTA's tensor pipe, and each mbarrier (the asynchronous writes
+ * that it counts; the time is the phase). A clock is dense over the agents of its
  * own cluster and sparse over other clusters, which are heard of only through flags in global memory. */
 #include "emu.h"
 #include <stdio.h>
@@ -85,6 +86,11 @@ void clock_join(Clock *into, const Clock *from) {
 void clock_reach(Clock *clock, uint32_t agent, uint32_t time) {
   if (clock->hb == NULL || clock->hb[agent] >= time) return;
   clock->hb[agent] = clock->px[agent] = clock->gx[agent] = time;
+}
+
+/* The same for an agent of the generic proxy: async reads of what it wrote still need a proxy fence. */
+void clock_reach_generic(Clock *clock, uint32_t agent, uint32_t time) {
+  if (clock->hb && clock->hb[agent] < time) clock->hb[agent] = time;
 }
 
 static void tick(Warp *w) {

@@ -90,6 +90,7 @@ typedef struct {
   uint64_t seed;  /* 0: round robin, asynchronous work at once; else a random or adversarial schedule */
   uint64_t limit; /* warp instructions before a launch is called a livelock */
   uint32_t races;
+  uint32_t implicit_waits; /* using a result of tcgen05.ld waits for it */
   uint32_t partial; /* other threads run the rest of the grid, so clusters must not wait for each other */
 } Run;
 
@@ -157,6 +158,9 @@ typedef struct Warp {
   uint32_t wgmma_committed, wgmma_done; /* groups */
   uint32_t *wgmma_busy;                 /* per 128-byte register slot: the group that has it in flight, or 0 */
   bool wgmma_fenced;
+  uint32_t copies_committed; /* cp.async groups */
+  uint32_t tmem_loads, tmem_loaded, tmem_stores; /* tcgen05.ld issued, and waited for; tcgen05.st issued */
+  uint32_t *tmem_pending; /* per 128-byte register slot: the tcgen05.ld whose result it has or passes on, or 0 */
   Clock clock;
   Clock fenced[SCOPES], observed[SCOPES]; /* by how far away: what fences let relaxed writes release, what relaxed
                                              reads have yet to acquire */
@@ -182,6 +186,7 @@ typedef struct Cta {
   uint32_t next_allocation;
   bool relinquished;
   Warp *warps;
+  Clock reached; /* the last accesses of its shared memory by agents of other CTAs; they must be known when it exits */
   Clock pipe; /* tensor pipe: what the operations issued so far know */
   uint32_t pipe_agent, pipe_count;
 } Cta;
@@ -295,6 +300,7 @@ Outcome execute_wgmma(Machine *m, Warp *w, const Insn *in, const uint32_t *o, ui
 Outcome execute_warp(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask);
 uint64_t swizzle(uint64_t address, int mode);
 void wgmma_check_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *o);
+void tmem_check_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *o);
 
 /* tile.c: operand tiles of tcgen05 and wgmma in shared memory */
 enum { SWIZZLE_NONE, SWIZZLE_32, SWIZZLE_64, SWIZZLE_128, SWIZZLE_128_ATOM_32 };
@@ -312,12 +318,14 @@ void race_tile(Machine *m, Cta *cta, const Tile *tile, Type type, bool padded, u
 void multiply(const double *a, const double *b, double *acc, uint32_t rows, uint32_t columns, uint32_t k);
 
 /* clock.c */
-enum { AGENT_WARP, AGENT_BULK_READ, AGENT_WGMMA, AGENT_BULK_WRITE, AGENTS_PER_WARP }; /* added to Warp.agent */
+/* Added to Warp.agent: the warp itself, and what it has under way. */
+enum { AGENT_WARP, AGENT_CP_ASYNC, AGENT_BULK_READ, AGENT_BULK_WRITE, AGENT_WGMMA, AGENT_TMEM_LOAD, AGENT_TMEM_STORE, AGENTS_PER_WARP };
 void clock_new(Cluster *cluster, Clock *clock);
 void clock_free(Clock *clock);
 void clock_join(Clock *into, const Clock *from);
 void clock_reset(Clock *clock);
 void clock_reach(Clock *clock, uint32_t agent, uint32_t time);
+void clock_reach_generic(Clock *clock, uint32_t agent, uint32_t time);
 static inline uint32_t warp_time(const Warp *w) { return w->clock.hb ? w->clock.hb[w->agent] : 0; }
 void warp_release(Warp *w, Clock *into, int order);
 void warp_acquire(Warp *w, const Clock *from, int order);
@@ -336,6 +344,7 @@ const char *agent_name(Cluster *cluster, uint32_t agent);
 uint32_t agent_number(Cluster *cluster, uint32_t agent);
 void race_shared(Machine *m, Cta *cta, uint32_t offset, uint32_t size, Access access, int proxy, uint32_t agent,
                  uint32_t clock, const Clock *seen);
+void race_exit(Machine *m, Cta *cta);
 void race_tmem(Machine *m, Cta *cta, uint32_t lane, uint32_t lanes, uint32_t column, uint32_t columns, Access access,
                uint32_t agent, uint32_t clock, const Clock *seen);
 

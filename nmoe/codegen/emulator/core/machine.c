@@ -282,6 +282,7 @@ static void start_cluster(Machine *m, Job *job) {
     if (m->run->races) cta->cells = allocate(m, cta->shared_bytes / 4 + 1, sizeof(Cell));
     cta->pipe_agent = n_ctas * n_warps * AGENTS_PER_WARP + rank;
     clock_new(cluster, &cta->pipe);
+    clock_new(cluster, &cta->reached);
     for (int i = 0; i < MAX_BARRIERS; i++) {
       clock_new(cluster, &cta->named[i].arriving);
       clock_new(cluster, &cta->named[i].done);
@@ -300,6 +301,7 @@ static void free_cluster(Cluster *cluster) {
       free(cta->warps[i].regs);
       free(cta->warps[i].local);
       free(cta->warps[i].wgmma_busy);
+      free(cta->warps[i].tmem_pending);
       clock_free(&cta->warps[i].clock);
       for (int far = 0; far < SCOPES; far++) {
         clock_free(&cta->warps[i].fenced[far]);
@@ -315,6 +317,7 @@ static void free_cluster(Cluster *cluster) {
       clock_free(&cta->mbarriers[i].done);
     }
     clock_free(&cta->pipe);
+    clock_free(&cta->reached);
     free(cta->mbarriers);
     free(cta->warps);
     free(cta->shared);
@@ -390,10 +393,12 @@ static Outcome execute_control(Machine *m, Warp *w, const Insn *in, const uint32
 
 static void exit_warp(Machine *m, Warp *w) {
   w->done = true;
-  if (--w->cta->live_warps == 0)
+  if (--w->cta->live_warps == 0) {
     for (uint32_t i = 0; i < w->cta->n_warps; i++)
       if (w->cta->warps[i].bulk_issued > w->cta->warps[i].bulk_done)
         fault(m, "the CTA exits while a bulk store of warp %u may still read its shared memory: cp.async.bulk.wait_group is missing", i);
+    race_exit(m, w->cta);
+  }
   w->cta->cluster->live_warps--;
   m->progress++;
 }
@@ -431,6 +436,7 @@ static uint32_t run_warp(Machine *m, Warp *w, uint32_t quantum) {
     }
     uint32_t at = p->pc;
     if (w->wgmma_busy && executors[in->op] != execute_wgmma) wgmma_check_registers(m, w, in, program->operands + in->first);
+    if (w->tmem_loads > w->tmem_loaded) tmem_check_registers(m, w, in, program->operands + in->first);
     Outcome outcome = executors[in->op](m, w, in, program->operands + in->first, mask);
     if (outcome == STAY) break;
     m->launch->executed[at]++;
@@ -464,6 +470,7 @@ __attribute__((noreturn)) static void deadlock(Machine *m, const char *why) {
         int n = snprintf(text + used, sizeof text - used, "\n  %sCTA (%u,%u,%u) warp %u at @%u:%u@: %s", which, id[0], id[1], id[2],
                          k, launch, w->path[w->depth].pc, wait);
         if (n > 0 && used + (size_t)n < sizeof text) used += (size_t)n;
+        text[used] = 0; /* a line that does not fit is left out whole */
       }
   m->current = first;
   fault(m, "deadlock: %s%s", why, text);

@@ -74,6 +74,7 @@ static uint8_t *shared_access(Machine *m, Warp *w, uint32_t address, uint32_t si
   uint8_t *place = shared_at(m, cta, offset, size);
   if (access == WRITE) shared_mark(cta, offset, size);
   else shared_check_written(m, cta, offset, size, "the instruction");
+  if (cta != w->cta) clock_reach(&cta->reached, w->agent, warp_time(w));
   if (order == 0) race_shared(m, cta, offset, size, access, BY_GENERIC, w->agent, warp_time(w), &w->clock);
   return place;
 }
@@ -227,12 +228,17 @@ static Outcome atomic(Machine *m, Warp *w, const Insn *in, const uint32_t *o, ui
 }
 
 /* cp.async: operands shared address, global address, source size; modifier a = bytes copied, d = shared offset. The
- * rest of the destination is zero filled. */
+ * rest of the destination is zero filled. The bytes are there at once, but nobody may read them before the wait. */
 static void copy_async(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
   FOR_LANES(i, mask) {
     uint32_t size = u32_of(w, o[2])[i];
     if (size > (uint32_t)in->a) fault(m, "cp.async: source size %u is larger than the copy of %d bytes", size, in->a);
-    uint8_t *to = resolve(m, w, SPACE_SHARED, u32_of(w, o[0])[i] + (uint32_t)in->d, (uint32_t)in->a, WRITE, 0, i);
+    uint32_t address = u32_of(w, o[0])[i] + (uint32_t)in->d, offset = address & OFFSET_MASK, bytes = (uint32_t)in->a;
+    Cta *cta = cta_of(m, w, address);
+    if (offset % bytes) fault(m, "cp.async: shared offset %#x is not a multiple of the %u bytes copied", offset, bytes);
+    uint8_t *to = shared_at(m, cta, offset, bytes);
+    race_shared(m, cta, offset, bytes, WRITE, BY_GENERIC, w->agent + AGENT_CP_ASYNC, w->copies_committed + 1, &w->clock);
+    shared_mark(cta, offset, bytes);
     memset(to, 0, (size_t)in->a);
     if (size == 0) continue;
     uint64_t from = address_of(w, in, o[1], i);

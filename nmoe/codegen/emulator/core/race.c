@@ -13,7 +13,8 @@
 const char *agent_name(Cluster *cluster, uint32_t agent) {
   uint32_t warps = cluster->ctas[0].n_warps * cluster->n_ctas;
   if (agent < warps * AGENTS_PER_WARP) {
-    static const char *const kinds[] = {"warp", "a bulk store of warp", "wgmma of warp", "a bulk store of warp"};
+    static const char *const kinds[] = {"warp", "cp.async of warp", "a bulk store of warp", "a bulk store of warp",
+                                        "wgmma of warp", "tcgen05.ld of warp", "tcgen05.st of warp"};
     return kinds[agent % AGENTS_PER_WARP];
   }
   return agent < warps * AGENTS_PER_WARP + cluster->n_ctas ? "the tensor pipe of CTA rank" : "an asynchronous copy on mbarrier";
@@ -30,7 +31,7 @@ uint32_t agent_number(Cluster *cluster, uint32_t agent) {
 }
 
 static bool is_generic(Cluster *cluster, uint32_t agent) {
-  return agent < AGENTS_PER_WARP * cluster->ctas[0].n_warps * cluster->n_ctas && agent % AGENTS_PER_WARP == AGENT_WARP;
+  return agent < AGENTS_PER_WARP * cluster->ctas[0].n_warps * cluster->n_ctas && agent % AGENTS_PER_WARP <= AGENT_CP_ASYNC;
 }
 
 __attribute__((noreturn)) static void report(Machine *m, Cta *cta, uint32_t place, const char *memory, const char *now,
@@ -113,4 +114,16 @@ void race_tmem(Machine *m, Cta *cta, uint32_t lane, uint32_t lanes, uint32_t col
       if (before) report(m, cta, quadrant << 21 | i, "tensor memory", access_names[access], before, epoch, rule);
       note(cell, access, agent, clock, seen);
     }
+}
+
+/* Shared memory lasts until its CTA exits, so one of its warps must know of all that others did to it. */
+void race_exit(Machine *m, Cta *cta) {
+  for (uint32_t agent = 0; agent < cta->reached.n; agent++) {
+    uint32_t known = 0;
+    for (uint32_t i = 0; i < cta->n_warps; i++)
+      if (cta->warps[i].clock.hb[agent] > known) known = cta->warps[i].clock.hb[agent];
+    if (cta->reached.hb[agent] > known)
+      fault(m, "CTA rank %u exits, which is not ordered after an access of its shared memory by %s %u of CTA rank %u: a cluster barrier is missing",
+            cta->rank, agent_name(cta->cluster, agent), agent_number(cta->cluster, agent), agent / (cta->n_warps * AGENTS_PER_WARP));
+  }
 }

@@ -98,7 +98,9 @@ static uint32_t shared_address(Warp *w, const Insn *in, uint32_t slot, unsigned 
 
 static MBarrier *addressed(Machine *m, Warp *w, const Insn *in, uint32_t slot, unsigned lane) {
   uint32_t address = shared_address(w, in, slot, lane);
-  MBarrier *b = mbarrier_at(m, cta_of(m, w, address), address & OFFSET_MASK);
+  Cta *cta = cta_of(m, w, address);
+  MBarrier *b = mbarrier_at(m, cta, address & OFFSET_MASK);
+  if (cta != w->cta) clock_reach(&cta->reached, w->agent, warp_time(w));
   if (w->clock.hb && w->agent != b->init_agent && w->clock.hb[b->init_agent] < b->init_time)
     fault(m, "race on mbarrier %#x of CTA rank %u: this use is not ordered after its initialisation", b->offset,
           address >> RANK_SHIFT);
@@ -268,16 +270,24 @@ Outcome execute_sync(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uin
       warp_proxy_fence(w, in->a); /* modifier a: PROXY_* */
       if (in->a & PROXY_SHARED) publish(w);
       return NEXT;
-    case OP_cp_async_mbarrier: /* cp.async.mbarrier.arrive: copies are done at once; modifier a = noinc */
+    case OP_cp_async_mbarrier: /* cp.async.mbarrier.arrive: with the copies so far; modifier a = noinc */
       FOR_LANES(i, mask) {
         MBarrier *b = addressed(m, w, in, o[0], i);
         warp_release(w, &b->arriving, SEM_RELEASE);
+        clock_reach_generic(&b->arriving, w->agent + AGENT_CP_ASYNC, w->copies_committed + 1);
         if (in->a) mbarrier_arrive(m, b, 1);
       }
+      w->copies_committed++;
       return NEXT;
+    case OP_cp_async_commit: w->copies_committed++; return NEXT;
+    case OP_cp_async_wait: { /* modifiers a = groups that may still be under way, b = wait_all */
+      if (in->b) w->copies_committed++;
+      uint32_t done = w->copies_committed - ((uint32_t)in->a < w->copies_committed ? (uint32_t)in->a : w->copies_committed);
+      clock_reach_generic(&w->clock, w->agent + AGENT_CP_ASYNC, done);
+      return NEXT;
+    }
     case OP_bulk_commit: w->bulk_committed++; return NEXT;
-    case OP_bulk_wait: return bulk_wait(m, w, in);
-    default: return NEXT; /* cp.async commit and wait: the copies are done at once */
+    default: return bulk_wait(m, w, in);
   }
 }
 
