@@ -18,6 +18,11 @@ VECTOR = 8  # BF16 elements of a 16-byte access
 MAX_TOPK = 32  # a lane a choice
 MAX_EXPERTS = 512  # a token's scores are 16 registers a lane
 MAX_GROUPS = 32  # a lane a group
+STATIC_SHARED = 49_152  # bytes that a thread block has without asking for more
+
+# Tile and slice of the router's products, of which there are two stages (templates/products.py).
+PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 128, 64, 16
+PRODUCT_SHARED = 2 * PRODUCT_DEPTH * (PRODUCT_ROWS + PRODUCT_COLUMNS) * 4
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,6 @@ class RoutingProblem(Problem):
 
     def flops(self, rows: int) -> float:
         return 0.0
-
-
-STATIC_SHARED = 49_152
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ class RouterBwdProblem(ScoredProblem):
     @property
     def splits(self) -> int:
         """Parts of the tokens that dw's tiles are summed over: enough thread blocks for any device."""
-        tiles = -(-self.experts // 64) * -(-self.hidden // 128)
+        tiles = -(-self.experts // PRODUCT_COLUMNS) * -(-self.hidden // PRODUCT_ROWS)
         return max(1, min(32, 512 // tiles))
 
     def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
@@ -261,9 +263,6 @@ class RouterBwdProblem(ScoredProblem):
 
     def small(self) -> RouterBwdProblem:
         return replace(self, hidden=72)
-
-
-PRODUCT_SHARED = 2 * 16 * (128 + 64) * 4  # two stages of FP32 slices of 16 (templates/products.py)
 
 
 def _too_many(experts: int, topk: int) -> str:
