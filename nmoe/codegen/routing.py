@@ -27,8 +27,8 @@ PRODUCT_SHARED = 2 * PRODUCT_DEPTH * (PRODUCT_ROWS + PRODUCT_COLUMNS) * 4
 
 @dataclass(frozen=True)
 class RoutingConfig(Config):
-    """`warps` of a thread block and thread blocks on a multiprocessor, of kernels that give a warp a token; thread
-    blocks in all of kernels that cut the tokens into parts whose number the sums' order depends on."""
+    """`warps` of a thread block; `blocks` a multiprocessor, of kernels that give a warp a token; `parts` that tokens
+    are cut into, one a thread block, where the order of sums or of rows depends on the cut."""
 
     warps: int = 8
     blocks: int = 4
@@ -45,10 +45,6 @@ class RoutingProblem(Problem):
     experts: int
     topk: int
 
-    # shared memory in bytes, by config, of the kernel that uses the most
-    @abstractmethod
-    def shared_bytes(self, config: RoutingConfig, target: str) -> int: ...
-
     @abstractmethod
     def refusal(self) -> str:
         """Why no template builds this; empty if one does."""
@@ -56,14 +52,22 @@ class RoutingProblem(Problem):
     def configs(self, target: str) -> Sequence[RoutingConfig]:
         return [RoutingConfig()]
 
+    def shared_bytes(self, config: RoutingConfig, target: str) -> int:
+        """Of the launch that uses the most."""
+        return 0
+
     def violations(self, config: RoutingConfig, target: str) -> list[str]:
         hardware, found = HARDWARE[target], []
         if config.warps not in range(1, 33):
             found.append(f"{config.warps} warps: a thread block has 1 to 32")
         if config.blocks < 1 or config.parts not in range(32, 1025, 32):
-            found.append(f"{config.blocks} blocks, {config.parts} parts: at least 1; a multiple of 32 up to 1024")
+            found.append(
+                f"{config.blocks} blocks, {config.parts} parts: at least 1; a multiple of 32 up to 1024"
+            )
         if (used := self.shared_bytes(config, target)) > STATIC_SHARED:
-            found.append(f"{used} bytes of shared memory: {hardware.name} gives {STATIC_SHARED} without asking")
+            found.append(
+                f"{used} bytes of shared memory: {hardware.name} gives {STATIC_SHARED} without asking"
+            )
         return found
 
     def clusters(self, config: RoutingConfig, sms: int) -> int:
@@ -93,10 +97,14 @@ class PlanProblem(RoutingProblem):
         choices = (TOKENS, self.topk)
         return (Operand("indices", "i32", choices), Operand("slots", "i32", choices),
                 Operand("row_source", "i32", (ROWS,)), Operand("offsets", "i32", (self.experts + 1,)),
-                Operand("load", "f32", (self.experts,)), Operand("counts", "i32", (self.experts, config.parts)))  # fmt: skip
+                Operand("load", "f32", (self.experts,)),
+                Operand("counts", "i32", (self.experts, config.parts)))  # fmt: skip
 
     def template(self, target: str) -> str:
         return "plan.Plan"
+
+    def configs(self, target: str) -> Sequence[RoutingConfig]:
+        return [RoutingConfig(warps=16)]
 
     def shared_bytes(self, config: RoutingConfig, target: str) -> int:
         """Choices of each expert in each warp; before, count and start of each expert."""
@@ -129,8 +137,8 @@ class DispatchProblem(RoutingProblem):
     def template(self, target: str) -> str:
         return "dispatch.Dispatch"
 
-    def shared_bytes(self, config: RoutingConfig, target: str) -> int:
-        return 0
+    def configs(self, target: str) -> Sequence[RoutingConfig]:
+        return [RoutingConfig(blocks=blocks) for blocks in (4, 2, 8)]
 
     def small(self) -> DispatchProblem:
         return replace(self, experts=min(self.experts, 5), hidden=8 * 67)
@@ -160,8 +168,8 @@ class CombineProblem(RoutingProblem):
     def template(self, target: str) -> str:
         return "combine.Combine"
 
-    def shared_bytes(self, config: RoutingConfig, target: str) -> int:
-        return 0
+    def configs(self, target: str) -> Sequence[RoutingConfig]:
+        return [RoutingConfig(blocks=blocks) for blocks in (4, 2, 8)]
 
     def small(self) -> CombineProblem:
         return replace(self, experts=min(self.experts, 5), hidden=8 * 67)
@@ -188,6 +196,8 @@ class ScoredProblem(RoutingProblem):
                 *((Operand("z", "f32", ()),) if self.z else ()))  # fmt: skip
 
     def refusal(self) -> str:
+        if self.experts % 4:
+            return f"{self.experts} experts: logits are stored in whole 16 bytes"
         return _too_many(self.experts, self.topk) or _uneven(self.hidden)
 
 

@@ -1,6 +1,6 @@
 """Expert rows back to their tokens: y[t] = Σ_j rows[slots[t, j]] in FP32, in the order of the choices.
 
-    warp ─▶ token: a 16-byte piece of each of its topk rows ─▶ FP32 sum ─▶ y       then the next token
+warp ─▶ token: a 16-byte piece of each of its topk rows ─▶ FP32 sum ─▶ y       then the next token
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Combine(Fixed):
     def combine(self, rows, row_values, slots, y, values):  # type: ignore[no-untyped-def]
         topk = self.problem.topk
         lane = cute.arch.lane_idx()
-        warp = cute.arch.block_idx()[0] * self.config.warps + cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        warp = cute.arch.block_idx()[0] * self.config.warps + cute.arch.make_warp_uniform(
+            cute.arch.warp_idx()
+        )
         warps = cute.arch.grid_dim()[0] * self.config.warps
         for token in cutlass.range(warp, y.shape[0], warps, unroll=1):
             places = [slots[token, j] for j in range(topk)]

@@ -1,7 +1,7 @@
 """Tokens' rows into the slots of their experts: each is read once and written topk times.
 
-    warp ─▶ token: 16-byte pieces of x ─▶ registers ─▶ topk rows       then the next token, a grid of warps further
-    warp ─▶ 32 rows of row_source: those that are padding ─▶ zeros
+warp ─▶ token: 16-byte pieces of x ─▶ registers ─▶ topk rows       then the next token, a grid of warps further
+warp ─▶ 32 rows of row_source: those that are padding ─▶ zeros
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Dispatch(Fixed):
     @cute.kernel
     def dispatch(self, x, weights, slots, row_source, offsets, rows, row_weight):  # type: ignore[no-untyped-def]
         lane = cute.arch.lane_idx()
-        warp = cute.arch.block_idx()[0] * self.config.warps + cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        warp = cute.arch.block_idx()[0] * self.config.warps + cute.arch.make_warp_uniform(
+            cute.arch.warp_idx()
+        )
         warps = cute.arch.grid_dim()[0] * self.config.warps
         for token in cutlass.range(warp, x.shape[0], warps, unroll=1):
             places = [slots[token, j] for j in range(self.problem.topk)]

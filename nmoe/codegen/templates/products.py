@@ -7,8 +7,8 @@ whose accuracy no tensor core format has.
     slice s:      stage s % 2 ─▶ registers ─▶ multiply-adds      │
     ─────────────────────────────────────────────────────── barrier ──▶ next slice
 
-A stage holds a slice with m (or n) contiguous, so that a thread reads its 8 values of a column in two 16-byte pieces, 64
-(32) apart: neighbours read neighbouring pieces.
+A stage holds a slice with m (or n) contiguous, so that a thread reads its 8 values of a column in two 16-byte pieces,
+64 (32) apart: neighbours read neighbouring pieces.
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ class Router(Fixed):
             logits, named.get("bias"), indices, named["weights"], named["route_scale"]
         ).launch(grid=[blocks, 1, 1], block=block, stream=stream)  # fmt: skip
         if cutlass.const_expr(self.names):
-            factors = [named[name] * named["inverse_sequences"] / Float32(named["seq_len"]) for name in self.names]
+            factors = [
+                named[name] * named["inverse_sequences"] / Float32(named["seq_len"]) for name in self.names
+            ]
             if cutlass.const_expr(self.problem.balance):
                 choices = Float32(self.problem.topk * named["seq_len"])
                 factors[0] = factors[0] * Float32(self.problem.experts) / choices
@@ -68,12 +70,17 @@ class Router(Fixed):
         smem = cutlass.utils.SmemAllocator()
         shared = smem.allocate_tensor(Float32, cute.make_layout((self.problem.experts, self.config.warps)))
         mine = shared[None, warp]
-        biases = self.scored.load(bias) if cutlass.const_expr(bias is not None) else None
+        if cutlass.const_expr(bias is not None):
+            biases = self.scored.load(bias)
         first = cute.arch.block_idx()[0] * self.config.warps + warp
-        for token in cutlass.range(first, logits.shape[0], cute.arch.grid_dim()[0] * self.config.warps, unroll=1):
+        for token in cutlass.range(
+            first, logits.shape[0], cute.arch.grid_dim()[0] * self.config.warps, unroll=1
+        ):
             scores = self.scored.scores(self.scored.load(logits[token, None]))
             choices = cute.make_rmem_tensor((self.scored.held,), Float32)
-            choices.store(scores.load() if cutlass.const_expr(biases is None) else scores.load() + biases.load())
+            choices.store(scores.load())
+            if cutlass.const_expr(bias is not None):
+                choices.store(scores.load() + biases.load())
             keys = self._keys(choices, mine)
             expert = self._best(keys)
             self._share(scores, mine)

@@ -1,12 +1,14 @@
 """The router's gradient: from the weights' and the auxiliary losses' through the scores to x and w.
 
-    dlogits    part of the tokens; warp ─▶ token: dL/dlogits ─▶ workspace
-    multiply   dx = dlogits · w                                     products.py
-    multiply   partial[split] = dlogitsᵀ · x of a part of the tokens
-    add        dw += Σ over the splits, in order
+dlogits    part of the tokens; warp ─▶ token: dL/dlogits ─▶ workspace
+multiply   dx = dlogits · w                                     products.py
+multiply   partial[split] = dlogitsᵀ · x of a part of the tokens
+add        dw += Σ over the splits, in order
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, cute
@@ -31,7 +33,8 @@ class RouterBwd(Fixed):
         problem, block = self.problem, [32 * self.config.warps, 1, 1]
         experts, hidden, splits = problem.experts, problem.hidden, problem.splits
         d, dw, partial = named["dlogits"], named["dw"], named["partial"]
-        seq_len, each = named.get("seq_len"), {}
+        seq_len: Any = named.get("seq_len")
+        each: dict[str, Any] = {}
         for name in ("balance", "z"):
             if cutlass.const_expr(name in named):
                 each[name] = named[name] * named["inverse_sequences"] / Float32(seq_len)
@@ -135,7 +138,9 @@ class RouterBwd(Fixed):
     @cute.kernel
     def add(self, partial, dw):  # type: ignore[no-untyped-def]
         thread = cute.arch.block_idx()[0] * 32 * self.config.warps + cute.arch.thread_idx()[0]
-        for i in cutlass.range(thread, cute.size(dw), cute.arch.grid_dim()[0] * 32 * self.config.warps, unroll=1):
+        for i in cutlass.range(
+            thread, cute.size(dw), cute.arch.grid_dim()[0] * 32 * self.config.warps, unroll=1
+        ):
             total = Float32(0.0)
             for split in cutlass.range_constexpr(self.problem.splits):
                 total += partial[i, split]

@@ -98,10 +98,12 @@ class Scores(Fixed):
         return end
 
     @cute.jit
-    def frequency(self, indices: cute.Tensor, token: Int32, seq_len: Int32, often: cute.Tensor) -> cute.Tensor:
+    def frequency(
+        self, indices: cute.Tensor, token: Int32, seq_len: Int32, often: cute.Tensor
+    ) -> cute.Tensor:
         """How often the token's sequence chose each expert of this lane. Counted by the whole thread block in `often`
-        [experts] of shared memory; every block that has tokens of a sequence counts all of it, which takes no launch and
-        no workspace."""
+        [experts] of shared memory; every block that has tokens of a sequence counts all of it, which takes no launch
+        and no workspace."""
         cute.arch.sync_threads()
         for expert in cutlass.range(cute.arch.thread_idx()[0], self.experts, self.threads, unroll=1):
             often[expert] = 0
