@@ -293,9 +293,9 @@ def match(spec: KernelSpec) -> RoutingProblem | str:
     ins, outs = list(spec.inputs), list(spec.outputs)
     problem: RoutingProblem
     if anchor.kind == "moe_plan":
-        problem = PlanProblem(attrs["experts"] * attrs["ranks"], int(ins[0].shape[1]), attrs["align"])
+        problem = PlanProblem(attrs["experts"], int(ins[0].shape[1]), attrs["align"])
         if attrs["ranks"] != 1:
-            return f"no template for a plan of {attrs['ranks']} ranks"
+            return f"a plan of {attrs['ranks']} ranks is made by RDEP"
     elif anchor.kind in ("dispatch", "combine"):
         experts, topk = int(ins[-1].shape[0]) - 1, int(ins[-3].shape[1])
         maker = DispatchProblem if anchor.kind == "dispatch" else CombineProblem
