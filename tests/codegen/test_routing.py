@@ -39,7 +39,7 @@ PROBLEMS = [
     DispatchProblem(5, 3, 536, True),
     DispatchProblem(300, 8, 256, False),
     CombineProblem(5, 3, 536, True),
-    CombineProblem(300, 8, 256, False),
+    CombineProblem(300, 8, 256, False, addends=2),
     ROUTER,
     RouterProblem(64, 4, 136, **SIGMOID, groups=8, topk_groups=3, biased=True),
     RouterProblem(36, 5, 72, **SOFTMAX, groups=4, topk_groups=2, biased=False),

@@ -12,6 +12,7 @@ from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, cute
+from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.routing import RouterBwdProblem, RoutingConfig
 from nmoe.codegen.templates.fixed import Fixed
@@ -66,7 +67,7 @@ class RouterBwd(Fixed):
     @cute.kernel
     def dlogits(self, dweights, indices, logits, d, route_scale, seq_len, balance, z):  # type: ignore[no-untyped-def]
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        smem = cutlass.utils.SmemAllocator()
+        smem = SmemAllocator()
         often = smem.allocate_tensor(Int32, cute.make_layout(self.problem.experts))
         token, end = self.scored.part(logits.shape[0])
         while token < end:
