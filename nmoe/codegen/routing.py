@@ -202,6 +202,9 @@ class ScoredProblem(RoutingProblem):
                 *((Operand("balance", "f32", ()),) if self.balance else ()),
                 *((Operand("z", "f32", ()),) if self.z else ()))  # fmt: skip
 
+    def configs(self, target: str) -> Sequence[RoutingConfig]:
+        return [RoutingConfig(warps=16)]
+
     def refusal(self) -> str:
         if self.experts % 4:
             return f"{self.experts} experts: logits are stored in whole 16 bytes"

@@ -1,6 +1,8 @@
 """Expert rows back to their tokens: y[t] = Σ_j rows[slots[t, j]] in FP32, in the order of the choices.
 
-warp ─▶ token: a 16-byte piece of each of its topk rows ─▶ FP32 sum ─▶ y       then the next token
+    warp ─▶ token: a 16-byte piece of each of its topk rows ─▶ FP32 sum ─▶ BF16 ─▶ + addends ─▶ y
+
+Then the warp's next token, a grid of warps further.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """The router's gradient: from the weights' and the auxiliary losses' through the scores to x and w.
 
-dlogits    part of the tokens; warp ─▶ token: dL/dlogits ─▶ workspace
-multiply   dx = dlogits · w                                     products.py
-multiply   partial[split] = dlogitsᵀ · x of a part of the tokens
-add        dw += Σ over the splits, in order
+    dlogits    part of the tokens; warp ─▶ token: dL/dlogits ─▶ workspace
+    multiply   dx = dlogits · w                                     products.py
+    multiply   partial[split] = dlogitsᵀ · x of a part of the tokens
+    add        dw += Σ over the splits, in order
+
+Every sum has one order, so that results are repeatable bit for bit.
 """
 
 from __future__ import annotations
