@@ -149,21 +149,28 @@ class DispatchProblem(RoutingProblem):
 
 @dataclass(frozen=True)
 class CombineProblem(RoutingProblem):
-    """rows[R, hidden], row_values? → y[T, hidden], values?: y is the sum of a token's rows in FP32, in their order; a
-    choice without a row (slot −1) makes its token NaN."""
+    """rows[R, hidden], row_values?, addends → y[T, hidden], values?: y is the sum of a token's rows in FP32, in their
+    order; a choice without a row (slot −1) makes its token NaN. `addends` tensors are added to it, each sum rounded."""
 
     hidden: int
     valued: bool
+    addends: int = 0
 
     family: ClassVar[str] = "combine"
 
+    @property
+    def addend_names(self) -> tuple[str, ...]:
+        return tuple(f"addend{i}" for i in range(self.addends))
+
     def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
-        choices = (TOKENS, self.topk)
+        choices, row = (TOKENS, self.topk), (TOKENS, self.hidden)
         row_values = (Operand("row_values", "f32", (ROWS,)),) if self.valued else ()
+        addends = (Operand(name, "bf16", row) for name in self.addend_names)
+        y = (Operand("y", "bf16", row),)
         values = (Operand("values", "f32", choices),) if self.valued else ()
         return (Operand("rows", "bf16", (ROWS, self.hidden)), *row_values, Operand("slots", "i32", choices),
-                Operand("row_source", "i32", (ROWS,)), Operand("offsets", "i32", (self.experts + 1,)),
-                Operand("y", "bf16", (TOKENS, self.hidden)), *values)  # fmt: skip
+                Operand("row_source", "i32", (ROWS,)), Operand("offsets", "i32", (self.experts + 1,)), *addends,
+                *((*values, *y) if self.addends else (*y, *values)))  # fmt: skip
 
     def template(self, target: str) -> str:
         return "combine.Combine"
@@ -194,6 +201,9 @@ class ScoredProblem(RoutingProblem):
         return (Operand("route_scale", "f32", ()), *(auxiliary if self.balance or self.z else ()),
                 *((Operand("balance", "f32", ()),) if self.balance else ()),
                 *((Operand("z", "f32", ()),) if self.z else ()))  # fmt: skip
+
+    def configs(self, target: str) -> Sequence[RoutingConfig]:
+        return [RoutingConfig(warps=16)]
 
     def refusal(self) -> str:
         if self.experts % 4:
@@ -288,27 +298,29 @@ def _uneven(hidden: int) -> str:
 def match(spec: KernelSpec) -> RoutingProblem | str:
     """The problem that a spec states, or why no template builds it."""
     anchor, attrs = spec.parts[0], dict(spec.parts[0].attrs)
-    if len(spec.parts) > 1:
-        return f"no template for {' + '.join(map(str, spec.parts))} yet"
     ins, outs = list(spec.inputs), list(spec.outputs)
+    addends = len(spec.parts) - 1
+    if addends and not (anchor.kind == "combine" and all(part.kind == "add" for part in spec.parts[1:])):
+        return f"no template for {' + '.join(map(str, spec.parts))} yet"
     problem: RoutingProblem
     if anchor.kind == "moe_plan":
         problem = PlanProblem(attrs["experts"], int(ins[0].shape[1]), attrs["align"])
         if attrs["ranks"] != 1:
             return f"a plan of {attrs['ranks']} ranks is made by RDEP"
     elif anchor.kind in ("dispatch", "combine"):
-        experts, topk = int(ins[-1].shape[0]) - 1, int(ins[-3].shape[1])
-        maker = DispatchProblem if anchor.kind == "dispatch" else CombineProblem
-        problem = maker(experts, topk, int(ins[0].shape[1]), len(ins) == 5)
+        rows, given, slots, _, offsets = (None if i is None else spec.values[i] for i in anchor.inputs)
+        assert rows and slots and offsets
+        sizes = (int(offsets.shape[0]) - 1, int(slots.shape[1]), int(rows.shape[1]), given is not None)
+        problem = CombineProblem(*sizes, addends) if anchor.kind == "combine" else DispatchProblem(*sizes)
     else:
         scored = {k: attrs[k] for k in ("score", "normalize", "balance", "z")}
         w = next(v for v in ins if v.format == "f32" and v.shape[0] != "T")
-        sizes = {"experts": int(w.shape[0]), "hidden": int(w.shape[1]), "topk": attrs["topk"]}
+        common = {"experts": int(w.shape[0]), "hidden": int(w.shape[1]), "topk": attrs["topk"], **scored}
         if anchor.kind == "router":
             groups = {k: attrs[k] for k in ("groups", "topk_groups")}
-            problem = RouterProblem(**sizes, **scored, **groups, biased=len(ins) == 3)
+            problem = RouterProblem(**common, **groups, biased=len(ins) == 3)
         else:
-            problem = RouterBwdProblem(**sizes, **scored)
+            problem = RouterBwdProblem(**common)
     formats = [o.format for o in problem.operands(RoutingConfig()) if o.shape]
     found = [v.format for v in (*ins, *outs)]
     if found != formats[: len(found)]:

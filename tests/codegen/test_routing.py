@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from nmoe.binding import lowered
 from nmoe.codegen import compiler as kernel_compiler
 from nmoe.codegen import families, verify
 from nmoe.codegen.problem import IllegalConfig
@@ -26,7 +27,6 @@ from nmoe.codegen.routing import (
 from nmoe.codegen.spec import KernelSpec, specs
 from nmoe.codegen.verify import routing as oracle
 from nmoe.config import Target, load
-from nmoe.schedule import lower
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KINDS = ("router", "router_bwd", "moe_plan", "dispatch", "combine")
@@ -39,7 +39,7 @@ PROBLEMS = [
     DispatchProblem(5, 3, 536, True),
     DispatchProblem(300, 8, 256, False),
     CombineProblem(5, 3, 536, True),
-    CombineProblem(300, 8, 256, False),
+    CombineProblem(300, 8, 256, False, addends=2),
     ROUTER,
     RouterProblem(64, 4, 136, **SIGMOID, groups=8, topk_groups=3, biased=True),
     RouterProblem(36, 5, 72, **SOFTMAX, groups=4, topk_groups=2, biased=False),
@@ -52,7 +52,7 @@ CASES = [(1, 150, 0.0), (2, 1, 0.0), (3, 39, 5.0)]  # schedule, tokens, skew: al
 def routing_specs(name: str, precision: str, target: str) -> list[KernelSpec]:
     config = load(CONFIGS / f"{name}.toml")
     config = replace(config, target=Target(target), schedule=replace(config.schedule, precision=precision))
-    return [spec for spec in specs(lower(config)) if spec.parts[0].kind in KINDS]
+    return [spec for spec in specs(lowered(config)) if spec.parts[0].kind in KINDS]
 
 
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])

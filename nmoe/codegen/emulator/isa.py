@@ -374,7 +374,9 @@ def move(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     elif isinstance(value, ptx.Vec):
         name = unpack_name(asm, kind, len(value.items), "pack")
         asm.emit(name, asm.destination(target, width), *(asm.source(v, 32, "b32") for v in value.items))
-    elif isinstance(value, ptx.Reg) and re.fullmatch(r"%(clock|clock_hi|clock64|globaltimer|globaltimer_lo)", value.name):
+    elif isinstance(value, ptx.Reg) and re.fullmatch(
+        r"%(clock|clock_hi|clock64|globaltimer|globaltimer_lo)", value.name
+    ):
         asm.emit("clock", asm.destination(target, width), mods=(int(width == 64),))
     elif isinstance(value, ptx.Reg) and value.name not in asm.slots and width == 64:
         asm.emit("cvt_u64_u32", asm.destination(target, 64), asm.special(value.name))

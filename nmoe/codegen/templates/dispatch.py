@@ -1,7 +1,9 @@
 """Tokens' rows into the slots of their experts: each is read once and written topk times.
 
-warp ─▶ token: 16-byte pieces of x ─▶ registers ─▶ topk rows       then the next token, a grid of warps further
-warp ─▶ 32 rows of row_source: those that are padding ─▶ zeros
+    warp ─▶ token: 16-byte pieces of x ─▶ registers ─▶ topk rows
+    warp ─▶ 32 rows of row_source: those that are padding ─▶ zeros
+
+Then the warp's next token, or rows, a grid of warps further.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import cutlass
 from cutlass import Float32, Int32, cute
+from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.routing import PlanProblem, RoutingConfig
 from nmoe.codegen.templates.fixed import Fixed
@@ -35,7 +36,7 @@ class Plan(Fixed):
 
     @cute.kernel
     def count(self, indices, counts):  # type: ignore[no-untyped-def]
-        smem = cutlass.utils.SmemAllocator()
+        smem = SmemAllocator()
         held = smem.allocate_tensor(Int32, cute.make_layout((self.config.warps, self.experts)))
         self._walk(indices, held, Int32(0), None, None)
         cute.arch.sync_threads()
@@ -47,7 +48,7 @@ class Plan(Fixed):
 
     @cute.kernel
     def place(self, indices, slots, row_source, offsets, load, counts):  # type: ignore[no-untyped-def]
-        smem = cutlass.utils.SmemAllocator()
+        smem = SmemAllocator()
         held = smem.allocate_tensor(Int32, cute.make_layout((self.config.warps, self.experts)))
         before = smem.allocate_tensor(Int32, cute.make_layout(self.experts))
         total = smem.allocate_tensor(Int32, cute.make_layout(self.experts))

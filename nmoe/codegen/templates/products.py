@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import cutlass
 from cutlass import Float32, Int32, cute
+from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.routing import PRODUCT_COLUMNS as COLUMNS
 from nmoe.codegen.routing import PRODUCT_DEPTH as DEPTH
@@ -90,7 +91,7 @@ class Products(Fixed):
     @cute.kernel
     def multiply(self, a: cute.Tensor, b: cute.Tensor, c: cute.Tensor):  # type: ignore[no-untyped-def]
         thread, (tile_m, tile_n, split) = cute.arch.thread_idx()[0], cute.arch.block_idx()
-        smem = cutlass.utils.SmemAllocator()
+        smem = SmemAllocator()
         stages_a = smem.allocate_tensor(Float32, cute.make_layout((ROWS, DEPTH, 2)), 16)
         stages_b = smem.allocate_tensor(Float32, cute.make_layout((COLUMNS, DEPTH, 2)), 16)
         load_a = Loader(a, stages_a, tile_m, self.a_across)

@@ -15,6 +15,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass._mlir.dialects import arith
 from cutlass.cutlass_dsl import T
+from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.routing import RouterProblem, RoutingConfig
 from nmoe.codegen.templates.fixed import Fixed
@@ -67,7 +68,7 @@ class Router(Fixed):
     @cute.kernel
     def select(self, logits, bias, indices, weights, route_scale):  # type: ignore[no-untyped-def]
         lane, warp = cute.arch.lane_idx(), cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        smem = cutlass.utils.SmemAllocator()
+        smem = SmemAllocator()
         shared = smem.allocate_tensor(Float32, cute.make_layout((self.problem.experts, self.config.warps)))
         mine = shared[None, warp]
         if cutlass.const_expr(bias is not None):
@@ -162,7 +163,7 @@ class Router(Fixed):
     @cute.kernel
     def losses(self, logits, indices, partial, seq_len):  # type: ignore[no-untyped-def]
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        smem = cutlass.utils.SmemAllocator()
+        smem = SmemAllocator()
         often = smem.allocate_tensor(Int32, cute.make_layout(self.problem.experts))
         sums = smem.allocate_tensor(Float32, cute.make_layout((2, self.config.warps)))
         balance, z = Float32(0.0), Float32(0.0)

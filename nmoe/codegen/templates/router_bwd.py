@@ -1,9 +1,11 @@
 """The router's gradient: from the weights' and the auxiliary losses' through the scores to x and w.
 
-dlogits    part of the tokens; warp ─▶ token: dL/dlogits ─▶ workspace
-multiply   dx = dlogits · w                                     products.py
-multiply   partial[split] = dlogitsᵀ · x of a part of the tokens
-add        dw += Σ over the splits, in order
+    dlogits    part of the tokens; warp ─▶ token: dL/dlogits ─▶ workspace
+    multiply   dx = dlogits · w                                     products.py
+    multiply   partial[split] = dlogitsᵀ · x of a part of the tokens
+    add        dw += Σ over the splits, in order
+
+Every sum has one order, so that results are repeatable bit for bit.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, cute
+from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.routing import RouterBwdProblem, RoutingConfig
 from nmoe.codegen.templates.fixed import Fixed
@@ -66,7 +69,7 @@ class RouterBwd(Fixed):
     @cute.kernel
     def dlogits(self, dweights, indices, logits, d, route_scale, seq_len, balance, z):  # type: ignore[no-untyped-def]
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        smem = cutlass.utils.SmemAllocator()
+        smem = SmemAllocator()
         often = smem.allocate_tensor(Int32, cute.make_layout(self.problem.experts))
         token, end = self.scored.part(logits.shape[0])
         while token < end:

@@ -162,7 +162,11 @@ def _(problem: CombineProblem, before: Tensors, after: Tensors) -> dict[str, flo
     chosen = before["rows"][before["slots"].long()].double()
     want, size = chosen.sum(1), chosen.abs().sum(1)
     bound = problem.topk * U * size
-    found = _within("y", after["y"], want, bound + STORE * (want.abs() + bound))
+    bound = bound + STORE * (want.abs() + bound)
+    for name in problem.addend_names:
+        want = want + before[name].double()
+        bound = bound + STORE * (want.abs() + bound)
+    found = _within("y", after["y"], want, bound)
     if problem.valued:
         found |= _exact(("values",), [before["row_values"][before["slots"].long()]], after)
     return found
