@@ -76,7 +76,6 @@ class Epilogue(Fixed):
         self.steps = self.pieces // 2 if gemm.paired else self.pieces
         self.units = 128 // fragment.rows
         self.tile = buffers
-        self.spots = [fragment.stored(buffers[None, None, i]) for i in range(gemm.config.buffers)]
         layout = copy_layout(fragment.rows, 2 * gemm.config.buffers)
         start = cute.recast_ptr(buffers.iterator, layout.inner, Float8E4M3FN)
         self.halves = cute.make_tensor(start, layout.outer)
@@ -117,19 +116,26 @@ class Epilogue(Fixed):
             for p in cutlass.range_constexpr(self.pieces):
                 at = (self._row(place), place.column * self.pieces + (p ^ flip), batch)
                 values = self._piece(acc, p ^ flip, factor)
-                self._release(free, p == 0)
+                self._release(free, p)
                 self._put(values, p % self.buffers, self.problem.stored[0], at)
         return turn
 
-    def _release(self, free, first: bool) -> None:  # type: ignore[no-untyped-def]
-        if free is not None and first:
-            self.fragment.release(free)
+    @cute.jit
+    def _release(self, free, p) -> None:  # type: ignore[no-untyped-def]
+        """After the first step's pieces have been read."""
+        if cutlass.const_expr(free is not None):
+            if p == 0:
+                self.fragment.release(free)
 
     @cute.jit
     def finish(self) -> None:
         """Before the thread block ends: its buffers must outlive the copies."""
         if self.fragment.leads:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    def _spot(self, buffer) -> cute.Tensor:  # type: ignore[no-untyped-def]
+        """This thread's elements of a buffer."""
+        return self.fragment.stored(self.tile[None, None, buffer])
 
     def _row(self, place) -> Int32:  # type: ignore[no-untyped-def]
         return place.row * self.units + self.unit
@@ -147,23 +153,23 @@ class Epilogue(Fixed):
         return piece
 
     @cute.jit
-    def _put(self, values, buffer: cutlass.Constexpr, result: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
+    def _put(self, values, buffer, result: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
         """Stores one piece from registers through the next buffer."""
         self._write(values, buffer)
         self._send(((result, buffer),), at)
 
     @cute.jit
-    def _write(self, values, buffer: cutlass.Constexpr) -> None:  # type: ignore[no-untyped-def]
+    def _write(self, values, buffer) -> None:  # type: ignore[no-untyped-def]
         """Writes one piece into the next buffer. The other buffers' stores may still be reading them."""
         if self.fragment.leads:
             cute.arch.cp_async_bulk_wait_group(self.buffers - 1, read=True)
         self.fragment.sync()
         rounded = cute.make_rmem_tensor(values.shape, self.gemm.out_type)
         rounded.store(values.load().to(self.gemm.out_type))
-        cute.autovec_copy(rounded, self.spots[buffer])
+        cute.autovec_copy(rounded, self._spot(buffer))
 
     @cute.jit
-    def _send(self, sources: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
+    def _send(self, sources, at) -> None:  # type: ignore[no-untyped-def]
         """Stores results from shared memory: (result, place among its buffers) each."""
         cute.arch.fence_proxy("async.shared", space="cta")
         self.fragment.sync()
@@ -184,31 +190,42 @@ class Epilogue(Fixed):
     def _swiglu(self, acc, place, plain, factor, flip, free) -> None:  # type: ignore[no-untyped-def]
         """h = [gate | up] and act = weight · silu(gate) · up, of h as it is stored, so that recomputing act from h
         gives the same bits."""
-        half = self.steps
         weights = self._weights(plain.weight, place)
-        row = self._row(place)
-        each = 3 if cutlass.const_expr(self.problem.keeps_h) else 1
-        for p in cutlass.range_constexpr(half):
-            at = place.column * half + (p ^ flip)
-            gate, up = self._piece(acc, p ^ flip, factor), self._piece(acc, half + (p ^ flip), factor)
-            self._release(free, p == 0)
-            gate.store(gate.load().to(BFloat16).to(Float32))
-            up.store(up.load().to(BFloat16).to(Float32))
-            if cutlass.const_expr(self.problem.keeps_h):
-                self._put(gate, each * p % self.buffers, "h", (row, at, 0))
-                self._put(up, (each * p + 1) % self.buffers, "h", (row, at, 1))
-            for i in cutlass.range_constexpr(cute.size(gate)):
-                gate[i] = activation.swiglu(gate[i], up[i], weights[self.fragment.row(i)])
-            buffer = (each * p + each - 1) % self.buffers
-            if cutlass.const_expr(len(self.problem.copies) > 0):
-                self._write(gate, buffer)
-                self._quantize(buffer, (row, at, 0), place, plain)
-            else:
-                self._put(gate, buffer, "act", (row, at, 0))
+        if cutlass.const_expr(self.fragment.parts > 0):
+            for p in cutlass.range(self.steps, unroll=1):
+                self._swiglu_step(acc, place, plain, factor, weights, p, flip, free)
+        else:
+            for p in cutlass.range_constexpr(self.steps):
+                self._swiglu_step(acc, place, plain, factor, weights, p, flip, free)
+
+    @cute.jit
+    def _swiglu_step(self, acc, place, plain, factor, weights, p, flip, free) -> None:  # type: ignore[no-untyped-def]
+        row, at = self._row(place), place.column * self.steps + (p ^ flip)
+        gate, up = self._piece(acc, p ^ flip, factor), self._piece(acc, self.steps + (p ^ flip), factor)
+        self._release(free, p)
+        gate.store(gate.load().to(BFloat16).to(Float32))
+        up.store(up.load().to(BFloat16).to(Float32))
+        buffer = p  # the number of the piece that is stored next
+        if cutlass.const_expr(self.problem.keeps_h):
+            buffer = 3 * p + 2
+            self._put(gate, 3 * p % self.buffers, "h", (row, at, 0))
+            self._put(up, (3 * p + 1) % self.buffers, "h", (row, at, 1))
+        for i in cutlass.range_constexpr(cute.size(gate)):
+            gate[i] = activation.swiglu(gate[i], up[i], weights[self.fragment.row(i)])
+        if cutlass.const_expr(len(self.problem.copies) > 0):
+            self._write(gate, buffer % self.buffers)
+            if (
+                at < self.problem.columns
+            ):  # always; a branch of its own keeps its registers apart from the rest's
+                self._quantize(buffer % self.buffers, (row, at, 0), place, plain)
+            self._send_copies(buffer % self.buffers, (row, at, 0))
+        else:
+            self._put(gate, buffer % self.buffers, "act", (row, at, 0))
 
     @cute.jit
     def _quantize(self, buffer, at, place, plain) -> None:  # type: ignore[no-untyped-def]
-        """Stores the MXFP8 copies of a piece of act or dh that lies, rounded to BF16, in a buffer, in its place."""
+        """The MXFP8 copies of a piece of act or dh that lies, rounded to BF16, in a buffer, in its place; and their
+        scales."""
         columns = self.problem.columns
         first = at[2] * columns + at[1] * self.width  # of the result's columns
         copies, lane = self.problem.copies, cute.arch.lane_idx()
@@ -234,7 +251,10 @@ class Epilogue(Fixed):
                         line = first + 2 * lane + side
                         byte = line % 32 * 16 + line % 128 // 32 * 4 + self.unit
                         plain.col_scale[line // 128, place.row, byte] = Uint8(codes[side])
-        self._send(tuple((copy, 2 * buffer + i) for i, copy in enumerate(copies)), at)
+
+    @cute.jit
+    def _send_copies(self, buffer, at) -> None:  # type: ignore[no-untyped-def]
+        self._send(tuple((copy, 2 * buffer + i) for i, copy in enumerate(self.problem.copies)), at)
 
     @cute.jit
     def _fetch(self, slot: cutlass.Constexpr, row: Int32, at: Int32) -> None:
@@ -261,9 +281,8 @@ class Epilogue(Fixed):
                     sums = self._read_piece(
                         acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn, flip
                     )
-                    if cutlass.const_expr(free is not None and slot == 0):
-                        if pair == 0:
-                            self.fragment.release(free)
+                    if cutlass.const_expr(slot == 0):
+                        self._release(free, pair)
                 turn ^= 1
         else:
             for p in cutlass.range_constexpr(self.pieces):
@@ -304,15 +323,15 @@ class Epilogue(Fixed):
         total.store(values.load().to(BFloat16))
         addend = cute.make_rmem_tensor(values.shape, BFloat16)
         for i in cutlass.range_constexpr(count):
-            cute.autovec_copy(self.spots[count * slot + i], addend)
+            cute.autovec_copy(self._spot(count * slot + i), addend)
             total.store((total.load().to(Float32) + addend.load().to(Float32)).to(BFloat16))
-        cute.autovec_copy(total, self.spots[count * slot])
+        cute.autovec_copy(total, self._spot(count * slot))
         self._send((("y", count * slot),), at)
 
     @cute.jit
     def _dswiglu(self, acc, p, factor, weights, sums, slot: cutlass.Constexpr, part):  # type: ignore[no-untyped-def]
         """d gate and d up in place of gate and up: of a piece, or a part of it."""
-        spots = [self.spots[2 * slot], self.spots[2 * slot + 1]]
+        spots = [self._spot(2 * slot), self._spot(2 * slot + 1)]
         parts = 1
         if cutlass.const_expr(part is not None):
             parts = self.fragment.parts
@@ -339,6 +358,7 @@ class Epilogue(Fixed):
         if cutlass.const_expr(len(self.problem.copies) > 0):
             for half in cutlass.range(2, unroll=1):
                 self._quantize(2 * slot + half, (*at, half), place, plain)
+                self._send_copies(2 * slot + half, (*at, half))
         else:
             for half in cutlass.range_constexpr(2):
                 self._send((("dh", 2 * slot + half),), (*at, half))
