@@ -207,9 +207,27 @@ def float_operation(asm: Assembler, ins: ptx.Instr, mods: Modifiers, head: str, 
         emit_typed(asm, f"{name}_{kind}", ins, [kind] * count, flags)
 
 
+def mixed_operation(asm: Assembler, ins: ptx.Instr, mods: Modifiers, head: str, narrow: str) -> None:
+    """add, sub and fma of sm_100: f32 but for the first source, of fma the first two, which are 16 bits wide."""
+    flags = float_flags(mods)
+    mods.need("rn")
+    slots = []
+    for i, operand in enumerate(ins.operands[1:]):
+        if i < (2 if head == "fma" else 1):
+            slots.append(asm.temporary(32))
+            mode = (TYPE["f32"], TYPE[narrow], ROUNDING["rn"], 0)
+            asm.emit("cvt", slots[-1], asm.source(operand, 32, narrow), mods=mode)
+        else:
+            slots.append(asm.source(operand, 32, "f32"))
+    asm.emit(f"{head}_f32", asm.destination(ins.operands[0], 32), *slots, flags=flags)
+
+
 @opcode("add", "sub", "min", "max", "neg", "abs", "div", "rem", "fma")
 def arithmetic(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     head, kind = ins.opcode.split(".")[0], mods.type()
+    if kind in ("f16", "bf16") and mods.flag("f32"):
+        mixed_operation(asm, ins, mods, head, kind)
+        return
     if kind[0] in "fb" and kind not in ("b16", "b32", "b64"):
         float_operation(asm, ins, mods, head, kind)
         return
