@@ -32,11 +32,16 @@ Observe = Callable[[str], AbstractContextManager]
 
 class Executor:
     """`tensors` holds everything that outlives a step, by name: parameters in their working format, gradients,
-    state and inputs. `allocate` makes those that the caller does not bring. `observe`, when set, is called with the
-    name of each op that runs and returns what surrounds it."""
+    state and inputs. `allocate` makes those that the caller does not bring. `implementations` replace the references of
+    op kinds, with their signature. `observe`, when set, is called with the name of each op that runs and returns what
+    surrounds it."""
 
     def __init__(
-        self, schedule: Schedule, tensors: Mapping[str, torch.Tensor], arena: torch.Tensor | None = None
+        self,
+        schedule: Schedule,
+        tensors: Mapping[str, torch.Tensor],
+        arena: torch.Tensor | None = None,
+        implementations: Mapping[str, Callable[..., None]] | None = None,
     ) -> None:
         if schedule.target not in TARGETS:
             raise UserError(
@@ -61,6 +66,7 @@ class Executor:
         for tensor in schedule.graph.of_kind("const"):
             if tensor.name not in self.tensors and tensor.format not in QUANTIZED:
                 self.tensors[tensor.name] = empty(schedule.spec(tensor.name))
+        kinds = {kind: definition.reference for kind, definition in OPS.items()} | dict(implementations or {})
         self._views: dict[str, Any] = {}
         self._quantizers = {op.outputs[0]: op for op in schedule.graph.ops if op.kind == "quantize"}
         self._phases: dict[str, list[tuple[str, Bound]]] = {"init": [], "step": [], "micro": []}
@@ -71,7 +77,7 @@ class Executor:
                 specs = schedule.scratch_specs(op)
                 names = schedule.scratch_names[op.name]
                 scratch = [self._view(schedule.offsets[n], s) for n, s in zip(names, specs, strict=True)]
-                run = partial(OPS[op.kind].reference, op.attrs, ins, outs, scratch)
+                run = partial(kinds[op.kind], op.attrs, ins, outs, scratch)
                 self._phases[op.phase].append((op.name, run))
         self.run("init")
 
