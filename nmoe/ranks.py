@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from nmoe.rdep.shm import Shm
 from nmoe.rdep.sums import Sums
 from nmoe.rdep.transfer import Transfers
 from nmoe.rdep.transport import Buffer, Local, Missing, Part, Transport
+
+_Error = TypeVar("_Error", bound=BaseException)
 
 
 class Ranks:
@@ -73,14 +75,13 @@ class Ranks:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def explain(self, error: Exception) -> Exception:
+    def explain(self, error: _Error) -> _Error | Missing:
         """What an error comes from: a rank that died, when the error is what others notice of it."""
         dead = self._transport.dead() if isinstance(self._transport, Shm) else []
         if not dead or (isinstance(error, UserError) and not isinstance(error, CheckpointError)):
             return error
         return Missing(
-            f"rank {dead[0]} of {self.world} has died ({str(error).splitlines()[0]}). Look for the first error in its "
-            "log, then continue with --resume"
+            f"rank {dead[0]} of {self.world} has died. Look for the first error in its log, then continue with --resume"
         )
 
 

@@ -120,7 +120,7 @@ def _train(config: Config, ranks: Ranks, resume: bool, out: Print) -> Outcome:
             checkpoints.close()
         except BaseException as error:
             status: Ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            record(status, {"step": done, "loss": _number(loss), "error": str(error)})
+            record(status, {"step": done, "loss": _number(loss), "error": str(ranks.explain(error))})
             if isinstance(error, NonFinite):
                 kept = checkpoints.steps()
                 raise NonFinite(
