@@ -213,7 +213,7 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
                 times[config] = median(partial(kernel, *ready))
                 del tensors, ready
             best = min(times, key=times.__getitem__)
-            chosen = autotune.choose(problem, TARGET)
+            chosen, _ = autotune.choose(problem, TARGET)
             reference = _torch_time(problem, before, median)
             total["ours"] += times[best]
             total["torch"] += reference

@@ -67,7 +67,12 @@ def _compile(args: argparse.Namespace) -> int:
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    result = build(list(uses), args.cache or default_root(), workers=args.workers or 0, progress=progress)
+    root = args.cache or default_root()
+    if args.tune:
+        from nmoe.autotune.measure import tune_all
+
+        tune_all(list(uses), root, _line)
+    result = build(list(uses), root, workers=args.workers or 0, progress=progress)
     _line(format_build(config.run.name, result))
     if args.emit:
         _line(emit(result, args.emit))
@@ -75,7 +80,7 @@ def _compile(args: argparse.Namespace) -> int:
         from nmoe.codegen.verify import verify
 
         ready = [*result.warm, *result.built]
-        if wrong := verify(ready, _line):
+        if wrong := verify(ready, _line, root):
             raise UserError(
                 f"nmoe compile: {wrong} of {len(ready)} kernels of {config.run.name} failed on the emulator (listed "
                 "above); do not train with them, and report the lines above"
@@ -148,6 +153,11 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--emit", type=Path, metavar="DIR", help="also write each kernel's PTX, SASS and report there"
+    )
+    sub.add_argument(
+        "--tune",
+        action="store_true",
+        help="first time each kernel's likely configs on this machine's GPU; later builds use the fastest",
     )
     sub.add_argument(
         "--verify",

@@ -10,6 +10,7 @@ member of it is compiled and run, under warp schedules with race detection. An o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -57,9 +58,9 @@ def verify_family(problem: Problem, config: Config, target: str) -> str:
     return f"ok: {worst:.3g} of the bound, {len(SCHEDULES)} schedules"
 
 
-def verify(specs: Sequence[KernelSpec], report: Callable[[str], None]) -> int:
+def verify(specs: Sequence[KernelSpec], report: Callable[[str], None], root: Path | None = None) -> int:
     """Tells `report` a line for each spec that has a template; returns how many are not ok. Specs of one family and
-    config share a run."""
+    config share a run. `root`: the cache whose tuning chooses the configs."""
     compiler.check_toolchain()
     outcomes: dict[tuple[Problem, Config, str], str] = {}
     failures = 0
@@ -67,7 +68,8 @@ def verify(specs: Sequence[KernelSpec], report: Callable[[str], None]) -> int:
         problem = families.match(spec)
         if isinstance(problem, str):
             continue
-        family = (problem.small(), autotune.choose(problem, spec.target), spec.target)
+        config, _ = autotune.choose(problem, spec.target, root)
+        family = (problem.small(), config, spec.target)
         if family not in outcomes:
             outcomes[family] = verify_family(*family)
         failures += not outcomes[family].startswith("ok")
