@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nmoe import model
 from nmoe.config import Config
-from nmoe.errors import CheckpointError, UserError
+from nmoe.errors import UserError
 from nmoe.plan import micro_batch
 from nmoe.rdep import exchange, sums
 from nmoe.rdep.exchange import Exchange
@@ -76,13 +76,14 @@ class Ranks:
         return box[0]
 
     def explain(self, error: _Error) -> _Error | Missing:
-        """What an error comes from: a rank that died, when the error is what others notice of it."""
-        dead = self._transport.dead() if isinstance(self._transport, Shm) else []
-        if not dead or (isinstance(error, UserError) and not isinstance(error, CheckpointError)):
+        """Who is missing, when an error is what gloo noticed of it; any other error as it is."""
+        if "gloo" not in str(error) or not isinstance(self._transport, Shm):
             return error
-        return Missing(
-            f"rank {dead[0]} of {self.world} has died. Look for the first error in its log, then continue with --resume"
+        dead = self._transport.dead()
+        who = (
+            f"rank {dead[0]} of {self.world} has died" if dead else f"one of the {self.world} ranks is stuck"
         )
+        return Missing(f"{who}. Look for the first error in its log, then continue with --resume")
 
 
 @contextmanager

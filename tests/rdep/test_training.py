@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -255,6 +256,18 @@ def test_a_stopped_rank_is_survived_or_named(config, alone):
     error = group.join(1)[0]
     group.processes[1].kill()
     assert isinstance(error, Missing) and "of rank 1: rank 1 of 2 is stuck" in str(error), error
+
+
+def test_an_interrupted_rank_ends_the_step_of_all(config, alone):
+    run = config(2, train={"steps": 10**6})
+    group = begun(run, 2)
+    os.kill(group.processes[1].pid, signal.SIGINT)
+    finish(group, 2)
+    with sqlite3.connect(run.metrics.experiments) as db:
+        ((status, summary),) = db.execute("SELECT status, summary FROM runs").fetchall()
+    assert status == "interrupted"
+    (folder,) = (Path(run.checkpoint.dir) / "run").glob("step_*")
+    assert folder.name == f"step_{json.loads(summary)['step']:08d}"
 
 
 def _overflow(key, rank, world, config, port):
