@@ -25,6 +25,7 @@ from nmoe.checkpoint import Checkpointer
 from nmoe.config import Checkpoint, Data, Metrics, Rdep, Run, Source
 from nmoe.data.prep import prepare
 from nmoe.plan import PlanError
+from nmoe.rdep.exchange import Exchange
 from nmoe.rdep.plan import CapacityError
 from nmoe.rdep.shm import Shm
 from nmoe.rdep.transport import Missing
@@ -105,11 +106,11 @@ def _rank(key, rank, world, config, port, begun=None, delays=False):
     return lines
 
 
-def start(config, world, **keys) -> Group:
+def start(config, world, work=_rank, **keys) -> Group:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return Group(world, partial(_rank, config=config, port=port, **keys))
+    return Group(world, partial(work, config=config, port=port, **keys))
 
 
 def finish(group, world):
@@ -241,6 +242,28 @@ def test_survivors_of_a_killed_rank_name_it_and_the_run_goes_on(config, alone):
     assert_same(trajectory(again), alone)
 
 
+def _dies(key, rank, world, config, port):
+    """Rank 1 dies when its fifth dispatch begins: the layers' first ones of the step, and what backward sends."""
+    if rank == 1:
+        dispatch, calls = Exchange.dispatch, []
+
+        def fatal(self, *args):
+            calls.append(None)
+            if len(calls) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return dispatch(self, *args)
+
+        Exchange.dispatch = fatal
+    return _rank(key, rank, world, config, port)
+
+
+def test_survivors_name_the_layer(config):
+    error = start(config(2, model={"mtp_depth": 0}), 2, work=_dies).join(1)[0]
+    # forward layers 1 and 2; backward layer 2: gradient out, x again; backward layer 1
+    waited = r"layers\.1\.moe\.combine\.bwd: rank 0 waited \d\.\d s for rows\.full 7 \(seen 6\) of rank 1"
+    assert re.match(f"{waited}: rank 1 of 2 has died", str(error)), error
+
+
 def test_a_stopped_rank_is_survived_or_named(config, alone):
     run = config(2)
     group = begun(run, 2)
@@ -292,10 +315,7 @@ def test_overflow_is_one_error_on_all_ranks_and_changes_nothing(config):
     """All tokens choose experts 0 and 1 first: their rank would take the rows of everyone."""
     run = config(2, moe={"balance_loss": 0.0, "z_loss": 0.0})
     run = replace(run, rdep=replace(run.rdep, capacity=70))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    found = Group(2, partial(_overflow, config=run, port=port)).join(2)
+    found = start(run, 2, work=_overflow).join(2)
     for message, code, untouched in found.values():
         assert re.fullmatch(
             r"layers\.[12]\.moe\.plan: rank [01] of 2 would receive \d+ expert rows, the capacity is 70: raise "
