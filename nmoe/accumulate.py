@@ -11,7 +11,8 @@ from nmoe.rdep.sums import depth
 
 
 class Accumulator:
-    """Sums `tensors`, which each micro-batch finds at zero and adds to, over `terms` micro-batches."""
+    """Sums `tensors` over `terms` micro-batches, each of which finds them at zero and adds to them. Further ones are
+    added in place."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], terms: int) -> None:
         self._tensors, self._terms = tensors, terms
@@ -26,7 +27,7 @@ class Accumulator:
     def add(self) -> None:
         """Call after each micro-batch; after the last one `tensors` hold the sums."""
         self._done += 1
-        last, terms = self._done == self._terms, 1
+        last, terms = self._done >= self._terms, 1
         while self._held and (last or self._held[-1] == terms):
             terms += self._held.pop()
             for tensor, partial in zip(self._tensors, self._partial[len(self._held)], strict=True):

@@ -88,7 +88,10 @@ class Step:
         self.tensors |= dict(zip(counted, sums.split([*sizes, len(sums) - sum(sizes)]), strict=False))
         self._replicated = (self.parameters.grad[: self.parameters.experts], sums)
         self._experts = self.parameters.grad[self.parameters.experts :]
-        self._sums = Accumulator((self.parameters.grad, sums), self.micro_batches)
+        in_place = (
+            config.target.device != "cpu"
+        )  # a GPU adds in the order of time and has no room for partial sums
+        self._sums = Accumulator((self.parameters.grad, sums), 1 if in_place else self.micro_batches)
         arena = torch.empty(max(s.arena_bytes for s in self.schedules), dtype=torch.uint8)
         self.executors = [
             Executor(s, self.tensors, arena, self.ranks.implementations) for s in self.schedules
@@ -158,7 +161,8 @@ class Step:
     def _grad_norms(self) -> dict[str, float]:
         """The norm of each parameter's gradient, and of each expert's, on whichever rank it lies. The same on all."""
         pieces = self.parameters.pieces(self.parameters.grad)
-        norms = {name: float(torch.linalg.vector_norm(piece)) for name, piece in pieces.items()}
+        values = torch.stack([torch.linalg.vector_norm(piece) for piece in pieces.values()])
+        norms = dict(zip(pieces, values.tolist(), strict=True))
         if self.ranks.group == 1:
             return norms
         experts = [
