@@ -50,14 +50,15 @@ def row_align(config: Config) -> int:
 def bind_dims(config: Config, sequences: int) -> dict[str, int]:
     """The two symbols of the graph for a micro-batch of so many sequences: T tokens and R expert rows.
 
-    Without a stated capacity R is the worst case, which no routing exceeds.
+    R is the stated capacity, rounded up to whole row tiles, or the worst case, which no routing exceeds.
     """
     tokens = sequences * config.train.seq_len
     moe, rdep = config.moe, config.rdep
     if moe is None:
         return {"T": tokens, "R": 0}
-    worst = worst_case(rdep.ranks, tokens, moe.topk, moe.experts, row_align(config))
-    return {"T": tokens, "R": rdep.capacity or worst}
+    align = row_align(config)
+    stated = -(-rdep.capacity // align) * align
+    return {"T": tokens, "R": stated or worst_case(rdep.ranks, tokens, moe.topk, moe.experts, align)}
 
 
 class _Builder:
