@@ -34,7 +34,7 @@ class Parameters:
     `[rdep] ranks` equal shares of them the graph holds.
     """
 
-    def __init__(self, graph: Graph, share: int = 0) -> None:
+    def __init__(self, graph: Graph, device: torch.device | str = "cpu", share: int = 0) -> None:
         def key(name: str) -> tuple:
             spec = graph.tensors[name].spec
             return GROUPS.index(group_of(name)), is_norm(name), spec.format != "bf16"
@@ -57,9 +57,9 @@ class Parameters:
             size = end
         self.experts = next((s.start for s in self.segments if s.group == "expert"), size)
         self._share = share
-        self.master, self.grad = torch.zeros(size, dtype=wide), torch.zeros(size, dtype=wide)
+        self.master, self.grad = (torch.zeros(size, dtype=wide, device=device) for _ in range(2))
         narrow_size = size if any(s.narrow for s in self.segments) else 0
-        self.narrow = torch.zeros(narrow_size, dtype=torch.bfloat16)
+        self.narrow = torch.zeros(narrow_size, dtype=torch.bfloat16, device=device)
         self._places = places
         self.masters, self.grads = self.views(self.master), self.views(self.grad)
         copies = self.views(self.narrow) if narrow_size else {}

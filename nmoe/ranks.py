@@ -97,6 +97,11 @@ def launched(config: Config) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks()
         return
+    if config.target.device != "cpu":
+        raise UserError(
+            f'{world} processes for [target] device = "{config.target.device}": this build trains on several ranks on '
+            'device = "cpu" only; start one process'
+        )
     if int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
         raise UserError(
             f"{world} processes on several hosts: the cpu target's ranks share memory; start all with "

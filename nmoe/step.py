@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nmoe import model
+from nmoe import binding, model
 from nmoe.accumulate import Accumulator
+from nmoe.codegen.launch import device_of
 from nmoe.config import Config
 from nmoe.data.loader import Batch
 from nmoe.errors import UserError
@@ -23,7 +24,6 @@ from nmoe.parameters import Parameters
 from nmoe.plan import micro_batch
 from nmoe.ranks import Ranks
 from nmoe.rdep.sums import ROW
-from nmoe.schedule import lower
 
 Range = Callable[[str], AbstractContextManager]
 
@@ -68,33 +68,40 @@ def _rows(elements: int) -> torch.Tensor:
 
 
 class Step:
-    """Owns the parameters, the optimizer and the executor(s) of one rank."""
+    """Owns the parameters, the optimizer and the executor(s) of one rank. `say` hears of the kernels that are compiled
+    for it, and of what runs without one."""
 
     def __init__(
-        self, config: Config, ranges: Range = lambda name: nullcontext(), ranks: Ranks | None = None
+        self,
+        config: Config,
+        ranges: Range = lambda name: nullcontext(),
+        say: Callable[[str], None] = lambda text: None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config, self.ranks, self._range = config, ranks or Ranks(), ranges
         self.sequences = micro_batch(config, self.ranks.world)
         self.micro_batches = config.train.batch_size // self.ranks.world // self.sequences
         late = [high_precision(config)] if config.schedule.bf16_last_tokens else []
-        self.schedules = [lower(c, sequences=self.sequences) for c in (config, *late)]
+        self.schedules = [binding.lowered(c, self.sequences) for c in (config, *late)]
         self.schedule = self.schedules[0]
-        self.parameters = Parameters(self.schedule.graph, self.ranks.share)
+        launcher, device = None, torch.device("cpu")
+        if config.target.device != "cpu":
+            launcher, device = binding.launcher(self.schedules, say), device_of(config.target.device)
+        self.parameters = Parameters(self.schedule.graph, device, self.ranks.share)
         self.optimizer = AdamW(self.parameters, config.optim)
-        self.tensors = allocate(self.schedule, "state", "input") | self.parameters.tensors()
+        self.tensors = allocate(self.schedule, "state", "input", device=device) | self.parameters.tensors()
         counted = [n for n in self.tensors if n.startswith("loss.") or n.endswith(".load")]
         sizes = [self.tensors[n].numel() for n in counted]
-        sums = _rows(sum(sizes))
+        sums = _rows(sum(sizes)).to(device)
         self.tensors |= dict(zip(counted, sums.split([*sizes, len(sums) - sum(sizes)]), strict=False))
         self._replicated = (self.parameters.grad[: self.parameters.experts], sums)
         self._experts = self.parameters.grad[self.parameters.experts :]
-        in_place = (
-            config.target.device != "cpu"
-        )  # a GPU adds in the order of time and has no room for partial sums
-        self._sums = Accumulator((self.parameters.grad, sums), 1 if in_place else self.micro_batches)
-        arena = torch.empty(max(s.arena_bytes for s in self.schedules), dtype=torch.uint8)
+        # A GPU adds its micro-batches in place: it has no room for partial sums.
+        terms = self.micro_batches if device.type == "cpu" else 1
+        self._sums = Accumulator((self.parameters.grad, sums), terms)
+        arena = torch.empty(max(s.arena_bytes for s in self.schedules), dtype=torch.uint8, device=device)
         self.executors = [
-            Executor(s, self.tensors, arena, self.ranks.implementations) for s in self.schedules
+            Executor(s, self.tensors, arena, launcher, self.ranks.implementations) for s in self.schedules
         ]
         self._losses = {n: t for n, t in self.tensors.items() if n.startswith("loss.")}
         self._loads = {n.removesuffix(".load"): t for n, t in self.tensors.items() if n.endswith(".load")}
@@ -133,7 +140,8 @@ class Step:
             factor = lr_factor(self.config.optim, (step + 1) * self._tokens_per_step, self._total)
             self.optimizer.step(factor, norm)
             self._balance_experts()
-        return Result(losses, norm, factor, self._loads, self._biases)
+        loads, biases = ({n: t.cpu() for n, t in x.items()} for x in (self._loads, self._biases))
+        return Result(losses, norm, factor, loads, biases)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds, by name."""

@@ -83,7 +83,7 @@ def _train(config: Config, ranks: Ranks, resume: bool, out: Print) -> Outcome:
             vocab_size=config.model.vocab_size, depth=config.model.mtp_depth, rank=ranks.rank, world=ranks.world,
             micro_batch_size=config.train.micro_batch_size,
         )  # fmt: skip
-        step = Step(config, ranks=ranks)
+        step = Step(config, say=out, ranks=ranks)
         begin, meta = _start(config, step, checkpoints, out)
         run_id = meta["run_id"]
         path = Path(config.metrics.dir) / run_id / f"rank_{ranks.rank}.duckdb"
