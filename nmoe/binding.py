@@ -69,9 +69,10 @@ def _workspace(spec: KernelSpec, root: Path | None) -> Workspace | None:
     return tuple(Spec(tuple(SYMBOLS.get(n, n) for n in o.shape), o.format) for o in tensors[given:])
 
 
-def lowered(config: Config, root: Path | None = None) -> Schedule:
-    """The schedule as this build executes it on the config's target, with the cache `root`, by default the user's."""
-    return lower(config, kernels=kernels(config.target.device, root or default_root()))
+def lowered(config: Config, sequences: int = 0, root: Path | None = None) -> Schedule:
+    """The schedule of `sequences` at once (0: as `lower` does) as this build executes it on the config's target, with
+    the cache `root`, by default the user's."""
+    return lower(config, sequences=sequences, kernels=kernels(config.target.device, root or default_root()))
 
 
 def by_torch(schedule: Schedule) -> str:
