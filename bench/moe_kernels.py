@@ -117,7 +117,7 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
         entry: Entry | None = Cache(folder).get(name_of(problem, config), TARGET)
         if entry is None:
             raise SystemExit(f"no kernel for {problem} {config} in {folder}: run the build first")
-        return Kernel(entry, device)
+        return Kernel(entry)
 
     def arguments(problem: GemmProblem, config: GemmConfig, tensors: dict[str, Any]) -> list[Any]:
         held = tensors | verify.workspace(problem, config, len(tensors["s"]), "cuda")

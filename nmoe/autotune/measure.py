@@ -83,7 +83,7 @@ def tune(problem: GemmProblem, target: str, cache: Cache, rows: int = 0) -> Reco
     where = device(target)
     rows = rows or ROWS_PER_EXPERT * problem.groups
     configs = candidates(problem, target)
-    kernels = [Kernel(compiler.compile_problem(problem, c, target, cache), where) for c in configs]
+    kernels = [Kernel(compiler.compile_problem(problem, c, target, cache)) for c in configs]
     times: dict[str, list[float]] = {}
     for routing in ROUTINGS if problem.experts > 1 else ROUTINGS[:1]:
         sets = _operands(problem, target, routing, rows, where)

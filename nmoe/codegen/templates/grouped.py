@@ -101,7 +101,7 @@ class GroupedGemm(Fixed):
             tile = tuple(cute.size(box, mode=[i]) for i in range(2))
             view = layouts.view(named[name], element, problem.modes(name), rows)
             made = cpasync.make_tiled_tma_atom(operation, view, box, tile)
-            return Copy(made.atom, made.tma_tensor)
+            return Copy(made.atom, layouts.widened(made.tma_tensor))
 
         def result(name: str) -> Copy:
             if cutlass.const_expr(name in problem.copies):
