@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from nmoe.codegen.gemm import ROW_TILE, SLICE, GemmConfig, GemmProblem
+from nmoe.codegen.gemm import BITS, ROW_TILE, GemmConfig, GemmProblem
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import Config, Problem
 
@@ -44,21 +44,21 @@ def predict(problem: Problem, config: Config, target: str, rows: int = 0) -> Pre
 def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: int) -> float:
     hardware = HARDWARE[target]
     clock = hardware.clock
-    rate = hardware.bf16 / (hardware.sms * clock)
+    rate = hardware.bf16 * 16 / BITS[problem.multiplied] / (hardware.sms * clock)
     wide = config.tile_n // 2 if problem.epilogue == "swiglu" else config.tile_n
     columns = -(-problem.columns // wide)
     if problem.ragged == "rows":
         blocks = problem.groups * -(-rows // problem.groups // (ROW_TILE * config.cluster))
-        tiles, slices = blocks * columns, -(-problem.depth // SLICE)
+        tiles, slices = blocks * columns, -(-problem.depth // problem.slice)
     else:
         tiles = problem.groups * -(-problem.n // (ROW_TILE * config.cluster)) * columns
-        slices = max(1, rows // problem.groups // SLICE)
-    multiply = 2.0 * ROW_TILE * config.tile_n * SLICE / rate
-    load = 2.0 * SLICE * (ROW_TILE + config.tile_n / config.cluster) / L2_BYTES_PER_CLOCK
+        slices = max(1, rows // problem.groups // problem.slice)
+    multiply = 2.0 * ROW_TILE * config.tile_n * problem.slice / rate
+    load = problem.stage_bytes(config, config.tile_n // config.cluster) / L2_BYTES_PER_CLOCK
     epilogue = problem.pieces(config) * PIECE_CLOCKS * 2 / config.buffers
     if problem.epilogue == "dswiglu":
         epilogue *= 4  # each piece is read, computed and stored twice over
-    if hardware.tensor_columns:  # two accumulators: hidden behind the next tile's products
+    if hardware.tensor_columns and problem.accumulators(config) == 2:  # hidden behind the next tile's products
         multiply, epilogue = max(multiply, epilogue / slices), 0.0
     multiply *= 1 + STALL / (config.stages - 1) ** 2
     waves = -(-tiles // (hardware.sms // config.cluster))

@@ -28,27 +28,35 @@ EPILOGUES = {
 }
 
 
-def fuse(graph: Graph) -> list[tuple[Op, ...]]:
+def fuse(graph: Graph, target: str) -> list[tuple[Op, ...]]:
     """Groups the graph's ops, in order. A GEMM that accumulates a weight gradient stands alone."""
     groups: list[list[Op]] = []
     for op in graph.ops:
-        if groups and _joins(groups[-1], op):
+        if groups and _joins(groups[-1], op, target):
             groups[-1].append(op)
         else:
             groups.append([op])
     return [tuple(g) for g in groups]
 
 
-def _joins(group: list[Op], op: Op) -> bool:
+def _joins(group: list[Op], op: Op, target: str) -> bool:
     first = group[0]
     if first.attrs.get("role") == "wgrad" or op.phase != first.phase or op.stage != first.stage:
         return False
     if op.kind not in EPILOGUES.get(first.kind, ()):
         return False
+    if op.kind == "quantize" and first.kind in ("gemm", "grouped_gemm") and not _in_a_tile(op, target):
+        return False
     if first.kind == "quantize":
         return op.inputs[0] == first.inputs[0]
     made = {out for member in group for out in member.outputs if out is not None}
     return op.inputs[0] in made or (op.kind == "add" and op.inputs[1] in made)
+
+
+def _in_a_tile(quantize: Op, target: str) -> bool:
+    """NVFP4 needs the amax of a whole tensor or segment first. On Hopper, where a quantized product is a check of the
+    numerics and not fast, MXFP8 copies are made by a kernel of their own, too."""
+    return quantize.attrs["format"] == "mxfp8" and target != "sm_90a"
 
 
 def internal(graph: Graph, groups: list[tuple[Op, ...]]) -> set[str]:

@@ -142,7 +142,7 @@ def place(graph: Graph, target: str, dims: Mapping[str, int], *, overlap: bool =
 
     The CPU target has no fused kernels and gives every op its scratch; a GPU kernel brings its own.
     """
-    groups = fuse(graph)
+    groups = fuse(graph, target)
     calls = assign_streams([Call(group) for group in groups], overlap)
     on_cpu = target == "cpu"
     fused = frozenset() if on_cpu else frozenset(internal(graph, groups))

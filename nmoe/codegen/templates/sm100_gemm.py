@@ -24,16 +24,16 @@ from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import cpasync, tcgen05
 from cutlass.memory import SmemAllocator
 
-from nmoe.codegen.gemm import ROW_TILE, SLICE
+from nmoe.codegen.gemm import ROW_TILE
+from nmoe.codegen.templates import block_scaled
 from nmoe.codegen.templates.epilogue import Epilogue, Fragment
-from nmoe.codegen.templates.grouped import GroupedGemm
+from nmoe.codegen.templates.grouped import GroupedGemm, Plain
 from nmoe.codegen.templates.layouts import major
 from nmoe.codegen.templates.load import Loader
 from nmoe.codegen.templates.ring import Ring
 from nmoe.codegen.templates.tiles import Segments
 
 EPILOGUE_WARPS, MMA_WARP, LOAD_WARP = 4, 4, 5
-ACCUMULATORS = 2
 
 
 class Sm100GroupedGemm(GroupedGemm):
@@ -52,7 +52,17 @@ class Sm100GroupedGemm(GroupedGemm):
         load = cpasync.CopyBulkTensorTileG2SOp(self.group)
         return load, load
 
+    def scales(self, named):  # type: ignore[no-untyped-def]
+        return block_scaled.copies(self, named, self.load_operations()[0]) if self.scaled else ()
+
+    @property
+    def scaled(self) -> bool:
+        return self.problem.multiplied != "bf16"
+
     def mma(self):  # type: ignore[no-untyped-def]
+        if self.scaled:
+            tile = (ROW_TILE * self.cluster, self.config.tile_n)
+            return block_scaled.mma(self.problem, tile, self.group)
         op = tcgen05.MmaF16BF16Op(
             BFloat16, Float32, (ROW_TILE * self.cluster, self.config.tile_n, 16), self.group,
             tcgen05.OperandSource.SMEM, major(self.problem.a_mn_major),
@@ -61,19 +71,20 @@ class Sm100GroupedGemm(GroupedGemm):
         return cute.make_tiled_mma(op)
 
     @cute.kernel
-    def kernel(self, a, b, stores, read, offsets, weight, partial, a_layout, b_layout, buffer_layout):  # type: ignore[no-untyped-def]
+    def kernel(self, a, b, scales, stores, reads, plain, a_layout, b_layout, buffer_layout):  # type: ignore[no-untyped-def]
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         _, cluster, _ = cute.arch.block_idx()
         _, clusters, _ = cute.arch.grid_dim()
-        segments = Segments(offsets, cute.size(a.tensor, mode=[0 if self.problem.ragged == "rows" else 1]))
+        plain = Plain(self.plain, plain)
+        segments = Segments(plain.offsets, cute.size(a.tensor, mode=[0 if self.problem.ragged == "rows" else 1]))
 
         smem = SmemAllocator()
-        a_stages = smem.allocate_tensor(BFloat16, a_layout.outer, 1024, swizzle=a_layout.inner)
-        b_stages = smem.allocate_tensor(BFloat16, b_layout.outer, 1024, swizzle=b_layout.inner)
+        a_stages = smem.allocate_tensor(self.element, a_layout.outer, 1024, swizzle=a_layout.inner)
+        b_stages = smem.allocate_tensor(self.element, b_layout.outer, 1024, swizzle=b_layout.inner)
         buffers = smem.allocate_tensor(self.out_type, buffer_layout.outer, 1024, swizzle=buffer_layout.inner)
         ring = Ring(smem.allocate_array(Int64, 2 * self.config.stages), self.config.stages)
-        accumulators = Ring(smem.allocate_array(Int64, 2 * ACCUMULATORS), ACCUMULATORS)
+        accumulators = Ring(smem.allocate_array(Int64, 2 * self.accumulators), self.accumulators)
         arrived = smem.allocate_array(Int64, 2 * EPILOGUE_WARPS)
         base = smem.allocate_array(Int32, 1)
 
@@ -90,18 +101,21 @@ class Sm100GroupedGemm(GroupedGemm):
         cute.arch.sync_threads()
         self.sync_cluster()
         memory = cute.arch.retrieve_tmem_ptr(Float32, 16, base)
+        factors = None
+        if cutlass.const_expr(self.scaled):
+            columns = base[0] + self.accumulators * self.config.tile_n
+            factors = block_scaled.Scales(self, scales, smem, columns)
 
         if warp == LOAD_WARP:
-            loader = Loader(self, ring, a, b, a_stages, b_stages, shared=False)
+            loader = Loader(self, ring, a, b, a_stages, b_stages, False, factors)
             loader.run(segments, cluster, clusters, rank)
         elif warp == MMA_WARP:
             if rank == 0:
-                self._multiply(
-                    ring, accumulators, a_stages, b_stages, memory, segments, cluster, clusters, rank
-                )
+                self._multiply(ring, accumulators, a_stages, b_stages, factors, memory,
+                               segments, cluster, clusters, rank)  # fmt: skip
         else:
-            self._drain(accumulators, buffers, memory, stores, read, arrived,
-                        segments, weight, partial, warp, cluster, clusters, rank)  # fmt: skip
+            self._drain(accumulators, buffers, memory, stores, reads, arrived,
+                        segments, plain, warp, cluster, clusters, rank)  # fmt: skip
         self.sync_cluster()  # a thread block stays until its neighbour has sent and signalled all that it will
         cute.arch.sync_threads()
         if warp == 0:
@@ -109,21 +123,30 @@ class Sm100GroupedGemm(GroupedGemm):
             cute.arch.dealloc_tmem(memory, self._tensor_columns, is_two_cta=self.cluster == 2)
 
     @property
+    def accumulators(self) -> int:
+        return self.problem.accumulators(self.config)
+
+    @property
     def _tensor_columns(self) -> int:
-        return ACCUMULATORS * self.config.tile_n
+        """What is allocated: a power of two."""
+        used = self.accumulators * self.config.tile_n + self.problem.scale_columns(self.config)
+        return 1 << (used - 1).bit_length()
 
     def _accumulators(self, memory):  # type: ignore[no-untyped-def]
-        """Tensor memory as the MMA sees it: [tile, 1, 1, ACCUMULATORS]."""
+        """Tensor memory as the MMA sees it: [tile, 1, 1, accumulators]."""
         mma = self.mma()
         shape = mma.partition_shape_C((ROW_TILE * self.cluster, self.config.tile_n))
-        layout = mma.make_fragment_C(cute.append(shape, ACCUMULATORS)).layout
+        layout = mma.make_fragment_C(cute.append(shape, self.accumulators)).layout
         return cute.make_tensor(memory, layout)
 
     @cute.jit
-    def _multiply(self, ring, accumulators, a_stages, b_stages, memory, segments, cluster, clusters, rank):  # type: ignore[no-untyped-def]
+    def _multiply(  # type: ignore[no-untyped-def]
+        self, ring, accumulators, a_stages, b_stages, factors, memory, segments, cluster, clusters, rank
+    ):
         mma = self.mma()
-        fa = mma.make_fragment_A(cute.group_modes(cute.flat_divide(a_stages, (ROW_TILE, 16)), 0, 2))
-        fb = mma.make_fragment_B(cute.group_modes(cute.flat_divide(b_stages, (self.b_rows, 16)), 0, 2))
+        step = cute.size(mma.shape_mnk, mode=[2])
+        fa = mma.make_fragment_A(cute.group_modes(cute.flat_divide(a_stages, (ROW_TILE, step)), 0, 2))
+        fb = mma.make_fragment_B(cute.group_modes(cute.flat_divide(b_stages, (self.b_rows, step)), 0, 2))
         acc = self._accumulators(memory)
         both = Int16(3) if cutlass.const_expr(self.cluster == 2) else None
         stage, phase, turn, side = Int32(0), Int32(0), Int32(0), Int32(1)
@@ -137,7 +160,12 @@ class Sm100GroupedGemm(GroupedGemm):
                 for _ in cutlass.range(place.slices, unroll=1):
                     cute.arch.mbarrier_wait(ring.full + stage, phase)
                     _after_sync()
-                    for k in cutlass.range_constexpr(SLICE // 16):
+                    if cutlass.const_expr(factors is not None):
+                        with cute.arch.elect_one():
+                            factors.copy(stage)
+                    for k in cutlass.range_constexpr(self.problem.slice // step):
+                        if cutlass.const_expr(factors is not None):
+                            factors.point(mma, k)
                         target = acc[None, None, None, turn]
                         cute.gemm(mma, target, fa[None, None, k, stage], fb[None, None, k, stage], target)
                         mma.set(tcgen05.Field.ACCUMULATE, True)
@@ -151,13 +179,13 @@ class Sm100GroupedGemm(GroupedGemm):
 
     @cute.jit
     def _drain(  # type: ignore[no-untyped-def]
-        self, accumulators, buffers, memory, stores, read, arrived,
-        segments, weight, partial, warp, cluster, clusters, rank,
+        self, accumulators, buffers, memory, stores, reads, arrived,
+        segments, plain, warp, cluster, clusters, rank,
     ):  # fmt: skip
         own = cute.flat_divide(buffers, (32, buffers.shape[1], self.config.buffers))
         own = own[None, None, None, 0, 0, warp]
         fragment = TensorMemoryFragment(self, own)
-        epilogue = Epilogue(self, fragment, own, stores, read, arrived + 2 * warp, warp)
+        epilogue = Epilogue(self, fragment, own, stores, reads, arrived + 2 * warp, warp)
         acc = self._accumulators(memory)
         phase, turn, side = Int32(0), Int32(0), Int32(0)
         tile, expert, first = self.tiles.begin(segments, cluster)
@@ -169,7 +197,7 @@ class Sm100GroupedGemm(GroupedGemm):
                 cute.arch.mbarrier_wait(accumulators.full + turn, side)
                 _after_sync()
                 if place.exists:
-                    phase = epilogue.run(acc[(None, None), 0, 0, turn], place, weight, partial, phase)
+                    phase = epilogue.run(acc[(None, None), 0, 0, turn], place, plain, phase)
                 _before_sync()
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(accumulators.empty + turn, 0 if self.cluster == 2 else None)
