@@ -19,11 +19,11 @@ from nmoe import autotune
 from nmoe.codegen import compiler, families
 from nmoe.codegen.problem import Config, Problem
 from nmoe.codegen.spec import KernelSpec
-from nmoe.codegen.verify import gemm
+from nmoe.codegen.verify import gemm, rows
 from nmoe.codegen.verify.base import Mismatch, Tensors
 from nmoe.errors import UserError
 
-ORACLES: dict[str, ModuleType] = {"gemm": gemm}  # by Problem.family
+ORACLES: dict[str, ModuleType] = {"gemm": gemm, "rows": rows}  # by Problem.family
 SCHEDULES = (1, 2)
 
 
