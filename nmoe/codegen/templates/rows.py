@@ -31,6 +31,9 @@ from nmoe.codegen.templates.rows_body import RowBody, Spot, vector
 from nmoe.codegen.templates.rows_copy import copies
 
 
+CLEARING = 128  # threads that set the amaxes to zero
+
+
 class Rows(Fixed):
     def __init__(self, problem: RowProblem, config: RowConfig) -> None:
         self.problem, self.config = problem, config
@@ -47,10 +50,14 @@ class Rows(Fixed):
         across = 1 if problem.statistic else self.chunks
         rows = self._extent(named)
         padded = cute.ceil_div(rows, ATOM_ROWS) * ATOM_ROWS if problem.copies else rows
-        tiles = STRIPES if self.sums else cute.ceil_div(padded, config.rows)
-        self.rows(tensors, padded).launch(
-            grid=[tiles, across, max(1, problem.batch)], block=[config.threads, 1, 1], stream=stream
-        )
+        everything = cute.ceil_div(padded, config.rows)
+        tiles = STRIPES if self.sums else everything
+        grid, block = [tiles, across, max(1, problem.batch)], [config.threads, 1, 1]
+        if cutlass.const_expr(problem.two_passes):
+            for copy in problem.copies:
+                self.clear(named[f"{copy.name}_amax"]).launch(grid=[1, 1, 1], block=[CLEARING, 1, 1], stream=stream)
+            self.rows(tensors, padded, True).launch(grid=[everything, *grid[1:]], block=block, stream=stream)
+        self.rows(tensors, padded, False).launch(grid=grid, block=block, stream=stream)
         if cutlass.const_expr(self.sums):
             WeightGradient(problem.width).launch(named["partial"], named["dw"], stream)
 
@@ -60,7 +67,12 @@ class Rows(Fixed):
         return named[name].shape[1 if self.problem.batch else 0]
 
     @cute.kernel
-    def rows(self, tensors, padded: Int32):  # type: ignore[no-untyped-def]
+    def clear(self, amax: cute.Tensor):  # type: ignore[no-untyped-def]
+        for i in cutlass.range(cute.arch.thread_idx()[0], cute.size(amax), CLEARING, unroll=1):
+            amax[i] = Float32(0.0)
+
+    @cute.kernel
+    def rows(self, tensors, padded: Int32, measures: cutlass.Constexpr):  # type: ignore[no-untyped-def]
         problem, config = self.problem, self.config
         named = {o.name: t for o, t in zip(problem.operands(config), tensors, strict=True)}
         block, chunk, entry = cute.arch.block_idx()
@@ -69,8 +81,8 @@ class Rows(Fixed):
         rows = self._rows(named)
         live = named["offsets"][problem.segments] if cutlass.const_expr(problem.segments > 0) else rows
         smem = SmemAllocator()
-        work = Tile(self, named, smem, rows, live)
-        if cutlass.const_expr(self.sums):
+        work = Tile(self, named, smem, rows, live, entry, measures)
+        if cutlass.const_expr(self.sums and not measures):
             work.clear()
             tiles = cute.ceil_div(padded, config.rows)
             for tile in cutlass.range(block, tiles, STRIPES, unroll=1):
@@ -94,8 +106,9 @@ def member(tensor: cute.Tensor, entry: Int32) -> cute.Tensor:
 class Tile(Fixed):
     """A thread block's work on one tile of rows."""
 
-    def __init__(self, kernel: Rows, named, smem: SmemAllocator, rows: Int32, live: Int32) -> None:  # type: ignore[no-untyped-def]
-        self.problem, self.config, self.chunks, self.sums = kernel.problem, kernel.config, kernel.chunks, kernel.sums
+    def __init__(self, kernel: Rows, named, smem: SmemAllocator, rows: Int32, live: Int32, entry: Int32, measures: bool) -> None:  # type: ignore[no-untyped-def]
+        self.problem, self.config, self.chunks, self.measures = kernel.problem, kernel.config, kernel.chunks, measures
+        self.entry, self.sums = entry, kernel.sums and not measures
         config = self.config
         self.named, self.exists, self.live = named, rows, live
         self.body = RowBody(self.problem, named)
@@ -164,7 +177,7 @@ class Tile(Fixed):
             for warp in cutlass.range_constexpr(config.warps_across):
                 total += self.partial[self.row + i, warp]
             found.append(self.body.statistic(total, self.named.get("eps")))
-        if cutlass.const_expr(self.problem.body == "rms_norm"):
+        if cutlass.const_expr(self.problem.body == "rms_norm" and not self.measures):
             if self.column == 0:
                 for i in cutlass.range_constexpr(config.vectors):
                     if first + self.row + i < self.exists:
@@ -181,7 +194,7 @@ class Tile(Fixed):
         result = cute.make_rmem_tensor((VECTOR, self.config.vectors), BFloat16)
         for i in cutlass.range_constexpr(self.config.vectors):
             result[None, i].store(self.body.value(found, i, statistics[i]).to(BFloat16))
-        if cutlass.const_expr(problem.keeps_body):
+        if cutlass.const_expr(problem.keeps_body and not self.measures):
             self.store(result, self.named["y"], spot)
         if cutlass.const_expr(problem.body == "split"):
             self.split(result, spot)
@@ -191,14 +204,30 @@ class Tile(Fixed):
             for i in cutlass.range_constexpr(self.config.vectors):
                 total = result[None, i].load().to(Float32) + found.floats(f"addend{a}", i)
                 result[None, i].store(total.to(BFloat16))
-        if cutlass.const_expr(problem.keeps_sum):
+        if cutlass.const_expr(problem.keeps_sum and not self.measures):
             self.store(result, self.named["sum"], spot)
         if cutlass.const_expr(problem.copies):
             for i in cutlass.range_constexpr(self.config.vectors):
                 if not spot.alive[i]:
                     result[None, i].fill(0.0)
+            group = self.group(first)
             for copy in self.copies:
-                copy.write(result, spot, first, chunk)
+                if cutlass.const_expr(self.measures):
+                    copy.measure(result, group)
+                else:
+                    copy.write(result, spot, first, chunk, group, self.entry)
+
+    @cute.jit
+    def group(self, first: Int32) -> Int32:
+        """Which amax the tile has: its batch entry's, or its segment's, which is that of all its rows."""
+        group = self.entry
+        if cutlass.const_expr(self.problem.segments > 0 and self.problem.two_passes):
+            ended = Int32(0)
+            for i in cutlass.range(self.lane, self.problem.segments, 32, unroll=1):
+                if self.named["offsets"][i + 1] <= first:
+                    ended += 1
+            group = cutlass.min(cute.arch.warp_redux_sync(ended, "add"), self.problem.segments - 1)
+        return group
 
     @cute.jit
     def store(self, values, tensor, spot) -> None:  # type: ignore[no-untyped-def]

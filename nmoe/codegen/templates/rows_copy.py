@@ -8,11 +8,11 @@ and written by all threads, in the layout that the consumer reads: rows, or 128 
 from __future__ import annotations
 
 import cutlass
-from cutlass import Float8E4M3FN, Float32, Int32, Uint8, cute
+from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint8, cute
 from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.rows import ATOM_ROWS, ATOM_SCALES, VECTOR, Copy
-from nmoe.codegen.templates import quantize
+from nmoe.codegen.templates import nvfp4, quantize
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.rows_body import vector
 
@@ -21,7 +21,8 @@ UNSIGNED = 0x7FFF_7FFF  # a pair of BF16 without signs
 
 
 def copies(tile, smem: SmemAllocator):  # type: ignore[no-untyped-def]
-    return [{0: ColumnMxfp8, 1: RowMxfp8}[copy.axis](tile, copy, smem) for copy in tile.problem.copies]
+    kinds = {("mxfp8", 0): ColumnMxfp8, ("mxfp8", 1): RowMxfp8, ("nvfp4", 0): ColumnNvfp4, ("nvfp4", 1): RowNvfp4}
+    return [kinds[copy.format, copy.axis](tile, copy, smem) for copy in tile.problem.copies]
 
 
 def largest(a: Int32, b: Int32) -> Int32:
@@ -109,7 +110,7 @@ class Mxfp8(Fixed):
 
 class RowMxfp8(Mxfp8):
     @cute.jit
-    def write(self, values, spot, first: Int32, chunk: Int32) -> None:  # type: ignore[no-untyped-def]
+    def write(self, values, spot, first: Int32, chunk: Int32, group: Int32, entry: Int32) -> None:  # type: ignore[no-untyped-def]
         tile, config = self.tile, self.config
         words = cute.recast_tensor(values, Int32)
         for i in cutlass.range_constexpr(config.vectors):
@@ -127,7 +128,7 @@ class RowMxfp8(Mxfp8):
 
 class ColumnMxfp8(Mxfp8):
     @cute.jit
-    def write(self, values, spot, first: Int32, chunk: Int32) -> None:  # type: ignore[no-untyped-def]
+    def write(self, values, spot, first: Int32, chunk: Int32, group: Int32, entry: Int32) -> None:  # type: ignore[no-untyped-def]
         tile, config = self.tile, self.config
         words = cute.recast_tensor(values, Int32)
         factors = cute.make_rmem_tensor(VECTOR, Float32)
@@ -148,3 +149,136 @@ class ColumnMxfp8(Mxfp8):
         for i in cutlass.range_constexpr(config.vectors):
             self.row(values, spot, i, factor)
         self.scales.store(chunk * config.columns, first // quantize.MXFP8_BLOCK)
+
+
+class Nvfp4(Fixed):
+    """Two passes: `measure` finds the largest magnitude of the tensor, or of the segment that the tile lies in, which `write`
+    scales by. A thread's 16 rows are one block of each of its 8 columns."""
+
+    def __init__(self, tile, copy: Copy, smem: SmemAllocator) -> None:  # type: ignore[no-untyped-def]
+        self.tile, self.config, self.copy = tile, tile.config, copy
+        self.data, self.amax = tile.named[copy.name], tile.named[f"{copy.name}_amax"]
+        size = (self.config.rows, self.config.columns)
+        lines, length = size if copy.axis else size[::-1]
+        self.scales = Scales(tile, copy, smem, lines, length // nvfp4.NVFP4_BLOCK)
+        self.warps = smem.allocate_tensor(Int32, cute.make_layout(self.config.threads // 32), 16)
+        self.seed = None
+        if copy.rounding == "stochastic":
+            self.seed = tile.named[f"{copy.name}_seed"] + tile.named["counter"][0]
+
+    def column(self, values, j: int):  # type: ignore[no-untyped-def]
+        """FP32 registers with column j of the thread's 16 rows, transformed if the copy is."""
+        held = cute.make_rmem_tensor(nvfp4.NVFP4_BLOCK, Float32)
+        held.store(values[j, None].load().to(Float32))
+        if self.copy.hadamard:
+            nvfp4.hadamard(held)
+        return held
+
+    @cute.jit
+    def peak(self, values: cute.Tensor) -> Int32:
+        """The bits of the largest magnitude of FP32 registers."""
+        found = quantize.magnitude(values[0])
+        for i in cutlass.range_constexpr(1, cute.size(values)):
+            found = cutlass.max(found, quantize.magnitude(values[i]))
+        return found
+
+    @cute.jit
+    def measure(self, values, group: Int32) -> None:  # type: ignore[no-untyped-def]
+        """Raises amax[group] to the tile's largest magnitude."""
+        found = Int32(0)
+        for j in cutlass.range_constexpr(VECTOR):
+            found = cutlass.max(found, self.peak(self.column(values, j)))
+        found = cute.arch.warp_redux_sync(found, "max")
+        cute.arch.sync_threads()
+        if self.tile.lane == 0:
+            self.warps[self.tile.thread // 32] = found
+        cute.arch.sync_threads()
+        if self.tile.thread == 0:
+            for warp in cutlass.range_constexpr(1, self.config.threads // 32):
+                found = cutlass.max(found, self.warps[warp])
+            address = cute.recast_ptr(self.amax.iterator, dtype=Int32) + group
+            cute.arch.atomic_max(address, found)
+
+    @cute.jit
+    def tile_peak(self, values) -> Float32:  # type: ignore[no-untyped-def]
+        """Of the 16 × 16 tile that this thread and its neighbour hold."""
+        found = Int32(0)
+        for j in cutlass.range_constexpr(VECTOR):
+            found = cutlass.max(found, self.peak(self.column(values, j)))
+        return quantize._float(cutlass.max(found, cute.arch.shuffle_sync_bfly(found, 1)))
+
+    @cute.jit
+    def pack(self, values, word: Int32, shift: cutlass.Constexpr):  # type: ignore[no-untyped-def]
+        """Codes of eight elements in a word, the first lowest. `word`s: random bytes of the first and last four."""
+        packed = Int32(0)
+        for i in cutlass.range_constexpr(VECTOR):
+            if cutlass.const_expr(self.seed is None):
+                code = nvfp4.element(values[i + shift])
+            else:
+                code = nvfp4.stochastic_element(values[i + shift], word[i // 4] >> 8 * (i % 4) & 0xFF)
+            packed |= code << 4 * i
+        return packed
+
+
+class RowNvfp4(Nvfp4):
+    @cute.jit
+    def write(self, values, spot, first: Int32, chunk: Int32, group: Int32, entry: Int32) -> None:  # type: ignore[no-untyped-def]
+        tile, config = self.tile, self.config
+        peaks = cute.make_rmem_tensor(config.vectors, Float32)
+        if cutlass.const_expr(self.copy.square):
+            peaks.fill(self.tile_peak(values))
+        else:
+            for i in cutlass.range_constexpr(config.vectors):
+                row = cute.make_rmem_tensor(VECTOR, Float32)
+                row.store(values[None, i].load().to(Float32))
+                found = self.peak(row)
+                peaks[i] = quantize._float(cutlass.max(found, cute.arch.shuffle_sync_bfly(found, 1)))
+        codes, factors = nvfp4.block_scales(peaks, nvfp4.encode_scale(self.amax[group]))
+        bytes_ = cute.recast_tensor(codes, Uint8)
+        block = tile.column // nvfp4.NVFP4_BLOCK
+        first_block = chunk * (config.columns // nvfp4.NVFP4_BLOCK)
+        odd = tile.lane % 2 == 1
+        for i in cutlass.range_constexpr(config.vectors):
+            row = cute.make_rmem_tensor(VECTOR, Float32)
+            row.store(values[None, i].load().to(Float32) * factors[i])
+            words = None
+            if cutlass.const_expr(self.seed is not None):
+                w = nvfp4.random_words(self.seed, first_block + block, spot.row + i, entry)
+                words = [w[2] if odd else w[0], w[3] if odd else w[1]]
+            packed = self.pack(row, words, 0)
+            if spot.exists[i]:
+                at = cute.assume(Int64(spot.row + i) * self.data.shape[1] + spot.column // 2, divby=4)
+                cute.recast_tensor(cute.make_tensor(self.data.iterator + at, cute.make_layout(4)), Int32)[0] = packed
+            if tile.lane % 2 == 0:
+                self.scales.held[tile.row + i, block] = bytes_[i]
+        self.scales.store(first, first_block)
+
+
+class ColumnNvfp4(Nvfp4):
+    @cute.jit
+    def write(self, values, spot, first: Int32, chunk: Int32, group: Int32, entry: Int32) -> None:  # type: ignore[no-untyped-def]
+        tile, config = self.tile, self.config
+        peaks = cute.make_rmem_tensor(VECTOR, Float32)
+        if cutlass.const_expr(self.copy.square):
+            peaks.fill(self.tile_peak(values))
+        else:
+            for j in cutlass.range_constexpr(VECTOR):
+                peaks[j] = quantize._float(self.peak(self.column(values, j)))
+        codes, factors = nvfp4.block_scales(peaks, nvfp4.encode_scale(self.amax[group]))
+        bytes_ = cute.recast_tensor(codes, Uint8)
+        half = config.rows // nvfp4.NVFP4_BLOCK
+        block = spot.row // nvfp4.NVFP4_BLOCK
+        stride = self.data.shape[1]
+        for j in cutlass.range_constexpr(VECTOR):
+            column = self.column(values, j)
+            column.store(column.load() * factors[j])
+            packed = cute.make_rmem_tensor(2, Int32)
+            words = [None] * 4
+            if cutlass.const_expr(self.seed is not None):
+                words = nvfp4.random_words(self.seed, block, spot.column + j, entry)
+            packed[0], packed[1] = self.pack(column, words[:2], 0), self.pack(column, words[2:], VECTOR)
+            if spot.exists[0]:
+                at = cute.assume(Int64(spot.column + j) * stride + spot.row // 2, divby=8)
+                cute.autovec_copy(cute.recast_tensor(packed, Uint8), cute.make_tensor(self.data.iterator + at, cute.make_layout(8)))
+            self.scales.held[tile.column + j, tile.row // nvfp4.NVFP4_BLOCK] = bytes_[j]
+        self.scales.store(chunk * config.columns, first // config.rows * half)

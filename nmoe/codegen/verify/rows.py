@@ -167,7 +167,7 @@ def _copy(
     problem: RowProblem, copy: Copy, value: torch.Tensor, bound: torch.Tensor, before: Tensors, after: Tensors
 ) -> float:
     """Raises Mismatch unless a copy is that of `value`, whose error is within `bound`."""
-    rows = after[copy.name].shape[-2] if copy.format == "mxfp8" else len(after["rstd"])  # TODO
+    rows = next(before[o.name].shape[-2] for o in problem._inputs() if o.format == "bf16")
     full = torch.zeros(*value.shape[:-2], rows, problem.width, dtype=torch.float64, device=value.device)
     full[..., : value.shape[-2], :] = value
     want = formats.quantize(
@@ -187,22 +187,21 @@ def _copy(
     if copy.scales == "blocked":
         held = formats.from_blocked(held.unflatten(-1, (32, 4, 4)), *want.scale.shape[-2:])
     q = replace(want, data=got[0], scale=held)
-    allowed = formats.error_bound(copy.format, copy.rounding)
-    exact = full.float() if not copy.hadamard else formats.hadamard_transform(full.float(), copy.axis)
-    error = (formats.dequantize(q).double() - exact.double()).abs()
-    peak = exact.abs().amax().double()
+    exact, slack = full.float(), torch.zeros_like(full)
+    slack[..., : bound.shape[-2], :] = bound
     block, dim = formats.BLOCK[copy.format], (-2, -1)[copy.axis]
-    blocks = (exact.abs().double() + _pad(bound, full)).unflatten(dim, (-1, block)).amax(dim, keepdim=True)
-    blocks = blocks.expand(*blocks.shape[: blocks.ndim + dim], block, *blocks.shape[blocks.ndim + dim + 1 :]).flatten(dim - 1, dim)
-    slack = _pad(bound, full)
-    limit = slack * (1 + allowed.relative) + torch.maximum(allowed.relative * exact.abs(), allowed.block * blocks) + allowed.tensor * peak
-    share = error / (limit + TINY)
+    if copy.hadamard:  # every result is a sum of the block's 16 elements, divided by 4
+        exact = formats.hadamard_transform(exact, copy.axis)
+        slack = _spread(slack.unflatten(dim, (-1, block)).sum(dim, keepdim=True) / 4, dim, block)
+    allowed, size = formats.error_bound(copy.format, copy.rounding), exact.abs().double() + slack
+    peaks = _spread(size.unflatten(dim, (-1, block)).amax(dim, keepdim=True), dim, block)
+    limit = slack + torch.maximum(allowed.relative * size, allowed.block * peaks) + allowed.tensor * size.amax()
+    share = (formats.dequantize(q).double() - exact.double()).abs() / (limit + TINY)
     if not bool((share <= 1).all()):
         raise Mismatch(f"{copy.name}: {float(share.nan_to_num(float('inf')).max()):.3g} of the bound")
     return float(share.max())
 
 
-def _pad(bound: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-    found = torch.zeros_like(full)
-    found[..., : bound.shape[-2], :] = bound
-    return found
+def _spread(blocks: torch.Tensor, dim: int, block: int) -> torch.Tensor:
+    """One number for each block of `dim`, [..., blocks, 1, ...], to all of its elements."""
+    return blocks.repeat_interleave(block, dim).flatten(dim - 1, dim)
