@@ -183,11 +183,11 @@ class RowProblem(Problem):
 
     def configs(self, target: str) -> list[RowConfig]:
         if self.two_passes:
-            return [RowConfig(8, 16, 1 if self.statistic else 2, 4)]
+            return [RowConfig(8, 16, 1 if self.statistic else 2, 4, 2)]
         if self.columns:
-            return [RowConfig(8, 8, 1, 8) if self.statistic else RowConfig(8, 8, 4, 2)]
+            return [RowConfig(8, 8, 1, 8, 2) if self.statistic else RowConfig(8, 8, 4, 2, 3)]
         across = min(8, per(self.width, 32 * VECTOR))
-        return [RowConfig(32, 4, 1 if self.statistic else 8 // across, across)]
+        return [RowConfig(32, 4, 1 if self.statistic else 8 // across, across, 2)]
 
     def small(self) -> RowProblem:
         """Wider than a chunk of any config and no multiple of it; rows that fill no tile."""
@@ -225,6 +225,8 @@ class RowProblem(Problem):
 
         limit(config.lanes in (8, 16, 32), f"{config.lanes} lanes along a row: 8, 16 or 32")
         limit(config.threads <= 1024, f"{config.threads} threads: a thread block has at most 1024")
+        limit(config.threads * config.resident <= 2048,
+              f"{config.resident} thread blocks of {config.threads} threads: a multiprocessor has 2048")  # fmt: skip
         if self.statistic:
             limit(config.warps_down == 1, f"{config.warps_down} warps down the rows: sums over rows are of one")
         if self.copies:
@@ -232,7 +234,7 @@ class RowProblem(Problem):
         for copy in self.copies:
             if copy.axis == 0 and copy.format == "mxfp8":
                 limit(config.warp_rows == 32, f"{config.warp_rows} rows a warp: a block of MXFP8 is 32")
-            if copy.axis == 0 and copy.format == "nvfp4":
+            if copy.format == "nvfp4" and (copy.axis == 0 or copy.square):
                 limit(config.vectors == 16, f"{config.vectors} rows a thread: a block of NVFP4 is 16")
         used = self.shared_bytes(config, target)
         limit(used <= hardware.shared,
@@ -246,15 +248,17 @@ FP4_PAD = 16  # bytes between the lines of transposed FP4, against bank conflict
 @dataclass(frozen=True)
 class RowConfig(Config):
     """A thread holds `vectors` consecutive rows of 8 columns; `lanes` of a warp lie along the columns, the others down
-    the rows; so do `warps_across` and `warps_down` of the thread block."""
+    the rows; so do `warps_across` and `warps_down` of the thread block. A multiprocessor has registers for `resident`
+    thread blocks at least."""
 
     lanes: int
     vectors: int
     warps_down: int
     warps_across: int
+    resident: int
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.columns}, {self.vectors} rows a thread"
+        return f"{self.rows}x{self.columns}, {self.vectors} rows a thread, {self.threads} threads, {self.resident} resident"
 
     @property
     def warp_rows(self) -> int:

@@ -25,20 +25,27 @@ import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
 from cutlass.memory import SmemAllocator
 
+from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.rows import ATOM_ROWS, STRIPES, VECTOR, RowConfig, RowProblem
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.rows_body import RowBody, Spot, vector
 from nmoe.codegen.templates.rows_copy import copies
 
 
+RESERVED = 1024  # bytes of shared memory that every thread block takes beside its own
 CLEARING = 128  # threads that set the amaxes to zero
 
 
 class Rows(Fixed):
+    target: str
+
     def __init__(self, problem: RowProblem, config: RowConfig) -> None:
         self.problem, self.config = problem, config
         self.chunks = -(-problem.width // config.columns)
         self.sums = problem.body == "rms_norm_bwd"
+        # What the resident thread blocks need of shared memory, in per cent; the rest of it is cache.
+        used = config.resident * (problem.shared_bytes(config, self.target) + RESERVED)
+        self.carveout = min(100, -(-100 * used // HARDWARE[self.target].shared))
 
     @cute.jit
     def __call__(self, *args):  # type: ignore[no-untyped-def]
@@ -52,12 +59,16 @@ class Rows(Fixed):
         padded = cute.ceil_div(rows, ATOM_ROWS) * ATOM_ROWS if problem.copies else rows
         everything = cute.ceil_div(padded, config.rows)
         tiles = STRIPES if self.sums else everything
-        grid, block = [tiles, across, max(1, problem.batch)], [config.threads, 1, 1]
+        shape = [across, max(1, problem.batch)]
+        how = {
+            "block": [config.threads, 1, 1], "min_blocks_per_mp": config.resident, "stream": stream,
+            "preferred_smem_carveout": self.carveout,
+        }  # fmt: skip
         if cutlass.const_expr(problem.two_passes):
             for copy in problem.copies:
                 self.clear(named[f"{copy.name}_amax"]).launch(grid=[1, 1, 1], block=[CLEARING, 1, 1], stream=stream)
-            self.rows(tensors, padded, True).launch(grid=[everything, *grid[1:]], block=block, stream=stream)
-        self.rows(tensors, padded, False).launch(grid=grid, block=block, stream=stream)
+            self.rows(tensors, padded, True).launch(grid=[everything, *shape], **how)
+        self.rows(tensors, padded, False).launch(grid=[tiles, *shape], **how)
         if cutlass.const_expr(self.sums):
             WeightGradient(problem.width).launch(named["partial"], named["dw"], stream)
 
@@ -131,7 +142,7 @@ class Tile(Fixed):
         if cutlass.const_expr(not self.problem.statistic):
             spot = self.spot(first, chunk)
             self.finish(self.body.load(spot), first, chunk, [None] * self.config.vectors)
-        elif cutlass.const_expr(self.chunks == 1):
+        elif cutlass.const_expr(self.chunks == 1 and self.problem.body == "rms_norm"):
             found = self.body.load(self.spot(first, Int32(0)))
             self.finish(found, first, Int32(0), self.statistics(first, self.terms(found)))
         else:
@@ -301,12 +312,8 @@ class WeightGradient(Fixed):
 
 
 class Sm90Rows(Rows):
-    """FP4 is rounded by integer arithmetic."""
-
-    fp4 = False
+    target = "sm_90a"
 
 
 class Sm100Rows(Rows):
-    """FP4 is rounded by the conversion instructions."""
-
-    fp4 = True
+    target = "sm_100a"

@@ -183,12 +183,24 @@ class Nvfp4(Fixed):
         return found
 
     @cute.jit
+    def largest(self, values) -> Int32:  # type: ignore[no-untyped-def]
+        """The bits of the largest magnitude that this thread holds of what the copy rounds."""
+        found = Int32(0)
+        if cutlass.const_expr(self.copy.hadamard):
+            for j in cutlass.range_constexpr(VECTOR):
+                found = cutlass.max(found, self.peak(self.column(values, j)))
+        else:
+            words = cute.recast_tensor(values, Int32)
+            pair = words[0] & UNSIGNED
+            for i in cutlass.range_constexpr(1, cute.size(words)):
+                pair = largest(pair, words[i] & UNSIGNED)
+            found = cutlass.max(low(pair), pair & 0x7FFF_0000)
+        return found
+
+    @cute.jit
     def measure(self, values, group: Int32) -> None:  # type: ignore[no-untyped-def]
         """Raises amax[group] to the tile's largest magnitude."""
-        found = Int32(0)
-        for j in cutlass.range_constexpr(VECTOR):
-            found = cutlass.max(found, self.peak(self.column(values, j)))
-        found = cute.arch.warp_redux_sync(found, "max")
+        found = cute.arch.warp_redux_sync(self.largest(values), "max")
         cute.arch.sync_threads()
         if self.tile.lane == 0:
             self.warps[self.tile.thread // 32] = found
@@ -196,15 +208,12 @@ class Nvfp4(Fixed):
         if self.tile.thread == 0:
             for warp in cutlass.range_constexpr(1, self.config.threads // 32):
                 found = cutlass.max(found, self.warps[warp])
-            address = cute.recast_ptr(self.amax.iterator, dtype=Int32) + group
-            cute.arch.atomic_max(address, found)
+            cute.arch.atomic_max(cute.recast_ptr(self.amax.iterator, dtype=Int32) + group, found)
 
     @cute.jit
     def tile_peak(self, values) -> Float32:  # type: ignore[no-untyped-def]
         """Of the 16 × 16 tile that this thread and its neighbour hold."""
-        found = Int32(0)
-        for j in cutlass.range_constexpr(VECTOR):
-            found = cutlass.max(found, self.peak(self.column(values, j)))
+        found = self.largest(values)
         return quantize._float(cutlass.max(found, cute.arch.shuffle_sync_bfly(found, 1)))
 
     @cute.jit
