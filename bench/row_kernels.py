@@ -121,7 +121,9 @@ def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, ev
 
     def copied(size: float) -> float:
         """ms of a copy that moves so many bytes."""
-        pairs = [[torch.empty(int(size / 2), dtype=torch.uint8, device=device) for _ in range(2)] for _ in range(2)]
+        pairs = [
+            [torch.empty(int(size / 2), dtype=torch.uint8, device=device) for _ in range(2)] for _ in range(2)
+        ]
         return milliseconds([lambda x=x, y=y: y.copy_(x) for x, y in pairs])
 
     def one(problem: RowProblem, rows: int, config: RowConfig, checks: bool) -> None:
@@ -151,7 +153,13 @@ def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, ev
         copy = copied(size)
         print(f"{problem!s:42} {config!s:54} {1e3 * ms:8.1f} µs {size / ms / 1e9:6.2f} TB/s {100 * copy / ms:5.1f} % of a copy, "
               f"{share:.3f} of the bound{'' if same else ', NOT REPEATABLE'}", flush=True)  # fmt: skip
-        results[f"{problem} | {config}"] = {"ms": ms, "bytes": size, "copy_ms": copy, "share": share, "same": same}
+        results[f"{problem} | {config}"] = {
+            "ms": ms,
+            "bytes": size,
+            "copy_ms": copy,
+            "share": share,
+            "same": same,
+        }
 
     for problem, rows in cases:
         for i, config in enumerate(configs(problem, every)):

@@ -6,7 +6,11 @@ from nmoe.codegen import gemm, rows
 from nmoe.codegen.problem import Problem
 from nmoe.codegen.spec import KernelSpec
 
-FAMILIES = {"gemm": gemm, "grouped_gemm": gemm, **dict.fromkeys(rows.BODIES, rows)}  # by the kind of a spec's anchor
+FAMILIES = {
+    "gemm": gemm,
+    "grouped_gemm": gemm,
+    **dict.fromkeys(rows.BODIES, rows),
+}  # by the kind of a spec's anchor
 
 
 def match(spec: KernelSpec) -> Problem | str:

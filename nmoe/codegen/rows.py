@@ -129,7 +129,10 @@ class RowProblem(Problem):
         result = (*lead, self.rows, self.width)
         found = []
         if self.body == "split":
-            return (Operand("a", "bf16", (self.rows, self.at)), Operand("b", "bf16", (self.rows, self.width - self.at)))
+            return (
+                Operand("a", "bf16", (self.rows, self.at)),
+                Operand("b", "bf16", (self.rows, self.width - self.at)),
+            )
         if self.keeps_body:
             found.append(Operand("y", "bf16", result))
         if self.body == "rms_norm":
@@ -193,7 +196,12 @@ class RowProblem(Problem):
         """Wider than a chunk of any config and no multiple of it; rows that fill no tile."""
         rows = self.rows if self.rows < 0 else 160
         width = min(self.width, 1056 if self.statistic else 416)
-        changes = {"rows": rows, "width": width, "batch": min(self.batch, 2), "segments": min(self.segments, 3)}
+        changes = {
+            "rows": rows,
+            "width": width,
+            "batch": min(self.batch, 2),
+            "segments": min(self.segments, 3),
+        }
         if self.body in ("concat", "split"):
             changes["at"] = 96 if width == 416 else self.at
         if self.body == "rope":
@@ -228,9 +236,14 @@ class RowProblem(Problem):
         limit(config.threads * config.resident <= 2048,
               f"{config.resident} thread blocks of {config.threads} threads: a multiprocessor has 2048")  # fmt: skip
         if self.statistic:
-            limit(config.warps_down == 1, f"{config.warps_down} warps down the rows: sums over rows are of one")
+            limit(
+                config.warps_down == 1, f"{config.warps_down} warps down the rows: sums over rows are of one"
+            )
         if self.copies:
-            limit(config.columns % ATOM_ROWS == 0, f"{config.columns} columns: whole atoms of {ATOM_ROWS} scale factors")
+            limit(
+                config.columns % ATOM_ROWS == 0,
+                f"{config.columns} columns: whole atoms of {ATOM_ROWS} scale factors",
+            )
         for copy in self.copies:
             if copy.axis == 0 and copy.format == "mxfp8":
                 limit(config.warp_rows == 32, f"{config.warp_rows} rows a warp: a block of MXFP8 is 32")

@@ -66,7 +66,9 @@ class Rows(Fixed):
         }  # fmt: skip
         if cutlass.const_expr(problem.two_passes):
             for copy in problem.copies:
-                self.clear(named[f"{copy.name}_amax"]).launch(grid=[1, 1, 1], block=[CLEARING, 1, 1], stream=stream)
+                self.clear(named[f"{copy.name}_amax"]).launch(
+                    grid=[1, 1, 1], block=[CLEARING, 1, 1], stream=stream
+                )
             self.rows(tensors, padded, True).launch(grid=[everything, *shape], **how)
         self.rows(tensors, padded, False).launch(grid=[tiles, *shape], **how)
         if cutlass.const_expr(self.sums):
@@ -111,14 +113,23 @@ def member(tensor: cute.Tensor, entry: Int32) -> cute.Tensor:
     """Entry `entry` of a batch of static size."""
     step = tensor.stride[0]
     offset = cute.assume(Int64(entry) * step, divby=step)
-    return cute.make_tensor(tensor.iterator + offset, cute.select(tensor.layout, list(range(1, cute.rank(tensor)))))
+    return cute.make_tensor(
+        tensor.iterator + offset, cute.select(tensor.layout, list(range(1, cute.rank(tensor))))
+    )
 
 
 class Tile(Fixed):
     """A thread block's work on one tile of rows."""
 
-    def __init__(self, kernel: Rows, named, smem: SmemAllocator, rows: Int32, live: Int32, entry: Int32, measures: bool) -> None:  # type: ignore[no-untyped-def]
-        self.problem, self.config, self.chunks, self.measures = kernel.problem, kernel.config, kernel.chunks, measures
+    def __init__(
+        self, kernel: Rows, named, smem: SmemAllocator, rows: Int32, live: Int32, entry: Int32, measures: bool
+    ) -> None:  # type: ignore[no-untyped-def]
+        self.problem, self.config, self.chunks, self.measures = (
+            kernel.problem,
+            kernel.config,
+            kernel.chunks,
+            measures,
+        )
         self.entry, self.sums = entry, kernel.sums and not measures
         config = self.config
         self.named, self.exists, self.live = named, rows, live
@@ -127,7 +138,9 @@ class Tile(Fixed):
         warp, lane = thread // 32, thread % 32
         self.thread, self.lane = thread, lane
         self.warp_across = warp % config.warps_across
-        self.row = (warp // config.warps_across * (32 // config.lanes) + lane // config.lanes) * config.vectors
+        self.row = (
+            warp // config.warps_across * (32 // config.lanes) + lane // config.lanes
+        ) * config.vectors
         self.column = (self.warp_across * config.lanes + lane % config.lanes) * VECTOR
         if self.problem.statistic:
             layout = cute.make_layout((config.rows, config.warps_across))
@@ -254,7 +267,9 @@ class Tile(Fixed):
                 if spot.column < at:
                     cute.autovec_copy(values[None, i], vector(self.named["a"], spot.source[i], spot.column))
                 else:
-                    cute.autovec_copy(values[None, i], vector(self.named["b"], spot.source[i], spot.column - at))
+                    cute.autovec_copy(
+                        values[None, i], vector(self.named["b"], spot.source[i], spot.column - at)
+                    )
 
     @cute.jit
     def clear(self) -> None:

@@ -25,7 +25,9 @@ class Spot(Fixed):
     the first `live` are read, the others are zero. Loads need no branches: past the last row or column they read the
     last ones (`source`, `column`)."""
 
-    def __init__(self, problem: RowProblem, vectors: int, row: Int32, column: Int32, live: Int32, exists: Int32) -> None:
+    def __init__(
+        self, problem: RowProblem, vectors: int, row: Int32, column: Int32, live: Int32, exists: Int32
+    ) -> None:
         self.vectors, self.row, self.column = vectors, row, cutlass.min(column, problem.width - VECTOR)
         inside = column < problem.width
         last = cutlass.max(live - 1, 0)
@@ -79,7 +81,9 @@ class RowBody(Fixed):
             found.row("x", named["x"])
         if kind == "swiglu":
             found.row("up", named["x"], self.problem.width)
-            found.weights = [named["s"][row] if self.problem.weighted else Float32(1.0) for row in spot.source]
+            found.weights = [
+                named["s"][row] if self.problem.weighted else Float32(1.0) for row in spot.source
+            ]
         if kind in ("rms_norm", "rms_norm_bwd"):
             found.column("w", named["w"])
         if kind == "rms_norm_bwd":
@@ -167,4 +171,3 @@ class RowBody(Fixed):
     def gradient(self, found: Loaded, i: int):  # type: ignore[no-untyped-def]
         """Row i's part of the norm weight's gradient: dy · x̂."""
         return found.floats("dy", i) * (found.floats("x", i) * found.rstd[i])
-

@@ -21,7 +21,12 @@ UNSIGNED = 0x7FFF_7FFF  # a pair of BF16 without signs
 
 
 def copies(tile, smem: SmemAllocator):  # type: ignore[no-untyped-def]
-    kinds = {("mxfp8", 0): ColumnMxfp8, ("mxfp8", 1): RowMxfp8, ("nvfp4", 0): ColumnNvfp4, ("nvfp4", 1): RowNvfp4}
+    kinds = {
+        ("mxfp8", 0): ColumnMxfp8,
+        ("mxfp8", 1): RowMxfp8,
+        ("nvfp4", 0): ColumnNvfp4,
+        ("nvfp4", 1): RowNvfp4,
+    }
     return [kinds[copy.format, copy.axis](tile, copy, smem) for copy in tile.problem.copies]
 
 
@@ -68,7 +73,11 @@ class Scales(Fixed):
                     within = within // ATOM_ROWS * ATOM_ROWS + within % 4 * 32 + within % ATOM_ROWS // 4
                 self._word(line, block, within, item // self.lines)
             else:
-                self._byte(line + item // self.blocks, block + item % self.blocks, self.held[item // self.blocks, item % self.blocks])
+                self._byte(
+                    line + item // self.blocks,
+                    block + item % self.blocks,
+                    self.held[item // self.blocks, item % self.blocks],
+                )
         cute.arch.sync_threads()
 
     @cute.jit
@@ -87,7 +96,9 @@ class Scales(Fixed):
         if cutlass.const_expr(self.blocked):
             atom, column = line // ATOM_ROWS, block // ATOM_SCALES
             if (atom < self.target.shape[0]) & (column < self.target.shape[1]):
-                self.target[atom, column, line % 32 * 16 + line % ATOM_ROWS // 32 * 4 + block % ATOM_SCALES] = code
+                self.target[
+                    atom, column, line % 32 * 16 + line % ATOM_ROWS // 32 * 4 + block % ATOM_SCALES
+                ] = code
         elif (line < self.target.shape[0]) & (block < self.target.shape[1]):
             self.target[line, block] = code
 
@@ -257,7 +268,9 @@ class RowNvfp4(Nvfp4):
             packed = self.pack(row, words, 0)
             if spot.exists[i]:
                 at = cute.assume(Int64(spot.row + i) * self.data.shape[1] + spot.column // 2, divby=4)
-                cute.recast_tensor(cute.make_tensor(self.data.iterator + at, cute.make_layout(4)), Int32)[0] = packed
+                cute.recast_tensor(cute.make_tensor(self.data.iterator + at, cute.make_layout(4)), Int32)[
+                    0
+                ] = packed
             if tile.lane % 2 == 0:
                 self.scales.held[tile.row + i, block] = bytes_[i]
         self.scales.store(first, first_block)
@@ -288,6 +301,9 @@ class ColumnNvfp4(Nvfp4):
             packed[0], packed[1] = self.pack(column, words[:2], 0), self.pack(column, words[2:], VECTOR)
             if spot.exists[0]:
                 at = cute.assume(Int64(spot.column + j) * stride + spot.row // 2, divby=8)
-                cute.autovec_copy(cute.recast_tensor(packed, Uint8), cute.make_tensor(self.data.iterator + at, cute.make_layout(8)))
+                cute.autovec_copy(
+                    cute.recast_tensor(packed, Uint8),
+                    cute.make_tensor(self.data.iterator + at, cute.make_layout(8)),
+                )
             self.scales.held[tile.column + j, tile.row // nvfp4.NVFP4_BLOCK] = bytes_[j]
         self.scales.store(chunk * config.columns, first // config.rows * half)

@@ -22,7 +22,13 @@ EPS = 1e-5
 TREE = 64 * U
 RSTD = 2.0**-18
 SEED, COUNTER = 0x1234_5678_9ABC, 41
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "u8": torch.uint8}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "f32": torch.float32,
+    "i32": torch.int32,
+    "i64": torch.int64,
+    "u8": torch.uint8,
+}
 
 
 def case(problem: RowProblem, config: RowConfig, seed: int, rows: int = 0, device: str = "cpu") -> Tensors:
@@ -40,7 +46,9 @@ def case(problem: RowProblem, config: RowConfig, seed: int, rows: int = 0, devic
         elif name in results:
             made[name] = _poison(shape, dtype, device)
         elif name in ("tokens", "positions"):
-            made[name] = torch.randint(-3 if name == "tokens" else 0, 50, shape, generator=gen, device=device, dtype=dtype)
+            made[name] = torch.randint(
+                -3 if name == "tokens" else 0, 50, shape, generator=gen, device=device, dtype=dtype
+            )
         elif name == "counter":
             made[name] = torch.tensor([COUNTER], device=device)
         elif name == "offsets":
@@ -94,7 +102,9 @@ def check(problem: RowProblem, before: Tensors, after: Tensors) -> dict[str, flo
             )
 
     if problem.body == "split":
-        for name, want in zip(("a", "b"), (before["x"][:, : problem.at], before["x"][:, problem.at :]), strict=True):
+        for name, want in zip(
+            ("a", "b"), (before["x"][:, : problem.at], before["x"][:, problem.at :]), strict=True
+        ):
             compare(name, want.double(), torch.zeros(want.shape))
         return worst
     if problem.body == "rms_norm":
@@ -121,7 +131,9 @@ def check(problem: RowProblem, before: Tensors, after: Tensors) -> dict[str, flo
     return worst
 
 
-def _body(problem: RowProblem, t: Tensors, after: Tensors, live: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _body(
+    problem: RowProblem, t: Tensors, after: Tensors, live: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The body's value in float64 and how far the kernel's, in BF16, may be from it; 0 where it is exact."""
     kind = problem.body
     if kind == "concat":
@@ -156,7 +168,10 @@ def _rope(problem: RowProblem, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     sin = -sin if problem.inverse else sin
     want, size = x.clone(), torch.zeros_like(x)
     even, odd = x[..., -problem.rotary :: 2], x[..., 1 - problem.rotary :: 2]
-    want[..., -problem.rotary :: 2], want[..., 1 - problem.rotary :: 2] = even * cos - odd * sin, even * sin + odd * cos
+    want[..., -problem.rotary :: 2], want[..., 1 - problem.rotary :: 2] = (
+        even * cos - odd * sin,
+        even * sin + odd * cos,
+    )
     size[..., -problem.rotary :: 2] = (even * cos).abs() + (odd * sin).abs()
     size[..., 1 - problem.rotary :: 2] = (even * sin).abs() + (odd * cos).abs()
     bound = torch.where(size > 0, STORE * want.abs() + 4 * U * size, 0.0)
@@ -179,9 +194,15 @@ def _copy(
     got = after[copy.name], after[f"{copy.name}_scale"]
     if not bound.any():
         for name, a, b in zip(("data", "scale"), got, (want.data, scale), strict=True):
-            nan = (a & 0x7F == 0x7F) & (b & 0x7F == 0x7F) if copy.format == "mxfp8" and name == "data" else False
+            nan = (
+                (a & 0x7F == 0x7F) & (b & 0x7F == 0x7F)
+                if copy.format == "mxfp8" and name == "data"
+                else False
+            )
             if wrong := int(((a != b) & ~torch.as_tensor(nan)).sum()):
-                raise Mismatch(f"{copy.name}: {wrong} of {a.numel()} bytes of {name} differ from formats.quantize")
+                raise Mismatch(
+                    f"{copy.name}: {wrong} of {a.numel()} bytes of {name} differ from formats.quantize"
+                )
         return 0.0
     held = got[1]
     if copy.scales == "blocked":
@@ -195,7 +216,9 @@ def _copy(
         slack = _spread(slack.unflatten(dim, (-1, block)).sum(dim, keepdim=True) / 4, dim, block)
     allowed, size = formats.error_bound(copy.format, copy.rounding), exact.abs().double() + slack
     peaks = _spread(size.unflatten(dim, (-1, block)).amax(dim, keepdim=True), dim, block)
-    limit = slack + torch.maximum(allowed.relative * size, allowed.block * peaks) + allowed.tensor * size.amax()
+    limit = (
+        slack + torch.maximum(allowed.relative * size, allowed.block * peaks) + allowed.tensor * size.amax()
+    )
     share = (formats.dequantize(q).double() - exact.double()).abs() / (limit + TINY)
     if not bool((share <= 1).all()):
         raise Mismatch(f"{copy.name}: {float(share.nan_to_num(float('inf')).max()):.3g} of the bound")
