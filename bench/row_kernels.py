@@ -1,10 +1,10 @@
 """Row kernels on one GPU: right, and at which share of the bandwidth of a plain copy of as many bytes.
 
     python bench/row_kernels.py build DIR     compile the kernels below into DIR; no GPU needed
-    python bench/row_kernels.py run DIR       on the GPU: check, then time; --json FILE keeps numbers, --only TEXT selects
+    python bench/row_kernels.py run DIR       on the GPU: check, then time; --json FILE keeps numbers
 
-Times are medians of several rounds of launches that take turns on operands larger than the L2 cache. The bytes are the
-least that the kernel must move: every operand once, NVFP4's twice.
+Times are medians of several rounds of launches that take turns on operands larger than the L2 cache. The bytes are
+the least that the kernel must move: every operand once, NVFP4's twice.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, ev
     def milliseconds(calls: list[Callable[[], Any]]) -> float:
         """Of one call; the calls take turns."""
         times = []
-        for i in range(8):
+        for _ in range(8):
             a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             a.record()
             for _ in range(4):
@@ -151,8 +151,8 @@ def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, ev
         same = all(torch.equal(turns[0][n].view(torch.uint8), x.view(torch.uint8)) for n, x in bits.items())
         size = problem.bytes(count)
         copy = copied(size)
-        print(f"{problem!s:42} {config!s:54} {1e3 * ms:8.1f} µs {size / ms / 1e9:6.2f} TB/s {100 * copy / ms:5.1f} % of a copy, "
-              f"{share:.3f} of the bound{'' if same else ', NOT REPEATABLE'}", flush=True)  # fmt: skip
+        print(f"{problem!s:42} {config!s:40} {1e3 * ms:8.1f} µs {size / ms / 1e9:6.2f} TB/s {100 * copy / ms:5.1f} % "
+              f"of a copy, {share:.3f} of the bound{'' if same else ', NOT REPEATABLE'}", flush=True)  # fmt: skip
         results[f"{problem} | {config}"] = {
             "ms": ms,
             "bytes": size,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 from nmoe.codegen.gemm import BITS, ROW_TILE, GemmConfig, GemmProblem
-from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.hardware import HARDWARE, Hardware
 from nmoe.codegen.problem import Config, Problem
 
 ROWS_PER_EXPERT = 2048  # a training step's typical load, for ordering only
@@ -34,17 +34,24 @@ def predict(problem: Problem, config: Config, target: str, rows: int = 0) -> Pre
     roofline."""
     hardware = HARDWARE[target]
     rows = rows or ROWS_PER_EXPERT * (problem.groups if isinstance(problem, GemmProblem) else 1)
-    floor = max(problem.flops(rows) / hardware.bf16, problem.bytes(rows) / hardware.memory)
+    floor = max(problem.flops(rows) / _rate(problem, hardware), problem.bytes(rows) / hardware.memory)
     seconds = floor
     if isinstance(problem, GemmProblem) and isinstance(config, GemmConfig):
         seconds = max(floor, _gemm_seconds(problem, config, target, rows))
     return {"microseconds": 1e6 * seconds, "roofline": floor / seconds}
 
 
+def _rate(problem: Problem, hardware: Hardware) -> float:
+    """FLOP/s of the tensor cores, which take narrower operands as much faster (B200's data sheet)."""
+    return (
+        hardware.bf16 * 16 / BITS[problem.multiplied] if isinstance(problem, GemmProblem) else hardware.bf16
+    )
+
+
 def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: int) -> float:
     hardware = HARDWARE[target]
     clock = hardware.clock
-    rate = hardware.bf16 * 16 / BITS[problem.multiplied] / (hardware.sms * clock)
+    rate = _rate(problem, hardware) / (hardware.sms * clock)
     wide = config.tile_n // 2 if problem.epilogue == "swiglu" else config.tile_n
     columns = -(-problem.columns // wide)
     if problem.ragged == "rows":
@@ -58,7 +65,7 @@ def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: i
     epilogue = problem.pieces(config) * PIECE_CLOCKS * 2 / config.buffers
     if problem.epilogue == "dswiglu":
         epilogue *= 4  # each piece is read, computed and stored twice over
-    if hardware.tensor_columns and problem.accumulators(config) == 2:  # hidden behind the next tile's products
+    if hardware.tensor_columns:  # two accumulators: hidden behind the next tile's products
         multiply, epilogue = max(multiply, epilogue / slices), 0.0
     multiply *= 1 + STALL / (config.stages - 1) ** 2
     waves = -(-tiles // (hardware.sms // config.cluster))

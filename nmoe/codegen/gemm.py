@@ -26,6 +26,7 @@ ROW_TILE = 128  # rows to which expert segments are padded
 MAX_EXPERTS = 1024
 BITS: dict[Precision, int] = {"bf16": 16, "mxfp8": 8, "nvfp4": 4}
 ATOM_ROWS, ATOM_SCALES, ATOM_BYTES = 128, 4, 512  # of blocked scale factors (formats.to_blocked)
+TENSOR_COLUMNS = HARDWARE["sm_100a"].tensor_columns
 BARRIER_BYTES = 1024
 
 
@@ -35,11 +36,12 @@ class GemmProblem(Problem):
 
     fprop: y[R, n] = rows · Wᵀ; dgrad: y[R, k] = rows · W; wgrad: dw[experts, n, k] += rowsᵀ · rows. y of a store may
     have `addends` tensors added, each sum rounded.
-    swiglu follows an fprop of n = 2·pairs and stores h = [gate | up], unless it keeps none, and act = s · silu(gate) · up;
-    dswiglu follows a dgrad, reads h[R, 2k] and stores dh and ds. Instead of act or dh their MXFP8 `copies` may be stored.
+    swiglu follows an fprop of n = 2·pairs and stores h = [gate | up], unless it keeps none, and
+    act = s · silu(gate) · up; dswiglu follows a dgrad, reads h[R, 2k] and stores dh and ds. Instead of act or dh their
+    MXFP8 `copies` may be stored.
 
-    `precision` is of both operands of the product. Where `scales` is "blocked" the MMA takes them as they are, where it
-    is "rows" they are dequantized to BF16 first.
+    `precision` is of both operands of the product. Where `scales` is "blocked" the tensor cores take them as they are,
+    where it is "rows" they are dequantized to BF16 first.
 
     A dense layer has `experts` 0: W[n, k], dw[n, k], all rows in one segment, no offsets, and neither s nor ds.
     """
@@ -193,7 +195,11 @@ class GemmProblem(Problem):
             ("dgrad", "a"): (ROWS, self.n), ("dgrad", "b"): (*lead, self.n, self.k),
             ("wgrad", "a"): (ROWS, self.n), ("wgrad", "b"): (ROWS, self.k),
         }[self.role, name]  # fmt: skip
-        turned = self.precision == "nvfp4" and (self.role, name) in (("dgrad", "b"), ("wgrad", "a"), ("wgrad", "b"))
+        turned = self.precision == "nvfp4" and (self.role, name) in (
+            ("dgrad", "b"),
+            ("wgrad", "a"),
+            ("wgrad", "b"),
+        )
         return (*kept[:-2], kept[-1], kept[-2]) if turned else kept
 
     def modes(self, name: str) -> Modes:
@@ -261,10 +267,10 @@ class GemmProblem(Problem):
             n = 768 if self.epilogue == "swiglu" else n
         return replace(self, experts=min(self.experts, 3), n=n, k=k)
 
-    def accumulators(self, config: GemmConfig) -> int:
-        """In tensor memory: two, so that a tile's epilogue runs while the next is multiplied, where they fit beside the
-        scale factors."""
-        return 2 if 2 * config.tile_n + self.scale_columns(config) <= 512 else 1
+    def accumulator_columns(self, config: GemmConfig) -> int:
+        """From the first accumulator in tensor memory to the second: less than a tile where two do not fit beside the
+        scale factors, so that the last columns of one are the first of the other."""
+        return min(config.tile_n, TENSOR_COLUMNS - self.scale_columns(config) - config.tile_n)
 
     def scale_columns(self, config: GemmConfig) -> int:
         """Columns of tensor memory that hold the scale factors of a slice of A and B: 4 an atom."""
@@ -306,10 +312,6 @@ class GemmProblem(Problem):
         used = self.shared_bytes(config, target)
         limit(used <= hardware.shared,
               f"{used} bytes of shared memory: {hardware.name} gives a thread block {hardware.shared}")  # fmt: skip
-        if hardware.tensor_columns:
-            columns = self.accumulators(config) * config.tile_n + self.scale_columns(config)
-            limit(columns <= hardware.tensor_columns,
-                  f"{columns} columns of tensor memory: there are {hardware.tensor_columns}")  # fmt: skip
         if self.multiplied != "bf16":
             limit(config.tile_n == 256 or self.epilogue != "swiglu",
                   f"tile_n {config.tile_n}: gate and up come with whole atoms of 128 rows of scales: 256")  # fmt: skip
@@ -351,7 +353,8 @@ def match(spec: KernelSpec) -> GemmProblem | str:
         return f"no template for {first.format} times {second.format}"
     tail = tuple(part.kind for part in rest)
     quantizes = tail.count("quantize")
-    copies = tuple(("col", "row")[values[part.outputs[0]].axis] for part in rest[len(tail) - quantizes :])
+    made = [values[i] for part in rest for i in part.outputs if part.kind == "quantize" and i is not None]
+    copies: tuple[Copy, ...] = tuple("row" if value.axis else "col" for value in made)
     epilogues: dict[tuple[Role, tuple[str, ...]], Epilogue] = {
         ("fprop", ()): "store",
         ("dgrad", ()): "store",
@@ -365,26 +368,32 @@ def match(spec: KernelSpec) -> GemmProblem | str:
         return f"no epilogue for {' + '.join(map(str, spec.parts))}"
     ins, outs = list(spec.inputs), list(spec.outputs)
     *lead, n, k = outs[0].shape if role == "wgrad" else second.shape
-    keeps_h = "swiglu" not in plain or values[anchor.outputs[0]].stored  # type: ignore[index]
+    h = anchor.outputs[0]
+    keeps_h = "swiglu" not in plain or (h is not None and values[h].stored)
+    scales: Scales = "blocked" if first.scales == "blocked" else "rows" if first.scales else ""
     problem = GemmProblem(
-        role, int(lead[0]) if lead else 0, int(n), int(k), epilogues[role, plain], first.format, first.scales,
+        role, int(lead[0]) if lead else 0, int(n), int(k), epilogues[role, plain], first.format, scales,
         addends, copies, keeps_h,
     )  # fmt: skip
-    return _refusal(problem, [value.format for value in (*ins, *outs)]) or problem
+    if [value.format for value in (*ins, *outs)] != _formats(problem):
+        return "no template that loads and stores these values"
+    return refusal(problem) or problem
 
 
-def _refusal(p: GemmProblem, formats: list[str]) -> str:
-    """Why no template builds a problem whose spec loads and stores values of `formats`; empty if one does."""
+def _formats(p: GemmProblem) -> list[str]:
+    """Of the values that a problem loads and stores."""
     own = {"a": p.precision, "b": p.precision, "row": "mxfp8", "col": "mxfp8"}
     workspace = ("_scale", "_amax", "_wide", "partial")
     operands = [o for o in p.operands(GemmConfig(256, 2, 1)) if not o.name.endswith(workspace)]
-    if formats != [own.get(o.name, o.format) for o in operands]:
-        return "no template that loads and stores these values"
+    return [own.get(o.name, o.format) for o in operands]
+
+
+def refusal(p: GemmProblem) -> str:
+    """Why no template builds a problem; empty if one does."""
     if p.copies and (p.epilogue == "store" or p.scales != "blocked"):
         return "its result is quantized by a kernel of its own"
-    if p.columns % 8 or p.n % 8 or p.k % 8:
-        return f"sizes {p.n} x {p.k}: TMA needs rows of whole 16 bytes"
-    if p.multiplied == "mxfp8" and (p.n % 16 or p.k % 16) or p.multiplied == "nvfp4" and (p.n % 32 or p.k % 32):
+    whole = {"bf16": 8, "mxfp8": 16, "nvfp4": 32}[p.precision]
+    if p.columns % 8 or p.n % whole or p.k % whole:
         return f"sizes {p.n} x {p.k} in {p.precision}: TMA needs rows of whole 16 bytes"
     if p.multiplied != "bf16" and p.epilogue == "swiglu" and p.columns % ATOM_ROWS:
         return f"{p.columns} pairs: gate and up need whole atoms of {ATOM_ROWS} rows of scales each"

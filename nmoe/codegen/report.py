@@ -85,7 +85,7 @@ def _output(command: list[str]) -> str:
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """One line: config, registers, spills, shared memory, products found, prediction."""
+    """One line: config, registers, spills, shared memory, products found."""
     parts = [report["config"], f"smem {report['shared_bytes']}"]
     for name, used in report.get("kernels", {}).items():
         spilled = used["stack"] + used["local"]
@@ -94,5 +94,4 @@ def format_report(report: Mapping[str, Any]) -> str:
         )
     for opcode, n in report.get("sass", {}).get("mma", {}).items():
         parts.append(f"{n}x {opcode}")
-    parts.append(report["tuning"])
     return "; ".join(parts)

@@ -1,14 +1,14 @@
 """Kernels that go through rows once: quantization, norms, activations, rotary embedding, sums and concatenations.
 
-A row kernel computes a body (norm, SwiGLU, …) for every row of a tensor [batch, rows, width], adds residuals, and stores
-the result in BF16, as quantized copies, or both. Says nothing of CuTeDSL, so that specs can be matched and listed on a
-machine without the compiler.
+A row kernel computes a body (norm, SwiGLU, …) for every row of a tensor [batch, rows, width], adds residuals, and
+stores the result in BF16, as quantized copies, or both. Says nothing of CuTeDSL, so that specs can be matched and
+listed on a machine without the compiler.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import EXTENTS, POSITIONS, Config, Operand, Problem, per
@@ -33,7 +33,7 @@ class Copy:
     format: Literal["mxfp8", "nvfp4"]
     axis: Literal[0, 1]
     scales: Literal["rows", "blocked"]
-    rounding: str = "nearest"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     hadamard: bool = False
     square: bool = False
 
@@ -115,7 +115,7 @@ class RowProblem(Problem):
             ),
             "rms_norm": (x, weight),
             "rms_norm_bwd": (Operand("dy", "bf16", result), x, weight, Operand("rstd", "f32", (rows,))),
-            "rope": (x, Operand("positions", "i32", (rows,)), Operand("cos", "f32", table), Operand("sin", "f32", table)),
+            "rope": (x, Operand("positions", "i32", (rows,)), *(Operand(n, "f32", table) for n in ("cos", "sin"))),
             "concat": (Operand("a", "bf16", (rows, self.at)), Operand("b", "bf16", (rows, width - self.at))),
             "embedding": (Operand("tokens", "i32", (rows,)), Operand("table", "bf16", (self.vocabulary, width))),
         }  # fmt: skip
@@ -150,7 +150,7 @@ class RowProblem(Problem):
         lead = (self.batch,) if self.batch else ()
         lines, length = (self.rows, self.width) if copy.axis else (self.width, self.rows)
         block, fp4 = BLOCK[copy.format], copy.format == "nvfp4"
-        scale = (lines, per(length, block))
+        scale: tuple[int, ...] = (lines, per(length, block))
         if copy.scales == "blocked":
             scale = (per(lines, ATOM_ROWS), per(length, block * ATOM_SCALES), ATOM_BYTES)
         data = (lines, per(length, 2)) if fp4 else (self.rows, self.width)
@@ -165,7 +165,7 @@ class RowProblem(Problem):
         return 0.0
 
     def bytes(self, rows: int) -> float:
-        """NVFP4 reads its operands twice: the amax comes first. Of the embedding's table the rows that are looked up."""
+        """NVFP4 reads its operands twice, for the amax first; the embedding reads the rows that are looked up."""
         extents = dict.fromkeys(EXTENTS.values(), rows)
         once = sum(o.bytes(extents) for o in self._outputs())
         reads = sum(o.bytes(extents) for o in self._inputs() if o.name not in ("table", "cos", "sin"))
@@ -196,7 +196,7 @@ class RowProblem(Problem):
         """Wider than a chunk of any config and no multiple of it; rows that fill no tile."""
         rows = self.rows if self.rows < 0 else 160
         width = min(self.width, 1056 if self.statistic else 416)
-        changes = {
+        changes: dict[str, Any] = {
             "rows": rows,
             "width": width,
             "batch": min(self.batch, 2),
@@ -231,6 +231,7 @@ class RowProblem(Problem):
             if not ok:
                 found.append(text)
 
+        limit(config.resident >= 1, f"{config.resident} thread blocks resident: at least 1")
         limit(config.lanes in (8, 16, 32), f"{config.lanes} lanes along a row: 8, 16 or 32")
         limit(config.threads <= 1024, f"{config.threads} threads: a thread block has at most 1024")
         limit(config.threads * config.resident <= 2048,
@@ -271,7 +272,9 @@ class RowConfig(Config):
     resident: int
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.columns}, {self.vectors} rows a thread, {self.threads} threads, {self.resident} resident"
+        return (
+            f"{self.rows}x{self.columns}, {self.threads} x {self.vectors} rows of 8, {self.resident} resident"
+        )
 
     @property
     def warp_rows(self) -> int:
@@ -293,44 +296,41 @@ class RowConfig(Config):
 def match(spec: KernelSpec) -> RowProblem | str:
     """The problem that a spec states, or why no template builds it."""
     anchor, *rest = spec.parts
-    values = spec.values
-    quantizes = [p for p in spec.parts if p.kind == "quantize"]
-    adds = [p for p in spec.parts if p.kind == "add"]
-    others = {p.kind for p in rest} - {"quantize", "add"}
-    if others:
+    values, body = spec.values, BODIES[anchor.kind]
+    adds = [part for part in spec.parts if part.kind == "add"]
+    quantizes = [part for part in spec.parts if part.kind == "quantize"]
+    if others := {part.kind for part in rest} - {"quantize", "add"}:
         return f"no row kernel goes on with {', '.join(sorted(others))}"
-    source = values[_first(anchor.outputs if anchor.kind != "quantize" else anchor.inputs)]
-    *lead, rows, width = source.shape
-    if anchor.kind == "split":
-        width = values[_first(anchor.inputs)].shape[1]
-    if values[_first(anchor.inputs)].format not in ("bf16", "i32"):
-        return f"no row kernel reads {values[_first(anchor.inputs)].format}"
-    attrs = dict(anchor.attrs)
-    body = BODIES[anchor.kind]
+    # Every sum takes the value before it, and what is quantized is the last.
+    last = _first(anchor.inputs if anchor.kind in ("quantize", "add") else anchor.outputs)
+    made = anchor.kind not in ("quantize", "add", "split") and values[last].stored
+    for part in adds:
+        if last not in part.inputs or (part is not adds[-1] and values[_first(part.outputs)].stored):
+            return "its sums are not a chain of which only the last is stored"
+        last = _first(part.outputs)
+    if any(part.inputs[0] != last for part in quantizes):
+        return "it quantizes something else than its last value"
     copies = tuple(_copy(part, values) for part in quantizes)
-    if len({copy.name for copy in copies}) < len(copies):
-        return "two copies along one axis"
-    offsets = {part.inputs[1] for part in quantizes}
-    last = adds[-1] if adds else anchor
-    made = anchor.kind != "quantize" and values[_first(anchor.outputs)].stored
+    if len({copy.axis for copy in copies}) < len(copies):
+        return "it makes two copies along one axis"
+    if any(copy.hadamard and copy.axis == 1 for copy in copies):
+        return "no Hadamard transform along rows"
+    first, attrs = values[_first(anchor.inputs)], dict(anchor.attrs)
+    *lead, rows, width = (first if body == "split" else values[last]).shape
+    ends = [values[i] for part in quantizes for i in part.inputs[1:2] if i is not None]
     problem = RowProblem(
-        body, EXTENTS.get(rows, rows), int(width), int(lead[0]) if lead else 0,
-        addends=len(adds),
-        keeps_body=made and anchor.kind != "add" and body != "split",
-        keeps_sum=bool(adds) and values[_first(last.outputs)].stored,
-        copies=copies,
-        segments=max((values[i].shape[0] - 1 for i in offsets if i is not None), default=0),
-        weighted=body == "swiglu" and len(anchor.inputs) > 1 and anchor.inputs[1] is not None,
-        at=int(source.shape[1]) if body == "split" else int(values[_first(anchor.inputs)].shape[1]) if body == "concat" else 0,
+        body, EXTENTS[rows] if isinstance(rows, str) else rows, int(width), int(lead[0]) if lead else 0, len(adds),
+        keeps_body=made, keeps_sum=bool(adds) and values[last].stored, copies=copies,
+        segments=int(ends[0].shape[0]) - 1 if ends else 0,
+        weighted=body == "swiglu" and anchor.inputs[1:] not in ((), (None,)),
+        at=int((values[last] if body == "split" else first).shape[1]) if body in ("split", "concat") else 0,
         heads=attrs.get("heads", 0), rotary=attrs.get("dim", 0), inverse=attrs.get("inverse", False),
-        vocabulary=int(values[anchor.inputs[1]].shape[0]) if body == "embedding" else 0,
+        vocabulary=int(values[1].shape[0]) if body == "embedding" else 0,
     )  # fmt: skip
-    if any(values[_first(p.outputs)].stored for p in adds[:-1]):
-        return "an intermediate sum is stored"
     expected = [o.format for o in (*problem._inputs(), *problem._outputs())]
-    found = [f for v in (*spec.inputs, *spec.outputs) for f in _formats(v)]
+    found = [name for value in (*spec.inputs, *spec.outputs) for name in _formats(value)]
     if found != expected:
-        return f"its operands are {found}, a row kernel's {expected}"
+        return f"its operands are {', '.join(found)}, a row kernel's {', '.join(expected)}"
     if problem.width % VECTOR or problem.at % VECTOR:
         return f"{problem.width} columns: threads load rows of whole 16 bytes"
     if problem.heads and (problem.width // problem.heads % VECTOR or problem.rotary % VECTOR):
@@ -343,7 +343,8 @@ def _first(numbers: tuple[int | None, ...]) -> int:
 
 
 def _copy(part: Part, values: tuple[Value, ...]) -> Copy:
-    q, attrs = values[_first(part.outputs)], dict(part.attrs)
+    q: Any = values[_first(part.outputs)]
+    attrs: Any = dict(part.attrs)
     return Copy(q.format, q.axis, q.scales, attrs["rounding"], attrs["hadamard"], attrs["square"])
 
 

@@ -81,8 +81,12 @@ class GroupedGemm(Fixed):
         if cutlass.const_expr(problem.scales == "rows"):
             dequantize.launch(problem, named, stream)
             named |= {"a": named["a_wide"], "b": named["b_wide"]}
-        a_layout = layouts.operand(self.element, problem.a_mn_major, ROW_TILE, problem.slice, self.config.stages)
-        b_layout = layouts.operand(self.element, problem.b_mn_major, self.b_rows, problem.slice, self.config.stages)
+        a_layout = layouts.operand(
+            self.element, problem.a_mn_major, ROW_TILE, problem.slice, self.config.stages
+        )
+        b_layout = layouts.operand(
+            self.element, problem.b_mn_major, self.b_rows, problem.slice, self.config.stages
+        )
         # The box is half of B whether a thread block loads one half or both.
         half = layouts.operand(self.element, problem.b_mn_major, self.config.tile_n // 2, problem.slice, 1)
         units = ROW_TILE // self.unit_rows
@@ -97,7 +101,7 @@ class GroupedGemm(Fixed):
             tile = tuple(cute.size(box, mode=[i]) for i in range(2))
             view = layouts.view(named[name], element, problem.modes(name), rows)
             made = cpasync.make_tiled_tma_atom(operation, view, box, tile)
-            return Copy(made.atom, made.tma_tensor)
+            return Copy(made.atom, layouts.widened(made.tma_tensor))
 
         def result(name: str) -> Copy:
             if cutlass.const_expr(name in problem.copies):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import cutlass
 from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint32, cute
 
-from nmoe.codegen.templates.quantize import _bits, _float
+from nmoe.codegen.templates.quantize import as_bits, as_float
 from nmoe.formats.block_scaled import FLT_MAX, HADAMARD_SIZE, SIGNS
 
 NVFP4_BLOCK = 16
@@ -42,21 +42,21 @@ def block_scales(peaks: cute.Tensor, scale: Float32):  # type: ignore[no-untyped
 @cute.jit
 def element(x: Float32) -> Int32:
     """E2M1 code: to nearest, ties to even, saturating."""
-    bits = _bits(x)
+    bits = as_bits(x)
     size = cutlass.min(bits & 0x7FFF_FFFF, SIX)
     binade = cutlass.max(size & 0x7F80_0000, 0x3F80_0000)
     # 1.5 · 2^22 · binade has a last place of one step, so that the sum rounds as E2M1 does.
-    total = _bits(_float(size) + _float(binade) * (1.5 * 2.0**22))
+    total = as_bits(as_float(size) + as_float(binade) * (1.5 * 2.0**22))
     return (total & 7) + (total >> 22) - (2 * 149 + 1) | bits >> 28 & 8
 
 
 @cute.jit
 def stochastic_element(x: Float32, byte: Int32) -> Int32:
     """E2M1 code: ⌊|x| / step + byte / 256⌋ steps, saturating."""
-    bits = _bits(x)
+    bits = as_bits(x)
     size = cutlass.min(bits & 0x7FFF_FFFF, SIX)
     binade = cutlass.max(size & 0x7F80_0000, 0x3F80_0000)
-    steps = (_float(size) * _float((127 + 9 << 23) - (binade - 0x3F80_0000))).to(Int32) + byte >> 8
+    steps = (as_float(size) * as_float((127 + 9 << 23) - (binade - 0x3F80_0000))).to(Int32) + byte >> 8
     return steps + (binade >> 22) - 2 * 127 | bits >> 28 & 8
 
 

@@ -8,9 +8,9 @@ A thread holds 8 columns (16 bytes) of `vectors` consecutive rows; a warp's `lan
     lane 16 … 23   rows 16…23
     lane 24 … 31   rows 24…31
 
-Bodies that need a sum over whole rows (norms) go over the columns twice: the thread block owns its rows, sums all chunks of
-columns, then computes from the last chunk back to the first, while the later ones are still in a cache. A tile that is
-the only chunk stays in registers.
+Bodies that need a sum over whole rows (norms) go over the columns twice: the thread block owns its rows, sums all
+chunks of columns, then computes from the last chunk back to the first, while the later ones are still in a cache. A
+forward norm's only chunk stays in registers; backward, which holds two tensors, would spill.
 
     loads ─▶ registers ─▶ [sums: lanes ─▶ warps through shared memory] ─▶ body ─▶ + addends ─▶ BF16 ─▶ stores
                                                                                             └─▶ copies (rows_copy.py)
@@ -30,7 +30,6 @@ from nmoe.codegen.rows import ATOM_ROWS, STRIPES, VECTOR, RowConfig, RowProblem
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.rows_body import RowBody, Spot, vector
 from nmoe.codegen.templates.rows_copy import copies
-
 
 RESERVED = 1024  # bytes of shared memory that every thread block takes beside its own
 CLEARING = 128  # threads that set the amaxes to zero
@@ -212,7 +211,6 @@ class Tile(Fixed):
     def finish(self, found, first: Int32, chunk: Int32, statistics) -> None:  # type: ignore[no-untyped-def]
         """Body, addends, stores and copies of what has been loaded."""
         problem, spot = self.problem, found.spot
-        addends = []
         for a in cutlass.range_constexpr(problem.addends):
             found.row(f"addend{a}", self.named[f"addend{a}"])
         result = cute.make_rmem_tensor((VECTOR, self.config.vectors), BFloat16)

@@ -41,7 +41,12 @@ class Loaded(Fixed):
     """BF16 registers [8, vectors] of each tensor that a body reads, and its FP32 columns."""
 
     def __init__(self, spot: Spot) -> None:
-        self.spot, self.rows, self.columns = spot, {}, {}
+        self.spot = spot
+        self.rows: dict[str, cute.Tensor] = {}
+        self.columns: dict[str, cute.Tensor] = {}
+        self.weights: list[Float32] = []  # swiglu: each row's router weight
+        self.rstd: list[Float32] = []  # rms_norm_bwd: each row's
+        self.rotates = False  # rope: are these rotary columns?
 
     def row(self, name: str, tensor: cute.Tensor, shift: int = 0) -> None:
         self.put(name, [vector(tensor, row, self.spot.column + shift) for row in self.spot.source])

@@ -1,8 +1,9 @@
 """Quantized copies of a tile of BF16 results, bit for bit as nmoe.formats rounds.
 
-A block's largest magnitude is found on pairs of BF16 without their signs: NaN comes through. Along a row it is that of the
-columns of neighbouring lanes, down the rows that of a thread's rows and the lanes below it. Scale factors are gathered in shared memory
-and written by all threads, in the layout that the consumer reads: rows, or 128 × 4 atoms (formats.to_blocked).
+A block's largest magnitude is found on pairs of BF16 without their signs: NaN comes through. Along a row it is that of
+the columns of neighbouring lanes, down the rows that of a thread's rows and the lanes below it. Scale factors are
+gathered in shared memory and written by all threads, in the layout that the consumer reads: rows, or 128 × 4 atoms
+(formats.to_blocked).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Scales(Fixed):
 
     @cute.jit
     def store(self, line: Int32, block: Int32) -> None:
-        """Writes the tile's scales, of which (line, block) is the first. Those past the end of the tensor fill its atoms."""
+        """Writes the tile's scales, (line, block) the first of them. Those past the tensor's end fill its atoms."""
         cute.arch.sync_threads()
         whole = self.blocked and self.blocks % ATOM_SCALES == 0
         step = ATOM_SCALES if cutlass.const_expr(whole) else 1
@@ -163,8 +164,8 @@ class ColumnMxfp8(Mxfp8):
 
 
 class Nvfp4(Fixed):
-    """Two passes: `measure` finds the largest magnitude of the tensor, or of the segment that the tile lies in, which `write`
-    scales by. A thread's 16 rows are one block of each of its 8 columns."""
+    """Two passes: `measure` finds the largest magnitude of the tensor, or of the segment that the tile lies in, which
+    `write` scales by. Down the rows a thread's 16 are one block of each of its 8 columns."""
 
     def __init__(self, tile, copy: Copy, smem: SmemAllocator) -> None:  # type: ignore[no-untyped-def]
         self.tile, self.config, self.copy = tile, tile.config, copy
@@ -225,7 +226,7 @@ class Nvfp4(Fixed):
     def tile_peak(self, values) -> Float32:  # type: ignore[no-untyped-def]
         """Of the 16 × 16 tile that this thread and its neighbour hold."""
         found = self.largest(values)
-        return quantize._float(cutlass.max(found, cute.arch.shuffle_sync_bfly(found, 1)))
+        return quantize.as_float(cutlass.max(found, cute.arch.shuffle_sync_bfly(found, 1)))
 
     @cute.jit
     def pack(self, values, word: Int32, shift: cutlass.Constexpr):  # type: ignore[no-untyped-def]
@@ -252,7 +253,7 @@ class RowNvfp4(Nvfp4):
                 row = cute.make_rmem_tensor(VECTOR, Float32)
                 row.store(values[None, i].load().to(Float32))
                 found = self.peak(row)
-                peaks[i] = quantize._float(cutlass.max(found, cute.arch.shuffle_sync_bfly(found, 1)))
+                peaks[i] = quantize.as_float(cutlass.max(found, cute.arch.shuffle_sync_bfly(found, 1)))
         codes, factors = nvfp4.block_scales(peaks, nvfp4.encode_scale(self.amax[group]))
         bytes_ = cute.recast_tensor(codes, Uint8)
         block = tile.column // nvfp4.NVFP4_BLOCK
@@ -285,7 +286,7 @@ class ColumnNvfp4(Nvfp4):
             peaks.fill(self.tile_peak(values))
         else:
             for j in cutlass.range_constexpr(VECTOR):
-                peaks[j] = quantize._float(self.peak(self.column(values, j)))
+                peaks[j] = quantize.as_float(self.peak(self.column(values, j)))
         codes, factors = nvfp4.block_scales(peaks, nvfp4.encode_scale(self.amax[group]))
         bytes_ = cute.recast_tensor(codes, Uint8)
         half = config.rows // nvfp4.NVFP4_BLOCK

@@ -59,7 +59,9 @@ class Sm90GroupedGemm(GroupedGemm):
         _, cluster, _ = cute.arch.block_idx()
         _, clusters, _ = cute.arch.grid_dim()
         plain = Plain(self.plain, plain)
-        segments = Segments(plain.offsets, cute.size(a.tensor, mode=[0 if self.problem.ragged == "rows" else 1]))
+        segments = Segments(
+            plain.offsets, cute.size(a.tensor, mode=[0 if self.problem.ragged == "rows" else 1])
+        )
 
         smem = SmemAllocator()
         a_stages = smem.allocate_tensor(BFloat16, a_layout.outer, 1024, swizzle=a_layout.inner)
@@ -160,7 +162,7 @@ class WgmmaFragment(Fragment):
     def stored(self, buffer: cute.Tensor) -> cute.Tensor:
         return self.slice.partition_C(buffer)
 
-    def piece(self, acc: cute.Tensor, index: int | Int32) -> cute.Tensor:
+    def piece(self, acc: cute.Tensor, index: int | Int32, parts: int = 1) -> cute.Tensor:
         return cute.make_tensor(acc.iterator + index * cute.size(self.shape), cute.make_layout(self.shape))
 
     def row(self, value: int) -> int:

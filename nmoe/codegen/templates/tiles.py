@@ -106,8 +106,8 @@ class RaggedRows(Fixed):
 
 
 class RaggedDepth(Fixed):
-    """Tiles of an [E, n, k] result that contracts each expert's rows, `depth` of them a slice: a fixed number an expert, of
-    varying depth."""
+    """Tiles of an [E, n, k] result that contracts each expert's rows, `depth` of them a slice: a fixed number an
+    expert, of varying depth."""
 
     def __init__(self, experts: int, rows: int, columns: int, depth: int, cluster: int) -> None:
         self.depth, self.cluster = depth, cluster

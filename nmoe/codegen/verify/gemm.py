@@ -29,13 +29,18 @@ def case(problem: GemmProblem, config: GemmConfig, seed: int, counts: list[int] 
     """Random operands; by default with ragged, empty and single-row experts, by the seed."""
     counts = counts or COUNTS[1 + seed % len(COUNTS)][: problem.groups]
     tensors = inputs(problem, counts, seed, spare=64)
-    rows = len(tensors["s"])
-    for operand in problem.operands(config):  # workspace
+    return tensors | workspace(problem, config, len(tensors["s"]))
+
+
+def workspace(problem: GemmProblem, config: GemmConfig, rows: int, device: str = "cpu") -> Tensors:
+    """What a launch on so many rows needs beside inputs and results, poisoned."""
+    made: Tensors = {}
+    for operand in problem.operands(config):
         if operand.name == "partial" or operand.name.endswith("_wide"):
             shape = [resolve(extent, {ROWS: rows}) for extent in operand.shape]
             dtype = torch.float32 if operand.format == "f32" else torch.bfloat16
-            tensors[operand.name] = torch.full(shape, float("nan"), dtype=dtype)
-    return tensors
+            made[operand.name] = torch.full(shape, float("nan"), dtype=dtype, device=device)
+    return made
 
 
 def inputs(problem: GemmProblem, counts: list[int], seed: int, spare: int = 0, device: str = "cpu"):
@@ -66,17 +71,14 @@ def inputs(problem: GemmProblem, counts: list[int], seed: int, spare: int = 0, d
     matrix = (n, k) if problem.dense else (e, n, k)
     weight = torch.rand(r, generator=gen, device=device).masked_fill_(~real, 0.0)
     made: Tensors = {"offsets": offsets.to(device), "s": torch.ones_like(weight) if problem.dense else weight}
-    axes = {"fprop": (1, 1), "dgrad": (1, 0), "wgrad": (0, 0)}[problem.role]
     a = rows(n if problem.role != "fprop" else k)
-    if problem.role == "wgrad":
-        b = rows(k)
-    else:
-        b = (torch.randn(*matrix, generator=gen, device=device) * 0.1).bfloat16()
-    for name, tensor, axis in (("a", a, axes[0]), ("b", b, axes[1])):
+    matrices = torch.randn(*matrix, generator=gen, device=device)
+    b = rows(k) if problem.role == "wgrad" else (matrices * 0.1).bfloat16()
+    for name, tensor in (("a", a), ("b", b)):
         segments = None if problem.dense or tensor.ndim == 3 else made["offsets"]
-        made |= _buffers(problem, name, tensor, axis, segments)
+        made |= _buffers(problem, name, tensor, segments)
     if problem.role == "wgrad":
-        return made | {"dw": torch.randn(*matrix, generator=gen, device=device)}
+        return made | {"dw": matrices}
     made |= {name: rows(problem.columns) for name in ("addend", "addend2")}
     if problem.role == "fprop":
         made |= {"y": poison(r, n), "h": poison(r, n), "act": poison(r, n // 2)}
@@ -94,12 +96,16 @@ def inputs(problem: GemmProblem, counts: list[int], seed: int, spare: int = 0, d
     return made
 
 
-def _buffers(
-    problem: GemmProblem, name: str, x: torch.Tensor, axis: formats.Axis, segments: torch.Tensor | None
-) -> Tensors:
+def _axis(problem: GemmProblem, name: str) -> formats.Axis:
+    """Along which operand a or b is quantized: the one that is contracted."""
+    return 1 if problem.role == "fprop" or (problem.role, name) == ("dgrad", "a") else 0
+
+
+def _buffers(problem: GemmProblem, name: str, x: torch.Tensor, segments: torch.Tensor | None) -> Tensors:
     """An operand of the product as the kernel loads it. Rows past the last segment are NaN where the format has one."""
     if problem.precision == "bf16":
         return {name: x}
+    axis = _axis(problem, name)
     q = formats.quantize(x, problem.precision, axis, segments=segments)
     if segments is not None:
         nan, end = {"mxfp8": 0xFF, "nvfp4": 0x7F}[problem.precision], int(segments[-1])
@@ -116,7 +122,7 @@ def _logical(problem: GemmProblem, t: Tensors, name: str) -> torch.Tensor:
     if problem.precision == "bf16":
         return t[name].double()
     data, scale, amax = t[name], t[f"{name}_scale"], t.get(f"{name}_amax")
-    axis = 1 if problem.role == "fprop" or (problem.role, name) == ("dgrad", "a") else 0
+    axis = _axis(problem, name)
     *lead, lines, length = data.shape
     if problem.precision == "nvfp4":
         length *= 2
@@ -129,7 +135,9 @@ def _logical(problem: GemmProblem, t: Tensors, name: str) -> torch.Tensor:
         scale = formats.from_blocked(atoms, lines, length // formats.BLOCK[problem.precision])
     buffers = {"data": data, "scale": scale}
     if amax is not None:
-        buffers["amax"] = torch.ones(lead)  # the global scale is applied below, in float64
+        buffers["amax"] = data.new_ones(
+            lead, dtype=torch.float32
+        )  # the global scale is applied below, in float64
     q = formats.from_buffers(problem.precision, shape, axis, buffers)
     plain = formats.dequantize(q, without_global=True).double()
     if amax is None:

@@ -1,9 +1,9 @@
 """Row kernels against float64, and bit for bit where nothing is approximated.
 
 Sums, copies and norms (given the kernel's own rstd) round as the ops say and are compared bit for bit, and so is every
-quantized copy of a result that the kernel stores too. Otherwise, with u = 2^-24: storing rounds by 2^-8 relative (BF16);
-a sum over a row is a tree of at most 64 additions one after another, within 64u of the sum of magnitudes; rsqrt.approx
-is within 2^-22; SwiGLU as in codegen/verify/gemm.py. A copy of such a result adds the format's own bound.
+quantized copy of a result that the kernel stores too. Otherwise, with u = 2^-24: storing rounds by 2^-8 relative
+(BF16); a sum over a row is a tree at most 64 additions deep, within 64u of the sum of magnitudes; rsqrt.approx is
+within 2^-22; SwiGLU as in codegen/verify/gemm.py. A copy of such a result adds the format's own bound.
 """
 
 from __future__ import annotations
