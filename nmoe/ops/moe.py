@@ -260,7 +260,7 @@ class MoePlan(OpDef):
         ]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
-        (slots, row_source, offsets, load, _), align = outs, attrs["align"]
+        (slots, row_source, offsets, load), align = outs[:4], attrs["align"]
         expert, ranked, order, position, counts, padded, first, shift, counts_wide, small = scratch
         expert.copy_(ins[0].view(-1))
         torch.sort(expert, stable=True, out=(ranked, order))
