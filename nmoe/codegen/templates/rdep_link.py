@@ -85,8 +85,10 @@ class Link(Fixed):
             words = self.at(self.rank, "flags", Int64)
             word = words + (FLAGS.index(flag) * self.ranks + peer) * LINE
             budget = self.state[STATE.index("timeout")]
-            begin = Int64(cute.arch.globaltimer())
             seen = Int64(cute.arch.load(word, Int64, sem="acquire", scope="sys"))
+            begin = Int64(0)
+            if seen < epoch:
+                begin = Int64(cute.arch.globaltimer())
             while seen < epoch:
                 late = Int64(cute.arch.globaltimer()) - begin > budget
                 seen = Int64(cute.arch.load(word, Int64, sem="acquire", scope="sys"))
