@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from nmoe.codegen.gemm import ROW_TILE, SLICE, GemmConfig, GemmProblem
-from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.gemm import BITS, ROW_TILE, GemmConfig, GemmProblem
+from nmoe.codegen.hardware import HARDWARE, Hardware
 from nmoe.codegen.problem import Config, Problem
 
 ROWS_PER_EXPERT = 2048  # a training step's typical load, for ordering only
@@ -34,27 +34,34 @@ def predict(problem: Problem, config: Config, target: str, rows: int = 0) -> Pre
     roofline."""
     hardware = HARDWARE[target]
     rows = rows or ROWS_PER_EXPERT * (problem.groups if isinstance(problem, GemmProblem) else 1)
-    floor = max(problem.flops(rows) / hardware.bf16, problem.bytes(rows) / hardware.memory)
+    floor = max(problem.flops(rows) / _rate(problem, hardware), problem.bytes(rows) / hardware.memory)
     seconds = floor
     if isinstance(problem, GemmProblem) and isinstance(config, GemmConfig):
         seconds = max(floor, _gemm_seconds(problem, config, target, rows))
     return {"microseconds": 1e6 * seconds, "roofline": floor / seconds}
 
 
+def _rate(problem: Problem, hardware: Hardware) -> float:
+    """FLOP/s of the tensor cores, which take narrower operands as much faster (B200's data sheet)."""
+    return (
+        hardware.bf16 * 16 / BITS[problem.multiplied] if isinstance(problem, GemmProblem) else hardware.bf16
+    )
+
+
 def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: int) -> float:
     hardware = HARDWARE[target]
     clock = hardware.clock
-    rate = hardware.bf16 / (hardware.sms * clock)
+    rate = _rate(problem, hardware) / (hardware.sms * clock)
     wide = config.tile_n // 2 if problem.epilogue == "swiglu" else config.tile_n
     columns = -(-problem.columns // wide)
     if problem.ragged == "rows":
         blocks = problem.groups * -(-rows // problem.groups // (ROW_TILE * config.cluster))
-        tiles, slices = blocks * columns, -(-problem.depth // SLICE)
+        tiles, slices = blocks * columns, -(-problem.depth // problem.slice)
     else:
         tiles = problem.groups * -(-problem.n // (ROW_TILE * config.cluster)) * columns
-        slices = max(1, rows // problem.groups // SLICE)
-    multiply = 2.0 * ROW_TILE * config.tile_n * SLICE / rate
-    load = 2.0 * SLICE * (ROW_TILE + config.tile_n / config.cluster) / L2_BYTES_PER_CLOCK
+        slices = max(1, rows // problem.groups // problem.slice)
+    multiply = 2.0 * ROW_TILE * config.tile_n * problem.slice / rate
+    load = problem.stage_bytes(config, config.tile_n // config.cluster) / L2_BYTES_PER_CLOCK
     epilogue = problem.pieces(config) * PIECE_CLOCKS * 2 / config.buffers
     if problem.epilogue == "dswiglu":
         epilogue *= 4  # each piece is read, computed and stored twice over

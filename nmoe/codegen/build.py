@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nmoe import autotune
+from nmoe.autotune import Record
 from nmoe.codegen import compiler, families
 from nmoe.codegen.cache import Cache, Entry
-from nmoe.codegen.problem import Config
-from nmoe.codegen.report import format_report
+from nmoe.codegen.problem import Config, Problem
+from nmoe.codegen.report import disassemble, format_report, tool
 from nmoe.codegen.spec import KernelSpec
 
 
@@ -28,6 +30,7 @@ class Build:
     """What a build found and made, by spec in the schedule's order."""
 
     target: str
+    chosen: dict[KernelSpec, tuple[Problem, Config, Record | None]] = field(default_factory=dict)
     warm: dict[KernelSpec, Entry] = field(default_factory=dict)
     built: dict[KernelSpec, Entry] = field(default_factory=dict)
     failed: dict[KernelSpec, str] = field(default_factory=dict)
@@ -52,27 +55,39 @@ def build(
     cache = Cache(root)
     before = set(cache.quarantined())
     result = Build(specs[0].target if specs else "cpu")
-    work: dict[KernelSpec, Config] = {}
+    work: list[KernelSpec] = []
     for spec in specs:
         problem = families.match(spec)
         if isinstance(problem, str):
             result.missing[spec] = problem
             continue
-        config = autotune.choose(problem, spec.target)
+        config, record = autotune.choose(problem, spec.target, root)
+        result.chosen[spec] = problem, config, record
         if entry := cache.get(compiler.problem_key(problem, config, spec.target), spec.target):
             result.warm[spec] = entry
         else:
-            work[spec] = config
+            work.append(spec)
     if work:
-        compiler.check_toolchain()
+        _require_compiler(work, root)
         _compile(work, root, workers, result, progress)
     result.repaired = sorted(set(cache.quarantined()) - before)
     result.seconds = time.monotonic() - begin
     return result
 
 
+def _require_compiler(work: Sequence[KernelSpec], root: Path) -> None:
+    try:
+        compiler.check_toolchain()
+    except compiler.CompilerError as error:
+        names = sorted({spec.name for spec in work})
+        raise compiler.CompilerError(
+            f"{len(work)} kernels are not in the cache {root} ({', '.join(names)}), and this machine cannot build "
+            f"them: {error}; or bring a cache that nmoe compile has filled elsewhere, with the same nmoe"
+        ) from None
+
+
 def _compile(
-    work: Mapping[KernelSpec, Config],
+    work: Sequence[KernelSpec],
     root: Path,
     workers: int,
     result: Build,
@@ -81,7 +96,7 @@ def _compile(
     count = min(workers or len(os.sched_getaffinity(0)), len(work))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=context, initializer=_start) as pool:
-        futures = {pool.submit(_one, spec.json(), config, root): spec for spec, config in work.items()}
+        futures = {pool.submit(_one, spec.json(), result.chosen[spec][1], root): spec for spec in work}
         for done, future in enumerate(as_completed(futures), 1):
             spec = futures[future]
             try:
@@ -109,13 +124,30 @@ def _one(spec: str, config: Config, root: Path) -> Entry:
     return compiler.compile_kernel(KernelSpec.from_json(spec), config, Cache(root))
 
 
+def emit(result: Build, folder: Path) -> str:
+    """Writes each kernel's PTX, machine code (where nvdisasm is installed) and report to a folder of its own, named
+    by what it computes and its key; returns a line that says so."""
+    ready = {**result.warm, **result.built}
+    for spec, entry in ready.items():
+        place = folder / f"{spec.name}-{spec.key}"
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ("kernel.ptx", "report.json"):
+            shutil.copyfile(entry.folder / name, place / name)
+        if sass := disassemble((entry.folder / "kernel.cubin").read_bytes()):
+            (place / "kernel.sass").write_text(sass)
+    without = "" if tool("nvdisasm") else "; no SASS: nvdisasm is not installed (pip install triton)"
+    return f"PTX, SASS and reports of {len(ready)} kernels are in {folder}{without}"
+
+
 def format_build(name: str, result: Build) -> str:
     """A line a kernel, then what is missing and the sum."""
     lines = []
     for spec, entry in {**result.warm, **result.built}.items():
-        predicted = entry.report["predicted"]
+        problem, config, record = result.chosen[spec]
+        predicted = autotune.predict(problem, config, spec.target)
+        tuning = f"tuned on {record.device}, {record.date}" if record else "untuned"
         lines.append(
-            f"{spec.key}  {' + '.join(map(str, spec.parts))}: {format_report(entry.report)}, predicted "
+            f"{spec.key}  {' + '.join(map(str, spec.parts))}: {format_report(entry.report)}; {tuning}, predicted "
             f"{predicted['microseconds']:.0f} µs at {100 * predicted['roofline']:.0f} % of roofline"
         )
     lines += [

@@ -21,7 +21,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nmoe import autotune
 from nmoe.codegen import families
 from nmoe.codegen.cache import FUNCTION, Cache, Entry
 from nmoe.codegen.problem import Config, Operand, Problem
@@ -61,10 +60,11 @@ def sources(template: str) -> str:
     return digest.hexdigest()
 
 
-def problem_key(problem: Problem, config: Config, target: str) -> str:
-    """Names an artifact: the SHA-256 of all that its content depends on, token counts not among it."""
+def problem_key(problem: Problem, config: Config | None, target: str) -> str:
+    """Names an artifact: the SHA-256 of all that its content depends on, token counts not among it. Without a config
+    it names what is known of them all (autotune/records.py)."""
     parts = {
-        "family": problem.family, "problem": asdict(problem), "config": config.json(), "target": target,
+        "family": problem.family, "problem": asdict(problem), "config": config and config.json(), "target": target,
         "sources": sources(problem.template(target).split(".")[0]), "toolchain": TOOLCHAIN, "host": "x86_64-linux",
     }  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -101,11 +101,9 @@ def compile_problem(problem: Problem, config: Config, target: str, cache: Cache)
     check_toolchain()
     begin = time.monotonic()
     files = generate(problem, config, target)
-    cubin = files.pop("kernel.cubin")
     report = {
         "family": problem.family, "problem": asdict(problem), "target": target, "config": str(config),
-        "tuning": "untuned", "shared_bytes": problem.shared_bytes(config, target),
-        "predicted": autotune.predict(problem, config, target), **resources(cubin),
+        "shared_bytes": problem.shared_bytes(config, target), **resources(files["kernel.cubin"]),
         "seconds": round(time.monotonic() - begin, 2),
     }  # fmt: skip
     return cache.put(key, target, files, report)

@@ -11,25 +11,37 @@ from itertools import product
 from typing import ClassVar, Literal
 
 from nmoe.codegen.hardware import HARDWARE
-from nmoe.codegen.problem import ROWS, Config, Operand, Problem
+from nmoe.codegen.problem import ROWS, Config, Operand, Problem, per
 from nmoe.codegen.spec import KernelSpec
+from nmoe.formats import BLOCK
 
 Role = Literal["fprop", "dgrad", "wgrad"]
 Epilogue = Literal["store", "swiglu", "dswiglu", "accumulate"]
+Precision = Literal["bf16", "mxfp8", "nvfp4"]
+Scales = Literal["", "rows", "blocked"]
+Copy = Literal["row", "col"]
 Modes = tuple[tuple[int, int], ...]
 
 ROW_TILE = 128  # rows to which expert segments are padded
-SLICE = 64  # depth of a pipeline stage: 64 BF16 are the 128 bytes that the widest swizzle spans
 MAX_EXPERTS = 1024
+BITS: dict[Precision, int] = {"bf16": 16, "mxfp8": 8, "nvfp4": 4}
+ATOM_ROWS, ATOM_SCALES, ATOM_BYTES = 128, 4, 512  # of blocked scale factors (formats.to_blocked)
+TENSOR_COLUMNS = HARDWARE["sm_100a"].tensor_columns
+BARRIER_BYTES = 1024
 
 
 @dataclass(frozen=True)
 class GemmProblem(Problem):
     """A GEMM over W[experts, n, k] and packed rows whose segments `offsets` bounds.
 
-    fprop: y[R, n] = rows · Wᵀ; dgrad: y[R, k] = rows · W; wgrad: dw[experts, n, k] += rowsᵀ · rows.
-    swiglu follows an fprop of n = 2·pairs and stores h = [gate | up] and act = s · silu(gate) · up;
-    dswiglu follows a dgrad, reads h[R, 2k] and stores dh and ds.
+    fprop: y[R, n] = rows · Wᵀ; dgrad: y[R, k] = rows · W; wgrad: dw[experts, n, k] += rowsᵀ · rows. y of a store may
+    have `addends` tensors added, each sum rounded.
+    swiglu follows an fprop of n = 2·pairs and stores h = [gate | up], unless it keeps none, and
+    act = s · silu(gate) · up; dswiglu follows a dgrad, reads h[R, 2k] and stores dh and ds. Instead of act or dh their
+    MXFP8 `copies` may be stored.
+
+    `precision` is of both operands of the product. Where `scales` is "blocked" the tensor cores take them as they are,
+    where it is "rows" they are dequantized to BF16 first.
 
     A dense layer has `experts` 0: W[n, k], dw[n, k], all rows in one segment, no offsets, and neither s nor ds.
     """
@@ -39,11 +51,16 @@ class GemmProblem(Problem):
     n: int
     k: int
     epilogue: Epilogue
+    precision: Precision = "bf16"
+    scales: Scales = ""
+    addends: int = 0
+    copies: tuple[Copy, ...] = ()
+    keeps_h: bool = True
 
     family: ClassVar[str] = "gemm"
 
     def __str__(self) -> str:
-        return f"{self.role} {self.n}x{self.k}"
+        return f"{self.precision} {self.role} {self.n}x{self.k}"
 
     @property
     def dense(self) -> bool:
@@ -72,38 +89,118 @@ class GemmProblem(Problem):
         return self.k if self.role == "fprop" else self.n
 
     @property
+    def multiplied(self) -> Precision:
+        """What the tensor cores multiply."""
+        return self.precision if self.scales == "blocked" else "bf16"
+
+    @property
+    def slice(self) -> int:
+        """Depth of a pipeline stage: the 128 bytes that the widest swizzle spans. Experts end at multiples of 128 rows,
+        so a slice of rows is not deeper."""
+        widest = 128 * 8 // BITS[self.multiplied]
+        return min(widest, ROW_TILE) if self.role == "wgrad" else widest
+
+    @property
+    def scale_atoms(self) -> int:
+        """Atoms of scale factors along a slice."""
+        return 0 if self.multiplied == "bf16" else self.slice // (BLOCK[self.precision] * ATOM_SCALES)
+
+    @property
     def a_mn_major(self) -> bool:
-        return self.role == "wgrad"
+        return self.role == "wgrad" and self.precision != "nvfp4"
 
     @property
     def b_mn_major(self) -> bool:
-        return self.role != "fprop"
+        return self.role != "fprop" and self.precision != "nvfp4"
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The operands that the epilogue reads a piece of for every piece of the product: dswiglu two, gate and up."""
+        if self.epilogue == "dswiglu":
+            return ("h", "h")
+        return ("addend", "addend2")[: self.addends]
 
     @property
     def stored(self) -> tuple[str, ...]:
         """The operands that the epilogue stores through TMA."""
         stores: dict[Epilogue, tuple[str, ...]] = {
-            "store": ("y",), "swiglu": ("h", "act"), "dswiglu": ("dh",), "accumulate": ("dw",)
-        }  # fmt: skip
+            "store": ("y",),
+            "swiglu": (*(("h",) if self.keeps_h else ()), *(self.copies or ("act",))),
+            "dswiglu": self.copies or ("dh",),
+            "accumulate": ("dw",),
+        }
         return stores[self.epilogue]
+
+    def _quantized(self, name: str, shape: tuple[int, ...], axis: int) -> tuple[Operand, ...]:
+        """An operand of the product [*lead, m, k] in the buffers of formats.storage, its scales as `scales` says."""
+        if self.precision == "bf16":
+            return (Operand(name, "bf16", shape),)
+        *lead, m, k = shape
+        lines, length = (m, k) if axis else (k, m)
+        nibbles = self.precision == "nvfp4"
+        data = (*lead, lines, per(length, 2)) if nibbles else shape
+        factors = (Operand(f"{name}_amax", "f32", (self.groups,)),) if nibbles else ()
+        scale = self._scale(lines, length, BLOCK[self.precision], self.scales)
+        return (Operand(name, "u8", data), Operand(f"{name}_scale", "u8", (*lead, *scale)), *factors)
+
+    def _scale(self, lines: int, length: int, block: int, scales: Scales) -> tuple[int, ...]:
+        if scales == "rows":
+            return (lines, per(length, block))
+        return per(lines, ATOM_ROWS), per(length, block * ATOM_SCALES), ATOM_BYTES
 
     def operands(self, config: GemmConfig) -> tuple[Operand, ...]:
         n, k = self.n, self.k
         matrix = (n, k) if self.dense else (self.experts, n, k)
         offsets = () if self.dense else (Operand("offsets", "i32", (self.experts + 1,)),)
         if self.role == "wgrad":
-            return (Operand("a", "bf16", (ROWS, n)), Operand("b", "bf16", (ROWS, k)), *offsets,
-                    Operand("dw", "f32", matrix))  # fmt: skip
-        a = Operand("a", "bf16", (ROWS, self.depth))
-        first = (a, Operand("b", "bf16", matrix), *offsets)
-        weight = () if self.dense else (Operand("s", "f32", (ROWS,)),)
+            a, b = self._quantized("a", (ROWS, n), 0), self._quantized("b", (ROWS, k), 0)
+            return (*a, *b, *offsets, Operand("dw", "f32", matrix), *self._wide())
+        a = self._quantized("a", (ROWS, self.depth), 1)
+        first = (*a, *self._quantized("b", matrix, int(self.role == "fprop")), *offsets)
         if self.epilogue == "store":
-            return (*first, Operand("y", "bf16", (ROWS, self.columns)))
+            addends = (Operand(name, "bf16", (ROWS, self.columns)) for name in self.read)
+            return (*first, *addends, Operand("y", "bf16", (ROWS, self.columns)), *self._wide())
+        weight = () if self.dense else (Operand("s", "f32", (ROWS,)),)
         if self.epilogue == "swiglu":
-            return (*first, *weight, Operand("h", "bf16", (ROWS, n)), Operand("act", "bf16", (ROWS, n // 2)))
-        sums = (Operand("ds", "f32", (ROWS,)), Operand("partial", "f32", (-(-k // config.tile_n), ROWS)))
-        return (*first, Operand("h", "bf16", (ROWS, 2 * k)), *weight, Operand("dh", "bf16", (ROWS, 2 * k)),
-                *(() if self.dense else sums))  # fmt: skip
+            h = (Operand("h", "bf16", (ROWS, n)),) if self.keeps_h else ()
+            return (*first, *weight, *h, *self._results("act", n // 2), *self._wide())
+        ds = () if self.dense else (Operand("ds", "f32", (ROWS,)),)
+        partial = () if self.dense else (Operand("partial", "f32", (per(k, config.tile_n), ROWS)),)
+        results = self._results("dh", 2 * k)
+        ordered = (*ds, *results) if self.copies else (*results, *ds)
+        return (*first, Operand("h", "bf16", (ROWS, 2 * k)), *weight, *ordered, *self._wide(), *partial)
+
+    def _results(self, name: str, width: int) -> tuple[Operand, ...]:
+        """What is stored of act or dh: itself, or its copies."""
+        if not self.copies:
+            return (Operand(name, "bf16", (ROWS, width)),)
+        found: list[Operand] = []
+        for copy in self.copies:
+            lines, length = (ROWS, width) if copy == "row" else (width, ROWS)
+            scale = self._scale(lines, length, BLOCK["mxfp8"], "blocked")
+            found += (Operand(copy, "u8", (ROWS, width)), Operand(f"{copy}_scale", "u8", scale))
+        return tuple(found)
+
+    def _wide(self) -> tuple[Operand, ...]:
+        """Workspace: the BF16 operands that quantized ones are dequantized to, in the order of their data."""
+        if self.scales != "rows":
+            return ()
+        return tuple(Operand(f"{name}_wide", "bf16", self.extents(name)) for name in ("a", "b"))
+
+    def extents(self, name: str) -> tuple[int, ...]:
+        """Elements of operand a or b as its data lie in memory, row-major."""
+        lead = () if self.dense else (self.experts,)
+        kept = {
+            ("fprop", "a"): (ROWS, self.k), ("fprop", "b"): (*lead, self.n, self.k),
+            ("dgrad", "a"): (ROWS, self.n), ("dgrad", "b"): (*lead, self.n, self.k),
+            ("wgrad", "a"): (ROWS, self.n), ("wgrad", "b"): (ROWS, self.k),
+        }[self.role, name]  # fmt: skip
+        turned = self.precision == "nvfp4" and (self.role, name) in (
+            ("dgrad", "b"),
+            ("wgrad", "a"),
+            ("wgrad", "b"),
+        )
+        return (*kept[:-2], kept[-1], kept[-2]) if turned else kept
 
     def modes(self, name: str) -> Modes:
         """(extent, stride) of an operand's modes as the main loop and the epilogue index it.
@@ -112,22 +209,26 @@ class GemmProblem(Problem):
         of its own for the halves makes TMA clip each of them at its own end.
         """
         n, k, e = self.n, self.k, self.groups
+        turned = self.precision == "nvfp4"
         by_rows: dict[tuple[Role, str], Modes] = {
             ("fprop", "a"): ((ROWS, k), (k, 1)),
             ("fprop", "b"): ((n, k), (k, 1), (1, 0), (e, n * k)),
             ("dgrad", "a"): ((ROWS, n), (n, 1)),
-            ("dgrad", "b"): ((k, 1), (n, k), (1, 0), (e, n * k)),
-            ("wgrad", "a"): ((n, 1), (ROWS, n)),
-            ("wgrad", "b"): ((k, 1), (ROWS, k), (1, 0), (1, 0)),
+            ("dgrad", "b"): (*(((k, n), (n, 1)) if turned else ((k, 1), (n, k))), (1, 0), (e, n * k)),
+            ("wgrad", "a"): ((n, ROWS), (ROWS, 1)) if turned else ((n, 1), (ROWS, n)),
+            ("wgrad", "b"): (*(((k, ROWS), (ROWS, 1)) if turned else ((k, 1), (ROWS, k))), (1, 0), (1, 0)),
             ("wgrad", "dw"): ((n, k), (k, 1), (e, n * k)),
         }
         if self.epilogue == "swiglu":
             half = n // 2
             by_rows["fprop", "b"] = ((half, k), (k, 1), (2, half * k), (e, n * k))
             by_rows["fprop", "h"] = ((ROWS, n), (half, 1), (2, half))
-            by_rows["fprop", "act"] = ((ROWS, half), (half, 1))
-        by_rows["dgrad", "h"] = by_rows["dgrad", "dh"] = ((ROWS, 2 * k), (k, 1), (2, k))
-        by_rows[self.role, "y"] = ((ROWS, self.columns), (self.columns, 1))
+            for result in ("act", *self.copies):
+                by_rows["fprop", result] = ((ROWS, half), (half, 1), (1, 0))
+        for result in ("h", "dh", *self.copies) if self.epilogue == "dswiglu" else ():
+            by_rows["dgrad", result] = ((ROWS, 2 * k), (k, 1), (2, k))
+        for result in ("y", "addend", "addend2"):
+            by_rows[self.role, result] = ((ROWS, self.columns), (self.columns, 1), (1, 0))
         return by_rows[self.role, name]
 
     def flops(self, rows: int) -> float:
@@ -159,21 +260,40 @@ class GemmProblem(Problem):
         return found
 
     def small(self) -> GemmProblem:
-        """Neither n nor k fills its tiles."""
+        """Neither n nor k fills its tiles, as far as blocks and atoms of scales permit."""
         n, k = {"fprop": (400, 192), "dgrad": (200, 264), "wgrad": (192, 328)}[self.role]
+        if self.precision != "bf16":
+            n, k = {"fprop": (400, 192), "dgrad": (192, 320), "wgrad": (192, 336)}[self.role]
+            n = 768 if self.epilogue == "swiglu" else n
         return replace(self, experts=min(self.experts, 3), n=n, k=k)
+
+    def accumulator_columns(self, config: GemmConfig) -> int:
+        """From the first accumulator in tensor memory to the second: less than a tile where two do not fit beside the
+        scale factors, so that the last columns of one are the first of the other."""
+        return min(config.tile_n, TENSOR_COLUMNS - self.scale_columns(config) - config.tile_n)
+
+    def scale_columns(self, config: GemmConfig) -> int:
+        """Columns of tensor memory that hold the scale factors of a slice of A and B: 4 an atom."""
+        return 4 * self.scale_atoms * (1 + config.tile_n // ATOM_ROWS)
+
+    def stage_bytes(self, config: GemmConfig, b_rows: int) -> int:
+        """What a thread block loads for a slice, with so many rows of B."""
+        scales = ATOM_BYTES * self.scale_atoms * (1 + config.tile_n // ATOM_ROWS)
+        return (ROW_TILE + b_rows) * self.slice * BITS[self.multiplied] // 8 + scales
 
     def shared_bytes(self, config: GemmConfig, target: str) -> int:
         """Shared memory of a thread block. On sm_100a a pair's MMA reads half of B from each of them."""
         b_rows = config.tile_n // config.cluster if target == "sm_100a" else config.tile_n
-        stage = (ROW_TILE + b_rows) * SLICE * 2
-        return config.stages * stage + config.buffers * ROW_TILE * 128 + BARRIER_BYTES
+        stages = config.stages * self.stage_bytes(config, b_rows)
+        return stages + config.buffers * ROW_TILE * 128 + BARRIER_BYTES
 
     def pieces(self, config: GemmConfig) -> int:
         """Pieces of 128 bytes' width that a row of the tile's results is stored in."""
         if self.epilogue == "accumulate":
             return config.tile_n // 32
-        return config.tile_n // 64 + (config.tile_n // 128 if self.epilogue == "swiglu" else 0)
+        if self.epilogue == "swiglu":
+            return config.tile_n // 128 * (3 if self.keeps_h else 1)
+        return config.tile_n // 64
 
     def violations(self, config: GemmConfig, target: str) -> list[str]:
         found = []
@@ -192,12 +312,14 @@ class GemmProblem(Problem):
         used = self.shared_bytes(config, target)
         limit(used <= hardware.shared,
               f"{used} bytes of shared memory: {hardware.name} gives a thread block {hardware.shared}")  # fmt: skip
-        if hardware.tensor_columns:
-            limit(2 * config.tile_n <= hardware.tensor_columns,
-                  f"{2 * config.tile_n} columns of tensor memory for two accumulators: "
-                f"there are {hardware.tensor_columns}")  # fmt: skip
-        if self.epilogue == "dswiglu":
-            limit(config.buffers == 4, f"{config.buffers} buffers: dswiglu has gate and up in two slots, 4")
+        if self.multiplied != "bf16":
+            limit(config.tile_n == 256 or self.epilogue != "swiglu",
+                  f"tile_n {config.tile_n}: gate and up come with whole atoms of 128 rows of scales: 256")  # fmt: skip
+            limit(config.tile_n == 256 or not self.b_mn_major,
+                  f"tile_n {config.tile_n}: a half of B is a box of 128 one-byte elements across: 256")  # fmt: skip
+        if self.read:
+            limit(config.buffers == 2 * len(self.read),
+                  f"{config.buffers} buffers: two slots of {len(self.read)} pieces that are read")  # fmt: skip
         else:
             count = self.pieces(config)
             limit(config.buffers >= 2 and count % config.buffers == 0,
@@ -218,20 +340,21 @@ class GemmConfig(Config):
     band: int = 8
 
     def __str__(self) -> str:
-        return f"128x{self.tile_n}x64 x{self.stages}, cluster {self.cluster}, {self.buffers} buffers"
-
-
-BARRIER_BYTES = 1024
+        return f"128x{self.tile_n} x{self.stages}, cluster {self.cluster}, {self.buffers} buffers"
 
 
 def match(spec: KernelSpec) -> GemmProblem | str:
     """The problem that a spec states, or why no template builds it."""
     anchor, *rest = spec.parts
-    tail = tuple(part.kind for part in rest)
+    values = spec.values
     role: Role = dict(anchor.attrs)["role"]
-    formats = {value.format for value in spec.inputs} - {"bf16", "f32", "i32"}
-    if formats:
-        return f"no template for {', '.join(sorted(formats))} operands yet"
+    first, second = (values[i] for i in anchor.inputs[:2] if i is not None)
+    if first.format != second.format or first.format not in BITS:
+        return f"no template for {first.format} times {second.format}"
+    tail = tuple(part.kind for part in rest)
+    quantizes = tail.count("quantize")
+    made = [values[i] for part in rest for i in part.outputs if part.kind == "quantize" and i is not None]
+    copies: tuple[Copy, ...] = tuple("row" if value.axis else "col" for value in made)
     epilogues: dict[tuple[Role, tuple[str, ...]], Epilogue] = {
         ("fprop", ()): "store",
         ("dgrad", ()): "store",
@@ -239,19 +362,43 @@ def match(spec: KernelSpec) -> GemmProblem | str:
         ("dgrad", ("swiglu_bwd",)): "dswiglu",
         ("wgrad", ()): "accumulate",
     }
-    if (role, tail) not in epilogues:
-        return f"no epilogue for {' + '.join(map(str, spec.parts))} yet"
+    addends = tail.count("add")
+    plain = tuple(kind for kind in tail if kind != "add")[: len(tail) - quantizes]
+    if (role, plain) not in epilogues or tail != (*plain, *("add",) * addends, *("quantize",) * quantizes):
+        return f"no epilogue for {' + '.join(map(str, spec.parts))}"
     ins, outs = list(spec.inputs), list(spec.outputs)
-    *lead, n, k = outs[0].shape if role == "wgrad" else ins[1].shape
-    experts = int(lead[0]) if lead else 0
-    problem = GemmProblem(role, experts, int(n), int(k), epilogues[role, tail])
-    expected = [
-        operand.format for operand in problem.operands(GemmConfig(256, 2, 1)) if operand.name != "partial"
-    ]
-    if [value.format for value in (*ins, *outs)] != expected:
-        return "its operands are not those of a SwiGLU that keeps its pre-activation"
-    if problem.columns % 8 or problem.n % 8 or problem.k % 8:
-        return f"sizes {problem.n} x {problem.k}: TMA needs rows of whole 16 bytes"
-    if problem.experts > MAX_EXPERTS:
-        return f"{problem.experts} experts on a rank: at most {MAX_EXPERTS}"
-    return problem
+    *lead, n, k = outs[0].shape if role == "wgrad" else second.shape
+    h = anchor.outputs[0]
+    keeps_h = "swiglu" not in plain or (h is not None and values[h].stored)
+    scales: Scales = "blocked" if first.scales == "blocked" else "rows" if first.scales else ""
+    problem = GemmProblem(
+        role, int(lead[0]) if lead else 0, int(n), int(k), epilogues[role, plain], first.format, scales,
+        addends, copies, keeps_h,
+    )  # fmt: skip
+    if [value.format for value in (*ins, *outs)] != _formats(problem):
+        return "no template that loads and stores these values"
+    return refusal(problem) or problem
+
+
+def _formats(p: GemmProblem) -> list[str]:
+    """Of the values that a problem loads and stores."""
+    own = {"a": p.precision, "b": p.precision, "row": "mxfp8", "col": "mxfp8"}
+    workspace = ("_scale", "_amax", "_wide", "partial")
+    operands = [o for o in p.operands(GemmConfig(256, 2, 1)) if not o.name.endswith(workspace)]
+    return [own.get(o.name, o.format) for o in operands]
+
+
+def refusal(p: GemmProblem) -> str:
+    """Why no template builds a problem; empty if one does."""
+    if p.copies and (p.epilogue == "store" or p.scales != "blocked"):
+        return "its result is quantized by a kernel of its own"
+    whole = {"bf16": 8, "mxfp8": 16, "nvfp4": 32}[p.precision]
+    if p.columns % 8 or p.n % whole or p.k % whole:
+        return f"sizes {p.n} x {p.k} in {p.precision}: TMA needs rows of whole 16 bytes"
+    if p.multiplied != "bf16" and p.epilogue == "swiglu" and p.columns % ATOM_ROWS:
+        return f"{p.columns} pairs: gate and up need whole atoms of {ATOM_ROWS} rows of scales each"
+    if p.copies and p.columns % 64:
+        return f"{p.columns} columns: copies are stored in pieces of 64"
+    if p.experts > MAX_EXPERTS:
+        return f"{p.experts} experts on a rank: at most {MAX_EXPERTS}"
+    return ""

@@ -20,13 +20,30 @@ from nmoe.errors import UserError
 ROWS, TOKENS, POSITIONS = -1, -2, -3
 EXTENTS = {"R": ROWS, "T": TOKENS, "S": POSITIONS}
 
+PARTS = 8  # codes of whole extents end above -PARTS; `per` puts a divisor below
+
+
+def per(extent: int, size: int) -> int:
+    """⌈extent / size⌉; of a dynamic extent a code for it, in which a shape states blocks or atoms of rows."""
+    return -(-extent // size) if extent >= 0 else extent - PARTS * size
+
+
+def resolve(extent: int, extents: dict[int, int]) -> int:
+    """The number that an extent stands for where ROWS and the others are `extents`."""
+    if extent >= 0:
+        return extent
+    size, base = divmod(-extent - 1, PARTS)
+    return -(-extents[-base - 1] // max(1, size))
+
+
 Format = Literal["bf16", "f32", "i32", "i64", "u8", "e4m3", "bool"]
 BYTES: dict[Format, int] = {"bf16": 2, "f32": 4, "i32": 4, "i64": 8, "u8": 1, "e4m3": 1, "bool": 1}
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A kernel argument: `shape`, row-major, may hold dynamic extents. () is a scalar passed at launch."""
+    """A kernel argument: `shape`, row-major, may hold dynamic extents and parts of them (`per`). () is a scalar passed
+    at launch."""
 
     name: str
     format: Format
@@ -34,7 +51,7 @@ class Operand:
 
     def bytes(self, extents: dict[int, int]) -> int:
         """Of a tensor whose dynamic extents are `extents`."""
-        return math.prod(extents.get(n, n) for n in self.shape) * BYTES[self.format]
+        return math.prod(resolve(n, extents) for n in self.shape) * BYTES[self.format]
 
 
 @dataclass(frozen=True)

@@ -40,19 +40,29 @@ def tool(name: str) -> Path | None:
 
 def resources(cubin: bytes) -> dict[str, Any]:
     """{"kernels": {name: {registers, stack, local}}, "sass": {kind: {opcode: count}}}; empty without the tools."""
-    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
-    if cuobjdump is None or nvdisasm is None:
+    cuobjdump, sass = tool("cuobjdump"), disassemble(cubin)
+    if cuobjdump is None or sass is None:
         return {}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _output([str(cuobjdump), "-res-usage", file.name])
-        sass = _output([str(nvdisasm), "-c", file.name])
     kernels = {
         _short(name): {"registers": int(reg), "stack": int(stack), "local": int(local)}
         for name, reg, stack, _, local in USAGE.findall(usage)
     }
     return {"kernels": kernels, "sass": count(sass)}
+
+
+def disassemble(cubin: bytes) -> str | None:
+    """The machine code as text, or None without nvdisasm."""
+    nvdisasm = tool("nvdisasm")
+    if nvdisasm is None:
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _output([str(nvdisasm), "-c", file.name])
 
 
 def count(sass: str) -> dict[str, dict[str, int]]:
@@ -75,7 +85,7 @@ def _output(command: list[str]) -> str:
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """One line: config, registers, spills, shared memory, products found, prediction."""
+    """One line: config, registers, spills, shared memory, products found."""
     parts = [report["config"], f"smem {report['shared_bytes']}"]
     for name, used in report.get("kernels", {}).items():
         spilled = used["stack"] + used["local"]
@@ -84,5 +94,4 @@ def format_report(report: Mapping[str, Any]) -> str:
         )
     for opcode, n in report.get("sass", {}).get("mma", {}).items():
         parts.append(f"{n}x {opcode}")
-    parts.append(report["tuning"])
     return "; ".join(parts)

@@ -4,33 +4,42 @@ A unit (a warpgroup's 64 rows on Hopper, a warp's 32 on Blackwell) works by itse
 Fragment: where a thread's values lie in a piece, and how the unit's threads wait for each other.
 
     piece p:  registers ─▶ the next buffer ─▶ TMA store, or reduce-add into FP32 gradients
-    dSwiGLU:  gate and up of h ─▶ buffers 2·(p % 2), +1 ─▶ registers ─▶ d gate and d up, same buffers ─▶ TMA store;
-              the first two pieces of h arrive during the main loop, the others while the previous piece is computed
+    reads:    what is read for a piece (gate and up of h for dSwiGLU, addends) ─▶ a slot of buffers, p % 2 ─▶ registers
+              ─▶ results, same buffers ─▶ TMA store; the first two pieces arrive during the main loop, the others while
+              the previous piece is computed
+    copies:   a piece of act or dh rounded to BF16 ─▶ MXFP8 along the rows and along the columns, 32 × 64 bytes each, in
+              the two halves of a buffer ─▶ TMA store; the scales go from registers to their atoms
+
+A unit of 32 rows holds whole blocks of both copies: a thread scales two blocks of a row, then two columns.
 """
 
 from __future__ import annotations
 
 import cutlass
-from cutlass import BFloat16, Float32, Int32, cute
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Uint8, Uint16, cute
 from cutlass.cute.nvgpu import cpasync
 
-from nmoe.codegen.templates import activation
+from nmoe.codegen.templates import activation, quantize
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.layouts import PIECE_BYTES
+from nmoe.codegen.templates.layouts import copies as copy_layout
+from nmoe.codegen.templates.quantize import MXFP8_BLOCK as BLOCK
+
+INVERSE_MAX = 1.0 / 2688.0  # of NVFP4's largest, 448 · 6: an amax's global scale
 
 
 class Fragment(Fixed):
     """What a unit's threads hold of a piece [rows, 128 bytes].
 
     `rows`: of the unit; `mine`: the rows of this thread; `lanes`: threads that share a row, neighbours in the warp;
-    `leads`: does this thread's warp issue the unit's copies. `indexed`: may pieces be numbered at run time
-    (accumulators outside the registers), so that dSwiGLU, which holds three values of every element, is a loop and
-    not one long sequence that the compiler spreads over more registers than there are.
+    `leads`: does this thread's warp issue the unit's copies. `parts`: into how many a piece may be cut, numbered at run
+    time (accumulators outside the registers), so that dSwiGLU, which holds three values of every element, is a loop and
+    not one long sequence that the compiler spreads over more registers than there are; 0 where it may not.
     """
 
     rows: int
     lanes: int
-    indexed = False
+    parts = 0
     mine: tuple[Int32, ...]
     leads: cutlass.Boolean
 
@@ -38,8 +47,9 @@ class Fragment(Fixed):
         """This thread's elements of a buffer."""
         raise NotImplementedError
 
-    def piece(self, acc: cute.Tensor, index: int | Int32) -> cute.Tensor:
-        """FP32 registers with this thread's values of piece `index`, in the order of `stored`."""
+    def piece(self, acc: cute.Tensor, index: int | Int32, parts: int = 1) -> cute.Tensor:
+        """FP32 registers with this thread's values of piece `index`, in the order of `stored`; or of a part, numbered
+        through all pieces."""
         raise NotImplementedError
 
     def row(self, value: int) -> int:
@@ -49,51 +59,73 @@ class Fragment(Fixed):
     def sync(self) -> None:
         raise NotImplementedError
 
+    def release(self, free) -> None:  # type: ignore[no-untyped-def]
+        """Lets the barrier `free` know that the pieces read so far may be overwritten."""
+        raise NotImplementedError
+
 
 class Epilogue(Fixed):
     """`unit`: this unit's number in the tile; `buffers`: its own, [rows, width, count]."""
 
-    def __init__(self, gemm, fragment: Fragment, buffers, stores, read, arrived, unit: Int32) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, gemm, fragment: Fragment, buffers, stores, reads, arrived, unit: Int32) -> None:  # type: ignore[no-untyped-def]
         self.gemm, self.fragment, self.arrived, self.unit = gemm, fragment, arrived, unit
+        self.problem = gemm.problem
         self.width = PIECE_BYTES * 8 // gemm.out_type.width
         self.buffers = gemm.config.buffers
         self.pieces = gemm.config.tile_n // self.width
+        self.steps = self.pieces // 2 if gemm.paired else self.pieces
         self.units = 128 // fragment.rows
-        self.spots = [fragment.stored(buffers[None, None, i]) for i in range(gemm.config.buffers)]
-        one, flat = cute.make_layout(1), cute.group_modes(buffers, 0, 2)
+        self.tile = buffers
+        layout = copy_layout(fragment.rows, 2 * gemm.config.buffers)
+        start = cute.recast_ptr(buffers.iterator, layout.inner, Float8E4M3FN)
+        self.halves = cute.make_tensor(start, layout.outer)
 
-        def partition(copy):  # type: ignore[no-untyped-def]
-            atom, tensor = copy
-            tiled = cute.local_tile(tensor, (fragment.rows, self.width), (None,) * cute.rank(tensor))
-            return (atom, *cpasync.tma_partition(atom, 0, one, flat, cute.group_modes(tiled, 0, 2)))
+        def partition(copy, held):  # type: ignore[no-untyped-def]
+            tile = (cute.size(held, mode=[0]), cute.size(held, mode=[1]))
+            tiled = cute.local_tile(copy.tensor, tile, (None,) * cute.rank(copy.tensor))
+            return (copy.atom, *cpasync.tma_partition(
+                copy.atom, 0, cute.make_layout(1), cute.group_modes(held, 0, 2), cute.group_modes(tiled, 0, 2)
+            ))  # fmt: skip
 
-        self.stores = [partition(copy) for copy in stores]
-        if gemm.reads:
-            self.read = partition(read)
+        self.stores = {
+            name: partition(copy, self.halves if name in self.problem.copies else buffers)
+            for name, copy in zip(self.problem.stored, stores, strict=True)
+        }
+        self.reads = [partition(copy, buffers) for copy in reads]
 
     @cute.jit
-    def prefetch(self, place) -> None:  # type: ignore[no-untyped-def]
-        """Starts reading h for the tile's first two pieces, once the last tile's stores have left the buffers."""
-        if cutlass.const_expr(self.gemm.reads):
+    def prefetch(self, place, flip=0) -> None:  # type: ignore[no-untyped-def]
+        """Starts reading for the tile's first two pieces, once the last tile's stores have left the buffers."""
+        if cutlass.const_expr(len(self.reads) > 0):
             if self.fragment.leads:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
                 for p in cutlass.range_constexpr(2):
-                    self._fetch(p, self._row(place), place.column * self.pieces + p)
+                    self._fetch(p, self._row(place), place.column * self.pieces + (p ^ flip))
 
     @cute.jit
-    def run(self, acc, place, weight, partial, turn: Int32):  # type: ignore[no-untyped-def]
-        """Finishes a tile; returns the phase of the read barriers for the next one."""
-        kind = self.gemm.problem.epilogue
-        if cutlass.const_expr(kind == "swiglu"):
-            self._swiglu(acc, place, weight)
-        elif cutlass.const_expr(kind == "dswiglu"):
-            turn = self._dswiglu(acc, place, weight, partial, turn)
+    def run(self, acc, place, plain, turn: Int32, flip=0, free=None):  # type: ignore[no-untyped-def]
+        """Finishes a tile in `steps` steps, number p of them on piece p ^ flip (swiglu: of gate and of up); returns the
+        phase of the read barriers for the next tile. The barrier `free` hears when the first step's have been read."""
+        factor = self._factor(place, plain)
+        if cutlass.const_expr(self.problem.epilogue == "swiglu"):
+            self._swiglu(acc, place, plain, factor, flip, free)
+        elif cutlass.const_expr(len(self.reads) > 0):
+            turn = self._reading(acc, place, plain, factor, turn, flip, free)
         else:
+            batch = place.expert if cutlass.const_expr(self.problem.epilogue == "accumulate") else 0
             for p in cutlass.range_constexpr(self.pieces):
-                batch = (place.expert,) if cutlass.const_expr(kind == "accumulate") else ()
-                at = (self._row(place), place.column * self.pieces + p, *batch)
-                self._put(self.fragment.piece(acc, p), p % self.buffers, 0, at)
+                at = (self._row(place), place.column * self.pieces + (p ^ flip), batch)
+                values = self._piece(acc, p ^ flip, factor)
+                self._release(free, p)
+                self._put(values, p % self.buffers, self.problem.stored[0], at)
         return turn
+
+    @cute.jit
+    def _release(self, free, p) -> None:  # type: ignore[no-untyped-def]
+        """After the first step's pieces have been read."""
+        if cutlass.const_expr(free is not None):
+            if p == 0:
+                self.fragment.release(free)
 
     @cute.jit
     def finish(self) -> None:
@@ -101,27 +133,50 @@ class Epilogue(Fixed):
         if self.fragment.leads:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
 
+    def _spot(self, buffer) -> cute.Tensor:  # type: ignore[no-untyped-def]
+        """This thread's elements of a buffer."""
+        return self.fragment.stored(self.tile[None, None, buffer])
+
     def _row(self, place) -> Int32:  # type: ignore[no-untyped-def]
         return place.row * self.units + self.unit
 
+    def _factor(self, place, plain) -> Float32 | None:  # type: ignore[no-untyped-def]
+        """The product of the operands' global scales (NVFP4)."""
+        if plain.a_amax is None:
+            return None
+        return plain.a_amax[place.expert] * INVERSE_MAX * (plain.b_amax[place.expert] * INVERSE_MAX)
+
+    def _piece(self, acc, index, factor: Float32 | None, parts: int = 1) -> cute.Tensor:  # type: ignore[no-untyped-def]
+        piece = self.fragment.piece(acc, index, parts)
+        if factor is not None:
+            piece.store(piece.load() * factor)
+        return piece
+
     @cute.jit
-    def _put(self, values, buffer: cutlass.Constexpr, result: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
-        """Stores one piece from registers. The other buffers' stores may still be reading them."""
+    def _put(self, values, buffer, result: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
+        """Stores one piece from registers through the next buffer."""
+        self._write(values, buffer)
+        self._send(((result, buffer),), at)
+
+    @cute.jit
+    def _write(self, values, buffer) -> None:  # type: ignore[no-untyped-def]
+        """Writes one piece into the next buffer. The other buffers' stores may still be reading them."""
         if self.fragment.leads:
             cute.arch.cp_async_bulk_wait_group(self.buffers - 1, read=True)
         self.fragment.sync()
         rounded = cute.make_rmem_tensor(values.shape, self.gemm.out_type)
         rounded.store(values.load().to(self.gemm.out_type))
-        cute.autovec_copy(rounded, self.spots[buffer])
-        self._send(buffer, result, at)
+        cute.autovec_copy(rounded, self._spot(buffer))
 
     @cute.jit
-    def _send(self, buffer: cutlass.Constexpr, result: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
-        atom, source, target = self.stores[result]
+    def _send(self, sources, at) -> None:  # type: ignore[no-untyped-def]
+        """Stores results from shared memory: (result, place among its buffers) each."""
         cute.arch.fence_proxy("async.shared", space="cta")
         self.fragment.sync()
         if self.fragment.leads:
-            cute.copy(atom, source[None, buffer], target[(None, *at)])
+            for result, index in sources:
+                atom, source, target = self.stores[result]
+                cute.copy(atom, source[None, index], target[(None, *at)])
             cute.arch.cp_async_bulk_commit_group()
 
     def _weights(self, weight, place) -> list[Float32]:  # type: ignore[no-untyped-def]
@@ -132,60 +187,160 @@ class Epilogue(Fixed):
         return [weight[first + row] for row in self.fragment.mine]
 
     @cute.jit
-    def _swiglu(self, acc, place, weight) -> None:  # type: ignore[no-untyped-def]
+    def _swiglu(self, acc, place, plain, factor, flip, free) -> None:  # type: ignore[no-untyped-def]
         """h = [gate | up] and act = weight · silu(gate) · up, of h as it is stored, so that recomputing act from h
         gives the same bits."""
-        half = self.pieces // 2
-        weights = self._weights(weight, place)
-        row = self._row(place)
-        for p in cutlass.range_constexpr(half):
-            at = place.column * half + p
-            gate, up = self.fragment.piece(acc, p), self.fragment.piece(acc, half + p)
-            gate.store(gate.load().to(BFloat16).to(Float32))
-            up.store(up.load().to(BFloat16).to(Float32))
-            self._put(gate, 3 * p % self.buffers, 0, (row, at, 0))
-            self._put(up, (3 * p + 1) % self.buffers, 0, (row, at, 1))
-            for i in cutlass.range_constexpr(cute.size(gate)):
-                gate[i] = activation.swiglu(gate[i], up[i], weights[self.fragment.row(i)])
-            self._put(gate, (3 * p + 2) % self.buffers, 1, (row, at))
+        weights = self._weights(plain.weight, place)
+        if cutlass.const_expr(self.fragment.parts > 0):
+            for p in cutlass.range(self.steps, unroll=1):
+                self._swiglu_step(acc, place, plain, factor, weights, p, flip, free)
+        else:
+            for p in cutlass.range_constexpr(self.steps):
+                self._swiglu_step(acc, place, plain, factor, weights, p, flip, free)
+
+    @cute.jit
+    def _swiglu_step(self, acc, place, plain, factor, weights, p, flip, free) -> None:  # type: ignore[no-untyped-def]
+        row, at = self._row(place), place.column * self.steps + (p ^ flip)
+        gate, up = self._piece(acc, p ^ flip, factor), self._piece(acc, self.steps + (p ^ flip), factor)
+        self._release(free, p)
+        gate.store(gate.load().to(BFloat16).to(Float32))
+        up.store(up.load().to(BFloat16).to(Float32))
+        buffer = p  # the number of the piece that is stored next
+        if cutlass.const_expr(self.problem.keeps_h):
+            buffer = 3 * p + 2
+            self._put(gate, 3 * p % self.buffers, "h", (row, at, 0))
+            self._put(up, (3 * p + 1) % self.buffers, "h", (row, at, 1))
+        for i in cutlass.range_constexpr(cute.size(gate)):
+            gate[i] = activation.swiglu(gate[i], up[i], weights[self.fragment.row(i)])
+        if cutlass.const_expr(len(self.problem.copies) > 0):
+            self._write(gate, buffer % self.buffers)
+            if (
+                at < self.problem.columns
+            ):  # always; a branch of its own keeps its registers apart from the rest's
+                self._quantize(buffer % self.buffers, (row, at, 0), place, plain)
+            self._send_copies(buffer % self.buffers, (row, at, 0))
+        else:
+            self._put(gate, buffer % self.buffers, "act", (row, at, 0))
+
+    @cute.jit
+    def _quantize(self, buffer, at, place, plain) -> None:  # type: ignore[no-untyped-def]
+        """The MXFP8 copies of a piece of act or dh that lies, rounded to BF16, in a buffer, in its place; and their
+        scales."""
+        columns = self.problem.columns
+        first = at[2] * columns + at[1] * self.width  # of the result's columns
+        copies, lane = self.problem.copies, cute.arch.lane_idx()
+        self.fragment.sync()
+        blocks = [_blocks(copy, self.tile[None, None, buffer], lane, BFloat16) for copy in copies]
+        for source, held in blocks:
+            cute.autovec_copy(source, held)
+        self.fragment.sync()  # every thread has read what the copies now replace
+        for index, copy in enumerate(copies):
+            target, rounded = _blocks(copy, self.halves[None, None, 2 * buffer + index], lane, Float8E4M3FN)
+            values = cute.make_rmem_tensor(rounded.layout, Float32)
+            values.store(blocks[index][1].load().to(Float32))
+            codes = [quantize.block(values[None, side]) for side in range(2)]
+            rounded.store(values.load().to(Float8E4M3FN))
+            cute.autovec_copy(rounded, target)
+            if at[1] * self.width < columns:
+                if cutlass.const_expr(copy == "row"):
+                    words, column = cute.recast_tensor(plain.row_scale, Uint16), first // BLOCK
+                    word = lane * 8 + self.unit * 2 + column % 4 // 2
+                    words[place.row, column // 4, word] = Uint16(codes[0] | codes[1] << 8)
+                else:
+                    for side in cutlass.range_constexpr(2):
+                        line = first + 2 * lane + side
+                        byte = line % 32 * 16 + line % 128 // 32 * 4 + self.unit
+                        plain.col_scale[line // 128, place.row, byte] = Uint8(codes[side])
+
+    @cute.jit
+    def _send_copies(self, buffer, at) -> None:  # type: ignore[no-untyped-def]
+        self._send(tuple((copy, 2 * buffer + i) for i, copy in enumerate(self.problem.copies)), at)
 
     @cute.jit
     def _fetch(self, slot: cutlass.Constexpr, row: Int32, at: Int32) -> None:
-        """Gate and up of a piece of h into buffers 2·slot and 2·slot + 1."""
-        atom, landing, origin = self.read
+        """What is read for a piece into a slot's buffers; of h, gate and up."""
+        count = len(self.reads)
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(self.arrived + slot, 2 * self.fragment.rows * PIECE_BYTES)
-        for half in cutlass.range_constexpr(2):
-            cute.copy(atom, origin[None, row, at, half], landing[None, 2 * slot + half],
+            cute.arch.mbarrier_arrive_and_expect_tx(
+                self.arrived + slot, count * self.fragment.rows * PIECE_BYTES
+            )
+        for i in cutlass.range_constexpr(count):
+            atom, landing, origin = self.reads[i]
+            half = i if cutlass.const_expr(self.problem.epilogue == "dswiglu") else 0
+            cute.copy(atom, origin[None, row, at, half], landing[None, count * slot + i],
                       tma_bar_ptr=self.arrived + slot)  # fmt: skip
 
     @cute.jit
-    def _dswiglu(self, acc, place, weight, partial, turn: Int32):  # type: ignore[no-untyped-def]
-        """dh = [d gate | d up] in place of h in the buffers, and this tile's part of d weight."""
-        weights = self._weights(weight, place)
+    def _reading(self, acc, place, plain, factor, turn: Int32, flip, free):  # type: ignore[no-untyped-def]
+        """Results in place of what was read in the buffers, and for dSwiGLU this tile's part of d weight."""
+        weights = self._weights(plain.weight, place)
         sums = [Float32(0.0) for _ in self.fragment.mine]
-        if cutlass.const_expr(self.fragment.indexed):
+        if cutlass.const_expr(self.fragment.parts > 0):
             for pair in cutlass.range(self.pieces // 2, unroll=1):
                 for slot in cutlass.range_constexpr(2):
-                    sums = self._dswiglu_piece(acc, place, weights, sums, 2 * pair + slot, slot, turn)
+                    sums = self._read_piece(
+                        acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn, flip
+                    )
+                    if cutlass.const_expr(slot == 0):
+                        self._release(free, pair)
                 turn ^= 1
         else:
             for p in cutlass.range_constexpr(self.pieces):
-                sums = self._dswiglu_piece(acc, place, weights, sums, p, p % 2, turn)
+                sums = self._read_piece(acc, place, plain, factor, weights, sums, p, p % 2, turn, flip)
                 if cutlass.const_expr(p % 2 == 1):
                     turn ^= 1
-        if cutlass.const_expr(partial is not None):
-            self._partial(sums, place, partial)
+        if cutlass.const_expr(plain.partial is not None):
+            self._partial(sums, place, plain.partial)
         return turn
 
     @cute.jit
-    def _dswiglu_piece(self, acc, place, weights, sums, p, slot: cutlass.Constexpr, turn: Int32):  # type: ignore[no-untyped-def]
-        row, at = self._row(place), place.column * self.pieces + p
+    def _read_piece(  # type: ignore[no-untyped-def]
+        self, acc, place, plain, factor, weights, sums, p, slot: cutlass.Constexpr, turn: Int32, flip
+    ):
+        piece = p ^ flip
+        row, at = self._row(place), place.column * self.pieces + piece
         cute.arch.mbarrier_wait(self.arrived + slot, turn)
-        grad = self.fragment.piece(acc, p)
+        if cutlass.const_expr(self.problem.epilogue == "dswiglu"):
+            if cutlass.const_expr(self.fragment.parts > 0):
+                for part in cutlass.range(self.fragment.parts, unroll=1):
+                    sums = self._dswiglu(acc, piece, factor, weights, sums, slot, part)
+            else:
+                sums = self._dswiglu(acc, piece, factor, weights, sums, slot, None)
+            self._store_dh((row, at), place, plain, slot)
+        else:
+            self._add(self._piece(acc, piece, factor), (row, at, 0), slot)
+        if p + 2 < self.pieces:
+            if self.fragment.leads:
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+                self._fetch(slot, row, place.column * self.pieces + (p + 2 ^ flip))
+        return sums
+
+    @cute.jit
+    def _add(self, values, at, slot: cutlass.Constexpr) -> None:  # type: ignore[no-untyped-def]
+        """y, its sum with the first addend, that with the second: each rounded, as ops of their own would."""
+        count = len(self.reads)
+        total = cute.make_rmem_tensor(values.shape, BFloat16)
+        total.store(values.load().to(BFloat16))
+        addend = cute.make_rmem_tensor(values.shape, BFloat16)
+        for i in cutlass.range_constexpr(count):
+            cute.autovec_copy(self._spot(count * slot + i), addend)
+            total.store((total.load().to(Float32) + addend.load().to(Float32)).to(BFloat16))
+        cute.autovec_copy(total, self._spot(count * slot))
+        self._send((("y", count * slot),), at)
+
+    @cute.jit
+    def _dswiglu(self, acc, p, factor, weights, sums, slot: cutlass.Constexpr, part):  # type: ignore[no-untyped-def]
+        """d gate and d up in place of gate and up: of a piece, or a part of it."""
+        spots = [self._spot(2 * slot), self._spot(2 * slot + 1)]
+        parts = 1
+        if cutlass.const_expr(part is not None):
+            parts = self.fragment.parts
+            spots = [cute.flat_divide(spot, (self.width // parts,))[None, part] for spot in spots]
+            p = parts * p + part
+        grad = self._piece(acc, p, factor, parts)
         gate, up = (cute.make_rmem_tensor(grad.shape, BFloat16) for _ in range(2))
-        cute.autovec_copy(self.spots[2 * slot], gate)
-        cute.autovec_copy(self.spots[2 * slot + 1], up)
+        cute.autovec_copy(spots[0], gate)
+        cute.autovec_copy(spots[1], up)
         for i in cutlass.range_constexpr(cute.size(grad)):
             mine = self.fragment.row(i)
             dg, du, dw = activation.swiglu_backward(
@@ -193,15 +348,20 @@ class Epilogue(Fixed):
             )
             gate[i], up[i] = dg.to(BFloat16), du.to(BFloat16)
             sums[mine] += dw
-        cute.autovec_copy(gate, self.spots[2 * slot])
-        cute.autovec_copy(up, self.spots[2 * slot + 1])
-        self._send(2 * slot, 0, (row, at, 0))
-        self._send(2 * slot + 1, 0, (row, at, 1))
-        if p + 2 < self.pieces:
-            if self.fragment.leads:
-                cute.arch.cp_async_bulk_wait_group(0, read=True)
-                self._fetch(slot, row, at + 2)
+        cute.autovec_copy(gate, spots[0])
+        cute.autovec_copy(up, spots[1])
         return sums
+
+    @cute.jit
+    def _store_dh(self, at, place, plain, slot: cutlass.Constexpr) -> None:  # type: ignore[no-untyped-def]
+        """Stores d gate and d up from a slot's buffers, or their copies."""
+        if cutlass.const_expr(len(self.problem.copies) > 0):
+            for half in cutlass.range(2, unroll=1):
+                self._quantize(2 * slot + half, (*at, half), place, plain)
+                self._send_copies(2 * slot + half, (*at, half))
+        else:
+            for half in cutlass.range_constexpr(2):
+                self._send((("dh", 2 * slot + half),), (*at, half))
 
     @cute.jit
     def _partial(self, sums, place, partial) -> None:  # type: ignore[no-untyped-def]
@@ -215,6 +375,16 @@ class Epilogue(Fixed):
                 distance *= 2
             if cute.arch.lane_idx() % self.fragment.lanes == 0:
                 partial[place.column, first + self.fragment.mine[i]] = total
+
+
+def _blocks(copy: str, tile: cute.Tensor, lane: Int32, element) -> tuple[cute.Tensor, cute.Tensor]:  # type: ignore[no-untyped-def]
+    """The two blocks of 32 in a tile [32, 64] that a thread scales, and registers for them, [32, 2] both: the halves of
+    row `lane`, or columns 2·lane and 2·lane + 1."""
+    shape = (BLOCK, 2)
+    if copy == "row":
+        return cute.flat_divide(tile[lane, None], (BLOCK,)), cute.make_rmem_tensor(shape, element)
+    view = cute.flat_divide(tile, shape)[None, None, 0, lane]
+    return view, cute.make_rmem_tensor(cute.make_layout(shape, stride=(2, 1)), element)
 
 
 class PartialSum(Fixed):

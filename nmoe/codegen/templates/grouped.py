@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import cutlass
-from cutlass import BFloat16, Float32, cute
+from cutlass import BFloat16, Float4E2M1FN, Float8E4M3FN, Float32, cute
 from cutlass.cute.nvgpu import cpasync
 
-from nmoe.codegen.gemm import ROW_TILE, SLICE, GemmConfig, GemmProblem
-from nmoe.codegen.templates import layouts
+from nmoe.codegen.gemm import ROW_TILE, GemmConfig, GemmProblem
+from nmoe.codegen.templates import dequantize, layouts
 from nmoe.codegen.templates.epilogue import PartialSum
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.tiles import RaggedDepth, RaggedRows
+
+ELEMENTS = {"bf16": BFloat16, "mxfp8": Float8E4M3FN, "nvfp4": Float4E2M1FN}
 
 
 class Copy(NamedTuple):
@@ -20,6 +22,18 @@ class Copy(NamedTuple):
 
     atom: cute.CopyAtom
     tensor: cute.Tensor
+
+
+class Plain(Fixed):
+    """Operands that threads read and write themselves; None for those that the problem lacks."""
+
+    NAMES = ("offsets", "s", "partial", "a_amax", "b_amax", "row_scale", "col_scale")
+
+    def __init__(self, names: list[str], tensors: list[cute.Tensor]) -> None:
+        held = dict(zip(names, tensors, strict=True))
+        self.offsets, self.weight, self.partial, self.a_amax, self.b_amax, self.row_scale, self.col_scale = (
+            held.get(name) for name in self.NAMES
+        )
 
 
 class GroupedGemm(Fixed):
@@ -31,14 +45,15 @@ class GroupedGemm(Fixed):
     def __init__(self, problem: GemmProblem, config: GemmConfig) -> None:
         self.problem, self.config, self.cluster = problem, config, config.cluster
         self.paired = problem.epilogue == "swiglu"  # a column tile is tile_n / 2 pairs of gate and up
-        self.reads = problem.epilogue == "dswiglu"
         self.columns = -(-problem.columns // (config.tile_n // 2 if self.paired else config.tile_n))
         self.tiles: RaggedRows | RaggedDepth
         if problem.ragged == "rows":
-            slices = -(-problem.depth // SLICE)
+            slices = -(-problem.depth // problem.slice)
             self.tiles = RaggedRows(problem.groups, self.columns, slices, self.cluster, config.band)
         else:
-            self.tiles = RaggedDepth(problem.groups, problem.n, self.columns, self.cluster)
+            self.tiles = RaggedDepth(problem.groups, problem.n, self.columns, problem.slice, self.cluster)
+        self.plain = [o.name for o in problem.operands(config) if o.name in Plain.NAMES]
+        self.element = ELEMENTS[problem.multiplied]
         self.out_type = Float32 if problem.epilogue == "accumulate" else BFloat16
 
     @property
@@ -50,6 +65,10 @@ class GroupedGemm(Fixed):
         """TMA operations for A and for B."""
         raise NotImplementedError
 
+    def scales(self, named):  # type: ignore[no-untyped-def]
+        """TMA copies of the scale factors of A and B, where the tensor cores take them."""
+        return ()
+
     def kernel(self, *args):  # type: ignore[no-untyped-def]
         raise NotImplementedError
 
@@ -59,31 +78,43 @@ class GroupedGemm(Fixed):
         *tensors, clusters, stream = args
         problem = self.problem
         named = {o.name: t for o, t in zip(problem.operands(self.config), tensors, strict=True)}
-        a_layout = layouts.operand(problem.a_mn_major, ROW_TILE, self.config.stages)
-        b_layout = layouts.operand(problem.b_mn_major, self.b_rows, self.config.stages)
+        if cutlass.const_expr(problem.scales == "rows"):
+            dequantize.launch(problem, named, stream)
+            named |= {"a": named["a_wide"], "b": named["b_wide"]}
+        a_layout = layouts.operand(
+            self.element, problem.a_mn_major, ROW_TILE, problem.slice, self.config.stages
+        )
+        b_layout = layouts.operand(
+            self.element, problem.b_mn_major, self.b_rows, problem.slice, self.config.stages
+        )
         # The box is half of B whether a thread block loads one half or both.
-        half = layouts.operand(problem.b_mn_major, self.config.tile_n // 2, 1)
+        half = layouts.operand(self.element, problem.b_mn_major, self.config.tile_n // 2, problem.slice, 1)
         units = ROW_TILE // self.unit_rows
         buffers = layouts.buffers(self.out_type, self.unit_rows, units * self.config.buffers)
         load_a, load_b = self.load_operations()
         adds = problem.epilogue == "accumulate"
         store = cpasync.CopyReduceBulkTensorTileS2GOp() if adds else cpasync.CopyBulkTensorTileS2GOp()
+        rows = self._rows(named["a"])
 
-        def copy(operation, name: str, layout) -> Copy:  # type: ignore[no-untyped-def]
+        def copy(operation, name: str, element, layout) -> Copy:  # type: ignore[no-untyped-def]
             box = cute.select(layout, [0, 1])
             tile = tuple(cute.size(box, mode=[i]) for i in range(2))
-            made = cpasync.make_tiled_tma_atom(
-                operation, layouts.view(named[name], problem.modes(name)), box, tile
-            )
-            return Copy(made.atom, made.tma_tensor)
+            view = layouts.view(named[name], element, problem.modes(name), rows)
+            made = cpasync.make_tiled_tma_atom(operation, view, box, tile)
+            return Copy(made.atom, layouts.widened(made.tma_tensor))
 
-        stores = [copy(store, name, buffers) for name in problem.stored]
-        read = (
-            copy(cpasync.CopyBulkTensorTileG2SOp(), "h", buffers) if cutlass.const_expr(self.reads) else None
-        )
-        a, b = copy(load_a, "a", a_layout), copy(load_b, "b", half)
-        extra = named.get("offsets"), named.get("s"), named.get("partial")
-        self.kernel(a, b, stores, read, *extra, a_layout, b_layout, buffers).launch(
+        def result(name: str) -> Copy:
+            if cutlass.const_expr(name in problem.copies):
+                return copy(store, name, Float8E4M3FN, layouts.copies(self.unit_rows, 1))
+            return copy(store, name, self.out_type, buffers)
+
+        stores = [result(name) for name in problem.stored]
+        read = cpasync.CopyBulkTensorTileG2SOp()
+        reads = [copy(read, name, BFloat16, buffers) for name in problem.read]
+        a = copy(load_a, "a", self.element, a_layout)
+        b = copy(load_b, "b", self.element, half)
+        plain = [named[name] for name in self.plain]
+        self.kernel(a, b, self.scales(named), stores, reads, plain, a_layout, b_layout, buffers).launch(
             grid=[self.cluster, clusters, 1],
             block=[self.threads, 1, 1],
             cluster=[self.cluster, 1, 1],
@@ -94,6 +125,13 @@ class GroupedGemm(Fixed):
             PartialSum(problem.experts, self.columns).launch(
                 named["partial"], named["offsets"], named["ds"], stream
             )
+
+    def _rows(self, a: cute.Tensor):  # type: ignore[no-untyped-def]
+        """How many rows A has."""
+        problem = self.problem
+        if problem.role != "wgrad" or problem.a_mn_major:
+            return a.shape[0]
+        return a.shape[1] * (2 if problem.multiplied == "nvfp4" else 1)
 
     @cute.jit
     def sync_cluster(self) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cutlass import BFloat16, cute
+from cutlass import Float8E4M3FN, Int32, cute
 
-from nmoe.codegen.gemm import ROWS, SLICE, Modes
+from nmoe.codegen.gemm import ROWS, Modes
 
 PIECE_BYTES = 128  # width of an epilogue piece, and of the swizzle
 
@@ -14,11 +14,14 @@ def major(mn_major: bool) -> cute.nvgpu.OperandMajorMode:
     return cute.nvgpu.OperandMajorMode.MN if mn_major else cute.nvgpu.OperandMajorMode.K
 
 
-def operand(mn_major: bool, rows: int, stages: int) -> cute.ComposedLayout:
-    """BF16 stages [rows, 64, stages]; each half of the rows is contiguous, so that it can be one box of TMA."""
+def operand(element, mn_major: bool, rows: int, depth: int, stages: int) -> cute.ComposedLayout:  # type: ignore[no-untyped-def]
+    """Stages [rows, depth, stages], 128 or, along the depth, 64 bytes wide; each half of the rows is contiguous, so
+    that it can be one box of TMA."""
     kind = cute.nvgpu.warpgroup.SmemLayoutAtomKind
-    atom = cute.nvgpu.warpgroup.make_smem_layout_atom(kind.MN_SW128 if mn_major else kind.K_SW128, BFloat16)
-    return cute.tile_to_shape(atom, (rows, SLICE, stages), order=(1, 0, 2) if mn_major else (0, 1, 2))
+    narrow = not mn_major and depth * element.width == 64 * 8
+    swizzle = kind.MN_SW128 if mn_major else kind.K_SW64 if narrow else kind.K_SW128
+    atom = cute.nvgpu.warpgroup.make_smem_layout_atom(swizzle, element)
+    return cute.tile_to_shape(atom, (rows, depth, stages), order=(1, 0, 2) if mn_major else (0, 1, 2))
 
 
 def buffers(element, rows: int, count: int) -> cute.ComposedLayout:  # type: ignore[no-untyped-def]
@@ -28,7 +31,30 @@ def buffers(element, rows: int, count: int) -> cute.ComposedLayout:  # type: ign
     return cute.tile_to_shape(atom, (rows, PIECE_BYTES * 8 // element.width, count), order=(0, 1, 2))
 
 
-def view(tensor: cute.Tensor, modes: Modes) -> cute.Tensor:
-    """The tensor with other modes, each (extent, stride) in elements; ROWS stands for its dynamic first extent."""
-    shape = tuple(tensor.shape[0] if extent == ROWS else extent for extent, _ in modes)
-    return cute.make_tensor(tensor.iterator, cute.make_layout(shape, stride=tuple(s for _, s in modes)))
+def copies(rows: int, count: int) -> cute.ComposedLayout:
+    """E4M3 copies [rows, 64, count]: two, of one piece of BF16, take the space of that piece."""
+    atom = cute.nvgpu.warpgroup.make_smem_layout_atom(
+        cute.nvgpu.warpgroup.SmemLayoutAtomKind.K_SW64, Float8E4M3FN
+    )
+    return cute.tile_to_shape(atom, (rows, 64, count), order=(0, 1, 2))
+
+
+def view(tensor: cute.Tensor, element, modes: Modes, rows: Int32) -> cute.Tensor:  # type: ignore[no-untyped-def]
+    """The tensor as `element`s with other modes, each (extent, stride); ROWS stands for `rows`."""
+    shape = tuple(rows if extent == ROWS else extent for extent, _ in modes)
+    # As a stride only of operands of 4 bits, whose rows TMA wants in whole 16 bytes.
+    strides = tuple(cute.assume(rows, 32) if stride == ROWS else stride for _, stride in modes)
+    start = cute.recast_ptr(tensor.iterator, dtype=element)
+    return cute.make_tensor(start, cute.make_layout(shape, stride=strides))
+
+
+def widened(coordinates: cute.Tensor) -> cute.Tensor:
+    """A TMA's coordinates for at least two of the largest tiles each way. CuTe gives a mode of one tile the stride 0,
+    so that tiles past the end of a small tensor would be its first again; wider, TMA sees and clips them."""
+    rows, columns, *rest = coordinates.shape
+    wide = (_at_least(rows), _at_least(columns), *rest)
+    return cute.make_tensor(coordinates.iterator, cute.make_layout(wide, stride=coordinates.stride))
+
+
+def _at_least(extent):  # type: ignore[no-untyped-def]
+    return max(extent, 512) if isinstance(extent, int) else extent

@@ -6,14 +6,14 @@ import cutlass
 from cutlass import Int16, Int32, cute
 from cutlass.cute.nvgpu import cpasync
 
-from nmoe.codegen.gemm import ROW_TILE, SLICE
+from nmoe.codegen.gemm import ROW_TILE
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.ring import Ring
 from nmoe.codegen.templates.tiles import Segments
 
 
 class Loader(Fixed):
-    """Loads A[128, 64] and B[tile_n, 64] of each slice.
+    """Loads A[128, slice] and B[tile_n, slice] of each slice, with their scale factors where there are any.
 
     B comes in two boxes of tile_n / 2 rows: the left and right columns of a tile, or its gate and up columns. Alone, a
     thread block loads both. In a cluster of two each loads one of them: `shared` B is multicast to both (Hopper);
@@ -21,22 +21,22 @@ class Loader(Fixed):
     blocks are counted by the first one's barrier.
     """
 
-    def __init__(self, gemm, ring: Ring, a, b, a_stages, b_stages, shared: bool) -> None:  # type: ignore[no-untyped-def]
-        self.gemm, self.ring, self.shared = gemm, ring, shared
+    def __init__(self, gemm, ring: Ring, a, b, a_stages, b_stages, shared: bool, scales=None) -> None:  # type: ignore[no-untyped-def]
+        self.gemm, self.ring, self.shared, self.scales = gemm, ring, shared, scales
         self.a_atom, a_tensor = a
         self.b_atom, b_tensor = b
-        half = gemm.config.tile_n // 2
+        half, depth = gemm.config.tile_n // 2, gemm.problem.slice
         one = cute.make_layout(1)
-        ga = cute.local_tile(a_tensor, (ROW_TILE, SLICE), (None, None))
-        gb = cute.local_tile(b_tensor, (half, SLICE), (None, None, None, None))
-        halves = cute.flat_divide(b_stages, (half, SLICE))[None, None, None, 0, None]
+        ga = cute.local_tile(a_tensor, (ROW_TILE, depth), (None, None))
+        gb = cute.local_tile(b_tensor, (half, depth), (None, None, None, None))
+        halves = cute.flat_divide(b_stages, (half, depth))[None, None, None, 0, None]
         self.sa, self.ga = cpasync.tma_partition(
             self.a_atom, 0, one, cute.group_modes(a_stages, 0, 2), cute.group_modes(ga, 0, 2)
         )
         self.sb, self.gb = cpasync.tma_partition(
             self.b_atom, 0, one, cute.group_modes(halves, 0, 2), cute.group_modes(gb, 0, 2)
         )
-        per_block = 2 * SLICE * (ROW_TILE + cute.size(b_stages, mode=[0]))
+        per_block = gemm.problem.stage_bytes(gemm.config, cute.size(b_stages, mode=[0]))
         self.stage_bytes = per_block if shared or gemm.cluster == 1 else 2 * per_block
 
     @cute.jit
@@ -62,6 +62,8 @@ class Loader(Fixed):
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
         cute.copy(self.a_atom, self.ga[None, place.row, k], self.sa[None, stage], tma_bar_ptr=full)
+        if cutlass.const_expr(self.scales is not None):
+            self.scales.load(place, k, stage, full)
         if cutlass.const_expr(self.gemm.cluster == 1):
             for half in cutlass.range_constexpr(2):
                 self._half(place, k, half, half, stage)

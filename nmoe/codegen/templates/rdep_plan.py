@@ -79,6 +79,7 @@ class Count(Tiled):
             if first + chunk * 32 < count:
                 slots[first + chunk * 32] = table[warp, chosen[chunk]] + before[chunk]
 
+        epoch = link.epoch("counts") + 1  # read before the last block writes it
         if link.last(smem):
             for expert in cutlass.range(thread, experts, THREADS):
                 total = Int32(0)
@@ -90,7 +91,7 @@ class Count(Tiled):
                     counts = link.at(peer, "counts", Int32)
                     cute.arch.store(counts + (link.rank * experts + expert), total)
             cute.arch.sync_threads()
-            link.finish("counts", link.epoch("counts") + 1)
+            link.finish("counts", epoch)
 
 
 class Place(Tiled):
@@ -138,7 +139,8 @@ class Place(Tiled):
         for owner in cutlass.range_constexpr(ranks):
             overflow |= full[owner]
         if overflow != 0 and tile == 0:  # nothing is sent, and no kernel finds rows to work on
-            link.state[STATE.index("overflow")] = Int64(1)
+            if thread == 0:
+                link.state[STATE.index("overflow")] = Int64(1)
             for i in cutlass.range(thread, local + 1, THREADS):
                 offsets[i] = Int32(0)
             for i in cutlass.range(thread, local, THREADS):

@@ -22,9 +22,8 @@ from cutlass import BFloat16, Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
-from nmoe.codegen.gemm import SLICE
 from nmoe.codegen.templates.epilogue import Epilogue, Fragment
-from nmoe.codegen.templates.grouped import GroupedGemm
+from nmoe.codegen.templates.grouped import GroupedGemm, Plain
 from nmoe.codegen.templates.layouts import major
 from nmoe.codegen.templates.load import Loader
 from nmoe.codegen.templates.ring import Ring
@@ -54,12 +53,15 @@ class Sm90GroupedGemm(GroupedGemm):
         return cute.make_tiled_mma(cute.make_mma_atom(op))
 
     @cute.kernel
-    def kernel(self, a, b, stores, read, offsets, weight, partial, a_layout, b_layout, buffer_layout):  # type: ignore[no-untyped-def]
+    def kernel(self, a, b, scales, stores, reads, plain, a_layout, b_layout, buffer_layout):  # type: ignore[no-untyped-def]
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         _, cluster, _ = cute.arch.block_idx()
         _, clusters, _ = cute.arch.grid_dim()
-        segments = Segments(offsets, cute.size(a.tensor, mode=[0 if self.problem.ragged == "rows" else 1]))
+        plain = Plain(self.plain, plain)
+        segments = Segments(
+            plain.offsets, cute.size(a.tensor, mode=[0 if self.problem.ragged == "rows" else 1])
+        )
 
         smem = SmemAllocator()
         a_stages = smem.allocate_tensor(BFloat16, a_layout.outer, 1024, swizzle=a_layout.inner)
@@ -85,27 +87,27 @@ class Sm90GroupedGemm(GroupedGemm):
                 loader.run(segments, cluster, clusters, rank)
         else:
             cute.arch.setmaxregister_increase(MATH_REGISTERS)
-            self._math(ring, a_stages, b_stages, buffers, stores, read, arrived,
-                       segments, weight, partial, cluster, clusters, rank)  # fmt: skip
+            self._math(ring, a_stages, b_stages, buffers, stores, reads, arrived,
+                       segments, plain, cluster, clusters, rank)  # fmt: skip
         self.sync_cluster()  # a thread block stays until its neighbour has sent and signalled all that it will
 
     @cute.jit
     def _math(  # type: ignore[no-untyped-def]
-        self, ring, a_stages, b_stages, buffers, stores, read, arrived,
-        segments, weight, partial, cluster, clusters, rank,
+        self, ring, a_stages, b_stages, buffers, stores, reads, arrived,
+        segments, plain, cluster, clusters, rank,
     ):  # fmt: skip
         thread = cute.arch.thread_idx()[0] % GROUP
         group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // GROUP) - 1
         mma = self.mma(self.config.tile_n)
         part = mma.get_slice(thread)
-        rows = cute.flat_divide(a_stages, (64, SLICE))[None, None, group, 0, None]
+        rows = cute.flat_divide(a_stages, (64, self.problem.slice))[None, None, group, 0, None]
         fa = mma.make_fragment_A(part.partition_A(rows))
         fb = mma.make_fragment_B(part.partition_B(b_stages))
         acc = cute.make_rmem_tensor(mma.partition_shape_C((64, self.config.tile_n)), Float32)
         own = cute.flat_divide(buffers, (64, buffers.shape[1], self.config.buffers))
         own = own[None, None, None, 0, 0, group]
         fragment = WgmmaFragment(self, own, thread, group)
-        epilogue = Epilogue(self, fragment, own, stores, read, arrived + 2 * group, group)
+        epilogue = Epilogue(self, fragment, own, stores, reads, arrived + 2 * group, group)
 
         stage, phase, turn = Int32(0), Int32(0), Int32(0)
         tile, expert, first = self.tiles.begin(segments, cluster)
@@ -115,7 +117,7 @@ class Sm90GroupedGemm(GroupedGemm):
                 epilogue.prefetch(place)
             stage, phase = self._multiply(ring, mma, fa, fb, acc, place.slices, stage, phase)
             if place.exists:
-                turn = epilogue.run(acc, place, weight, partial, turn)
+                turn = epilogue.run(acc, place, plain, turn)
             tile, expert, first = self.tiles.seek(segments, tile + clusters, expert, first)
         epilogue.finish()
 
@@ -129,7 +131,7 @@ class Sm90GroupedGemm(GroupedGemm):
         warpgroup.fence()
         for _ in cutlass.range(slices, unroll=1):
             cute.arch.mbarrier_wait(ring.full + stage, phase)
-            for k in cutlass.range_constexpr(SLICE // 16):
+            for k in cutlass.range_constexpr(self.problem.slice // 16):
                 cute.gemm(mma, acc, fa[None, None, k, stage], fb[None, None, k, stage], acc)
             warpgroup.commit_group()
             warpgroup.wait_group(1)
@@ -160,7 +162,7 @@ class WgmmaFragment(Fragment):
     def stored(self, buffer: cute.Tensor) -> cute.Tensor:
         return self.slice.partition_C(buffer)
 
-    def piece(self, acc: cute.Tensor, index: int | Int32) -> cute.Tensor:
+    def piece(self, acc: cute.Tensor, index: int | Int32, parts: int = 1) -> cute.Tensor:
         return cute.make_tensor(acc.iterator + index * cute.size(self.shape), cute.make_layout(self.shape))
 
     def row(self, value: int) -> int:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Int32, cute
 
-from nmoe.codegen.gemm import ROW_TILE, SLICE
+from nmoe.codegen.gemm import ROW_TILE
 from nmoe.codegen.templates.fixed import Fixed
 
 NEVER = 1 << 30  # no tile has this number
@@ -106,10 +106,11 @@ class RaggedRows(Fixed):
 
 
 class RaggedDepth(Fixed):
-    """Tiles of an [E, n, k] result that contracts each expert's rows: a fixed number an expert, of varying depth."""
+    """Tiles of an [E, n, k] result that contracts each expert's rows, `depth` of them a slice: a fixed number an
+    expert, of varying depth."""
 
-    def __init__(self, experts: int, rows: int, columns: int, cluster: int) -> None:
-        self.cluster = cluster
+    def __init__(self, experts: int, rows: int, columns: int, depth: int, cluster: int) -> None:
+        self.depth, self.cluster = depth, cluster
         self.blocks = -(-rows // (ROW_TILE * cluster))
         self.each = self.blocks * columns
         self.total = experts * self.each
@@ -130,6 +131,6 @@ class RaggedDepth(Fixed):
         """Nothing is done for an expert without rows; a row tile past the last is clipped by the stores."""
         expert = tile // self.each
         local = tile % self.each
-        begin, end = segments.begin(expert) // SLICE, cute.ceil_div(segments.end(expert), SLICE)
+        begin, end = segments.begin(expert) // self.depth, cute.ceil_div(segments.end(expert), self.depth)
         row, column = local % self.blocks * self.cluster + rank, local // self.blocks
         return Place(row, column, expert, begin, end - begin, end > begin)

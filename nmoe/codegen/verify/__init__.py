@@ -10,6 +10,7 @@ member of it is compiled and run, under warp schedules with race detection. An o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,11 +20,14 @@ from nmoe import autotune
 from nmoe.codegen import compiler, families
 from nmoe.codegen.problem import Config, Problem
 from nmoe.codegen.spec import KernelSpec
-from nmoe.codegen.verify import gemm
+from nmoe.codegen.verify import gemm, routing
 from nmoe.codegen.verify.base import Mismatch, Tensors
 from nmoe.errors import UserError
 
-ORACLES: dict[str, ModuleType] = {"gemm": gemm}  # by Problem.family
+ORACLES: dict[str, ModuleType] = {  # by Problem.family
+    "gemm": gemm, "moe_plan": routing, "dispatch": routing, "combine": routing, "router": routing,
+    "router_bwd": routing,
+}  # fmt: skip
 SCHEDULES = (1, 2)
 
 
@@ -57,9 +61,9 @@ def verify_family(problem: Problem, config: Config, target: str) -> str:
     return f"ok: {worst:.3g} of the bound, {len(SCHEDULES)} schedules"
 
 
-def verify(specs: Sequence[KernelSpec], report: Callable[[str], None]) -> int:
+def verify(specs: Sequence[KernelSpec], report: Callable[[str], None], root: Path | None = None) -> int:
     """Tells `report` a line for each spec that has a template; returns how many are not ok. Specs of one family and
-    config share a run."""
+    config share a run. `root`: the cache whose tuning chooses the configs."""
     compiler.check_toolchain()
     outcomes: dict[tuple[Problem, Config, str], str] = {}
     failures = 0
@@ -67,7 +71,8 @@ def verify(specs: Sequence[KernelSpec], report: Callable[[str], None]) -> int:
         problem = families.match(spec)
         if isinstance(problem, str):
             continue
-        family = (problem.small(), autotune.choose(problem, spec.target), spec.target)
+        config, _ = autotune.choose(problem, spec.target, root)
+        family = (problem.small(), config, spec.target)
         if family not in outcomes:
             outcomes[family] = verify_family(*family)
         failures += not outcomes[family].startswith("ok")
