@@ -86,6 +86,8 @@ class Link(Fixed):
             word = words + (FLAGS.index(flag) * self.ranks + peer) * LINE
             budget = self.state[STATE.index("timeout")]
             seen = Int64(cute.arch.load(word, Int64, sem="acquire", scope="sys"))
+            # Not before the first load: with a timer's read between them, ptxas (CuTeDSL 4.8.1 and CUDA 13.0, not at
+            # -O1) issued the load 4 cycles after the IMAD.WIDE of its address, and it faulted on H100.
             begin = Int64(0)
             if seen < epoch:
                 begin = Int64(cute.arch.globaltimer())
