@@ -53,10 +53,15 @@ def odd_problems() -> list[GemmProblem]:
     ]
     shapes = [(shape, "bf16", "") for shape in ODD]
     shapes += [(shape, precision, "rows") for precision in ("mxfp8", "nvfp4") for shape in QUANTIZED]
-    for (experts, n, k), *how in shapes:
-        found += [GemmProblem("fprop", experts, n, k, "swiglu", *how), GemmProblem("fprop", experts, n, k, "store", *how),
-                  GemmProblem("dgrad", experts, n, k, "dswiglu", *how), GemmProblem("dgrad", experts, n, k, "store", *how),
-                  GemmProblem("wgrad", experts, n, k, "accumulate", *how)]  # fmt: skip
+    kinds = (
+        ("fprop", "swiglu"),
+        ("fprop", "store"),
+        ("dgrad", "dswiglu"),
+        ("dgrad", "store"),
+        ("wgrad", "accumulate"),
+    )
+    for shape, *how in shapes:
+        found += [GemmProblem(role, *shape, epilogue, *how) for role, epilogue in kinds]
     return found
 
 
