@@ -133,7 +133,8 @@ def _stored(schedule: Schedule, call: Call) -> Iterator[str]:
 
 def _buffers(value: torch.Tensor | Quantized) -> list[torch.Tensor]:
     if isinstance(value, Quantized):
-        return [part for part in (value.data, value.scale, value.amax) if part is not None]
+        amax = [] if value.amax is None else [value.amax.view(-1)]  # of a tensor without segments: one number
+        return [value.data, value.scale, *amax]
     return [value]
 
 
