@@ -100,7 +100,7 @@ class RowProblem(Problem):
         return (*self._inputs(), *self._outputs(), *workspace, *scalars)
 
     def seed(self, copy: Copy) -> str:
-        """The name of a copy's seed, which is an attribute of its op: the body, if there is one, and the sums come before."""
+        """The name of a copy's seed, an attribute of its op: the body, if there is one, and the sums come before it."""
         return f"seed.{(self.body != 'load') + self.addends + self.copies.index(copy)}"
 
     def _inputs(self) -> tuple[Operand, ...]:

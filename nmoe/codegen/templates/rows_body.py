@@ -22,8 +22,8 @@ def vector(tensor: cute.Tensor, row: Int32, column: Int32, size: int = VECTOR) -
 
 class Spot(Fixed):
     """Where a thread works: `vectors` rows from `row` on, and 8 columns from `column` on. Of a tensor of `exists` rows
-    the first `live` are read, the others are zero. `source` and `column` never lie past the end, so that what belongs to
-    a row or a column can be read without a branch."""
+    the first `live` are read, the others are zero. `source` and `column` never lie past the end, so that what belongs
+    to a row or a column can be read without a branch."""
 
     def __init__(
         self, problem: RowProblem, vectors: int, row: Int32, column: Int32, live: Int32, exists: Int32
