@@ -96,8 +96,12 @@ class RowProblem(Problem):
             workspace.append(Operand("partial", "f32", (STRIPES, self.width)))
         if self.body == "rms_norm":
             scalars.append(Operand("eps", "f32", ()))
-        scalars += [Operand(f"{c.name}_seed", "i64", ()) for c in self.copies if c.rounding == "stochastic"]
+        scalars += [Operand(self.seed(c), "i64", ()) for c in self.copies if c.rounding == "stochastic"]
         return (*self._inputs(), *self._outputs(), *workspace, *scalars)
+
+    def seed(self, copy: Copy) -> str:
+        """The name of a copy's seed, an attribute of its op: the body, if there is one, and the sums come before it."""
+        return f"seed.{(self.body != 'load') + self.addends + self.copies.index(copy)}"
 
     def _inputs(self) -> tuple[Operand, ...]:
         lead = (self.batch,) if self.batch else ()

@@ -22,8 +22,8 @@ def vector(tensor: cute.Tensor, row: Int32, column: Int32, size: int = VECTOR) -
 
 class Spot(Fixed):
     """Where a thread works: `vectors` rows from `row` on, and 8 columns from `column` on. Of a tensor of `exists` rows
-    the first `live` are read, the others are zero. Loads need no branches: past the last row or column they read the
-    last ones (`source`, `column`)."""
+    the first `live` are read, the others are zero. `source` and `column` never lie past the end, so that what belongs
+    to a row or a column can be read without a branch."""
 
     def __init__(
         self, problem: RowProblem, vectors: int, row: Int32, column: Int32, live: Int32, exists: Int32
@@ -34,7 +34,21 @@ class Spot(Fixed):
         self.inside = inside
         self.source = [cutlass.min(row + i, last) for i in range(vectors)]
         self.alive = [inside & (row + i < live) for i in range(vectors)]
+        self.full = inside & (row + vectors <= live)
         self.exists = [inside & (row + i < exists) for i in range(vectors)]
+
+
+@cute.jit
+def gather(held: cute.Tensor, sources: list[cute.Tensor], spot: Spot) -> None:
+    """Reads a vector a row; zeros where there is nothing. A result may lie where x does, so nothing else is touched."""
+    if spot.full:
+        for i in cutlass.range_constexpr(spot.vectors):
+            cute.autovec_copy(sources[i], held[None, i])
+    else:
+        held.fill(0.0)
+        for i in cutlass.range_constexpr(spot.vectors):
+            if spot.alive[i]:
+                cute.autovec_copy(sources[i], held[None, i])
 
 
 class Loaded(Fixed):
@@ -53,8 +67,7 @@ class Loaded(Fixed):
 
     def put(self, name: str, sources: list[cute.Tensor]) -> None:
         held = cute.make_rmem_tensor((VECTOR, len(sources)), sources[0].element_type)
-        for i, source in enumerate(sources):
-            cute.autovec_copy(source, held[None, i])
+        gather(held, sources, self.spot)
         self.rows[name] = held
 
     def column(self, name: str, tensor: cute.Tensor) -> None:
@@ -104,11 +117,9 @@ class RowBody(Fixed):
         spot, at = found.spot, self.problem.at
         held = cute.make_rmem_tensor((VECTOR, spot.vectors), BFloat16)
         if spot.column < at:
-            for i in cutlass.range_constexpr(spot.vectors):
-                cute.autovec_copy(vector(self.named["a"], spot.source[i], spot.column), held[None, i])
+            gather(held, [vector(self.named["a"], row, spot.column) for row in spot.source], spot)
         else:
-            for i in cutlass.range_constexpr(spot.vectors):
-                cute.autovec_copy(vector(self.named["b"], spot.source[i], spot.column - at), held[None, i])
+            gather(held, [vector(self.named["b"], row, spot.column - at) for row in spot.source], spot)
         found.rows["x"] = held
 
     def _table(self, found: Loaded) -> None:

@@ -176,7 +176,7 @@ class Nvfp4(Fixed):
         self.warps = smem.allocate_tensor(Int32, cute.make_layout(self.config.threads // 32), 16)
         self.seed = None
         if copy.rounding == "stochastic":
-            self.seed = tile.named[f"{copy.name}_seed"] + tile.named["counter"][0]
+            self.seed = tile.named[tile.problem.seed(copy)] + tile.named["counter"][0]
 
     def column(self, values, j: int):  # type: ignore[no-untyped-def]
         """FP32 registers with column j of the thread's 16 rows, transformed if the copy is."""
