@@ -316,7 +316,7 @@ class GemmProblem(Problem):
                   f"tile_n {config.tile_n}: gate and up come with whole atoms of 128 rows of scales: 256")  # fmt: skip
             limit(config.tile_n == 256 or not self.b_mn_major,
                   f"tile_n {config.tile_n}: a half of B is a box of 128 one-byte elements across: 256")  # fmt: skip
-        if self.read:
+        if self.read and target == "sm_100a":
             limit(config.buffers == 2 * len(self.read),
                   f"{config.buffers} buffers: two slots of {len(self.read)} pieces that are read")  # fmt: skip
         else:

@@ -34,7 +34,7 @@ class Fragment(Fixed):
     `rows`: of the unit; `mine`: the rows of this thread; `lanes`: threads that share a row, neighbours in the warp;
     `leads`: does this thread's warp issue the unit's copies. `parts`: into how many a piece may be cut, numbered at run
     time (accumulators outside the registers), so that dSwiGLU, which holds three values of every element, is a loop and
-    not one long sequence that the compiler spreads over more registers than there are; 0 where it may not.
+    not one long sequence that the compiler spreads over more registers than there are.
     """
 
     rows: int
@@ -101,17 +101,29 @@ class Epilogue(Fixed):
     @cute.jit
     def run(self, acc, place, plain, turn: Int32):  # type: ignore[no-untyped-def]
         """Finishes a tile; returns the phase of the read barriers for the next one."""
+        if cutlass.const_expr(len(self.reads) > 0):
+            turn = self._reading(acc, place, plain, turn)
+        else:
+            self.store(acc, place, plain)
+        return turn
+
+    @cute.jit
+    def store(self, acc, place, plain) -> None:  # type: ignore[no-untyped-def]
+        """Finishes a tile for which nothing is read."""
         factor = self._factor(place, plain)
         if cutlass.const_expr(self.problem.epilogue == "swiglu"):
             self._swiglu(acc, place, plain, factor)
-        elif cutlass.const_expr(len(self.reads) > 0):
-            turn = self._reading(acc, place, plain, factor, turn)
         else:
-            batch = place.expert if cutlass.const_expr(self.problem.epilogue == "accumulate") else 0
-            for p in cutlass.range_constexpr(self.pieces):
-                at = (self._row(place), place.column * self.pieces + p, batch)
-                self._put(self._piece(acc, p, factor), p % self.buffers, self.problem.stored[0], at)
-        return turn
+            self._store_pieces(acc, place, factor, 0, self.gemm.least)
+            if place.column < self.gemm.whole:
+                self._store_pieces(acc, place, factor, self.gemm.least, self.pieces)
+
+    @cute.jit
+    def _store_pieces(self, acc, place, factor, begin: cutlass.Constexpr, end: cutlass.Constexpr) -> None:  # type: ignore[no-untyped-def]
+        batch = place.expert if cutlass.const_expr(self.problem.epilogue == "accumulate") else 0
+        for p in cutlass.range_constexpr(begin, end):
+            at = (self._row(place), place.column * self.pieces + p, batch)
+            self._put(self._piece(acc, p, factor), p % self.buffers, self.problem.stored[0], at)
 
     @cute.jit
     def finish(self) -> None:
@@ -238,22 +250,15 @@ class Epilogue(Fixed):
                       tma_bar_ptr=self.arrived + slot)  # fmt: skip
 
     @cute.jit
-    def _reading(self, acc, place, plain, factor, turn: Int32):  # type: ignore[no-untyped-def]
+    def _reading(self, acc, place, plain, turn: Int32):  # type: ignore[no-untyped-def]
         """Results in place of what was read in the buffers, and for dSwiGLU this tile's part of d weight."""
+        factor = self._factor(place, plain)
         weights = self._weights(plain.weight, place)
         sums = [Float32(0.0) for _ in self.fragment.mine]
-        if cutlass.const_expr(self.fragment.parts > 0):
-            for pair in cutlass.range(self.pieces // 2, unroll=1):
-                for slot in cutlass.range_constexpr(2):
-                    sums = self._read_piece(
-                        acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn
-                    )
-                turn ^= 1
-        else:
-            for p in cutlass.range_constexpr(self.pieces):
-                sums = self._read_piece(acc, place, plain, factor, weights, sums, p, p % 2, turn)
-                if cutlass.const_expr(p % 2 == 1):
-                    turn ^= 1
+        for pair in cutlass.range(self.pieces // 2, unroll=1):
+            for slot in cutlass.range_constexpr(2):
+                sums = self._read_piece(acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn)
+            turn ^= 1
         if cutlass.const_expr(plain.partial is not None):
             self._partial(sums, place, plain.partial)
         return turn
@@ -263,11 +268,8 @@ class Epilogue(Fixed):
         row, at = self._row(place), place.column * self.pieces + p
         cute.arch.mbarrier_wait(self.arrived + slot, turn)
         if cutlass.const_expr(self.problem.epilogue == "dswiglu"):
-            if cutlass.const_expr(self.fragment.parts > 0):
-                for part in cutlass.range(self.fragment.parts, unroll=1):
-                    sums = self._dswiglu(acc, p, factor, weights, sums, slot, part)
-            else:
-                sums = self._dswiglu(acc, p, factor, weights, sums, slot, None)
+            for part in cutlass.range(self.fragment.parts, unroll=1):
+                sums = self._dswiglu(acc, p, factor, weights, sums, slot, part)
             self._store_dh((row, at), place, plain, slot)
         else:
             self._add(self._piece(acc, p, factor), (row, at, 0), slot)
@@ -279,30 +281,38 @@ class Epilogue(Fixed):
 
     @cute.jit
     def _add(self, values, at, slot: cutlass.Constexpr) -> None:  # type: ignore[no-untyped-def]
-        """y, its sum with the first addend, that with the second: each rounded, as ops of their own would."""
         count = len(self.reads)
+        addends = [cute.make_rmem_tensor(values.shape, BFloat16) for _ in range(count)]
+        for i in cutlass.range_constexpr(count):
+            cute.autovec_copy(self.spots[count * slot + i], addends[i])
+        cute.autovec_copy(self._sum(values, addends), self.spots[count * slot])
+        self._send((("y", count * slot),), at)
+
+    def _sum(self, values, addends):  # type: ignore[no-untyped-def]
+        """y, its sum with the first addend, that with the second: each rounded, as ops of their own would."""
         total = cute.make_rmem_tensor(values.shape, BFloat16)
         total.store(values.load().to(BFloat16))
-        addend = cute.make_rmem_tensor(values.shape, BFloat16)
-        for i in cutlass.range_constexpr(count):
-            cute.autovec_copy(self.spots[count * slot + i], addend)
+        for addend in addends:
             total.store((total.load().to(Float32) + addend.load().to(Float32)).to(BFloat16))
-        cute.autovec_copy(total, self.spots[count * slot])
-        self._send((("y", count * slot),), at)
+        return total
 
     @cute.jit
     def _dswiglu(self, acc, p, factor, weights, sums, slot: cutlass.Constexpr, part):  # type: ignore[no-untyped-def]
         """d gate and d up in place of gate and up: of a piece, or a part of it."""
-        spots = [self.spots[2 * slot], self.spots[2 * slot + 1]]
-        parts = 1
-        if cutlass.const_expr(part is not None):
-            parts = self.fragment.parts
-            spots = [cute.flat_divide(spot, (self.width // parts,))[None, part] for spot in spots]
-            p = parts * p + part
-        grad = self._piece(acc, p, factor, parts)
+        parts = self.fragment.parts
+        spots = [cute.flat_divide(self.spots[2 * slot + i], (self.width // parts,))[None, part] for i in range(2)]
+        grad = self._piece(acc, parts * p + part, factor, parts)
         gate, up = (cute.make_rmem_tensor(grad.shape, BFloat16) for _ in range(2))
         cute.autovec_copy(spots[0], gate)
         cute.autovec_copy(spots[1], up)
+        sums = self._gradients(grad, gate, up, weights, sums)
+        cute.autovec_copy(gate, spots[0])
+        cute.autovec_copy(up, spots[1])
+        return sums
+
+    @cute.jit
+    def _gradients(self, grad, gate, up, weights, sums):  # type: ignore[no-untyped-def]
+        """d gate and d up in place of gate and up in registers; adds to the rows' sums of d weight."""
         for i in cutlass.range_constexpr(cute.size(grad)):
             mine = self.fragment.row(i)
             dg, du, dw = activation.swiglu_backward(
@@ -310,8 +320,6 @@ class Epilogue(Fixed):
             )
             gate[i], up[i] = dg.to(BFloat16), du.to(BFloat16)
             sums[mine] += dw
-        cute.autovec_copy(gate, spots[0])
-        cute.autovec_copy(up, spots[1])
         return sums
 
     @cute.jit

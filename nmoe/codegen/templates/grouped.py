@@ -41,11 +41,17 @@ class GroupedGemm(Fixed):
 
     threads: int
     unit_rows: int  # rows of the tile that one epilogue unit stores
+    read_rows: int  # rows of the boxes in which the epilogue's operands are read
+    narrows = False  # may the last column tile be half as wide
+    ahead: tuple[str, ...] = ()  # results that are brought to L2 before the epilogue adds to them
 
     def __init__(self, problem: GemmProblem, config: GemmConfig) -> None:
         self.problem, self.config, self.cluster = problem, config, config.cluster
         self.paired = problem.epilogue == "swiglu"  # a column tile is tile_n / 2 pairs of gate and up
         self.columns = -(-problem.columns // (config.tile_n // 2 if self.paired else config.tile_n))
+        # The last column tile may be narrow: where the columns leave half of it empty, only its first half is computed.
+        self.narrow = not self.paired and self.narrows and 0 < problem.columns % config.tile_n <= config.tile_n // 2
+        self.whole = self.columns - self.narrow
         self.tiles: RaggedRows | RaggedDepth
         if problem.ragged == "rows":
             slices = -(-problem.depth // problem.slice)
@@ -55,6 +61,8 @@ class GroupedGemm(Fixed):
         self.plain = [o.name for o in problem.operands(config) if o.name in Plain.NAMES]
         self.element = ELEMENTS[problem.multiplied]
         self.out_type = Float32 if problem.epilogue == "accumulate" else BFloat16
+        self.pieces = config.tile_n * self.out_type.width // (8 * layouts.PIECE_BYTES)
+        self.least = self.pieces // 2 if self.narrow else self.pieces  # pieces of the last column tile
 
     @property
     def b_rows(self) -> int:
@@ -110,7 +118,8 @@ class GroupedGemm(Fixed):
 
         stores = [result(name) for name in problem.stored]
         read = cpasync.CopyBulkTensorTileG2SOp()
-        reads = [copy(read, name, BFloat16, buffers) for name in problem.read]
+        landing = layouts.buffers(self.out_type, self.read_rows, 1)
+        reads = [copy(read, name, self.out_type, landing) for name in (*problem.read, *self.ahead)]
         a = copy(load_a, "a", self.element, a_layout)
         b = copy(load_b, "b", self.element, half)
         plain = [named[name] for name in self.plain]

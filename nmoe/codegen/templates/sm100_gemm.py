@@ -38,7 +38,7 @@ EPILOGUE_WARPS, MMA_WARP, LOAD_WARP = 4, 4, 5
 
 class Sm100GroupedGemm(GroupedGemm):
     threads = 6 * 32
-    unit_rows = 32
+    unit_rows = read_rows = 32
 
     @property
     def b_rows(self) -> int:

@@ -22,7 +22,10 @@ from cutlass import BFloat16, Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
+from nmoe.codegen.gemm import ROW_TILE
+from nmoe.codegen.templates import layouts
 from nmoe.codegen.templates.epilogue import Epilogue, Fragment
+from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.grouped import GroupedGemm, Plain
 from nmoe.codegen.templates.layouts import major
 from nmoe.codegen.templates.load import Loader
@@ -30,12 +33,18 @@ from nmoe.codegen.templates.ring import Ring
 from nmoe.codegen.templates.tiles import Segments
 
 GROUP = 128  # threads of a warpgroup
-LOAD_REGISTERS, MATH_REGISTERS = 40, 232
+LOAD_REGISTERS, MATH_REGISTERS = 32, 240
 
 
 class Sm90GroupedGemm(GroupedGemm):
     threads = 3 * GROUP
     unit_rows = 64
+    read_rows = ROW_TILE
+    narrows = True
+
+    @property
+    def ahead(self) -> tuple[str, ...]:
+        return self.problem.stored if self.problem.epilogue == "accumulate" else ()
 
     @property
     def b_rows(self) -> int:
@@ -68,81 +77,168 @@ class Sm90GroupedGemm(GroupedGemm):
         b_stages = smem.allocate_tensor(BFloat16, b_layout.outer, 1024, swizzle=b_layout.inner)
         buffers = smem.allocate_tensor(self.out_type, buffer_layout.outer, 1024, swizzle=buffer_layout.inner)
         ring = Ring(smem.allocate_array(Int64, 2 * self.config.stages), self.config.stages)
-        arrived = smem.allocate_array(Int64, 4)
 
         if warp == 0:
             cpasync.prefetch_descriptor(a.atom)
             cpasync.prefetch_descriptor(b.atom)
             with cute.arch.elect_one():
                 ring.init(arrivals=8 * self.cluster)
-                for i in cutlass.range_constexpr(4):
-                    cute.arch.mbarrier_init(arrived + i, 1)
             cute.arch.mbarrier_init_fence()
         self.sync_cluster()
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
             if warp == 0:
-                loader = Loader(self, ring, a, b, a_stages, b_stages, shared=self.cluster > 1)
+                landings = [self._landing(a_stages, 1), self._landing(b_stages, self.config.tile_n // ROW_TILE)]
+                loader = Loader(self, ring, a, b, a_stages, b_stages, shared=self.cluster > 1,
+                                reads=[*zip(reads, landings)])  # fmt: skip
                 loader.run(segments, cluster, clusters, rank)
         else:
             cute.arch.setmaxregister_increase(MATH_REGISTERS)
-            self._math(ring, a_stages, b_stages, buffers, stores, reads, arrived,
-                       segments, plain, cluster, clusters, rank)  # fmt: skip
+            self._math(ring, a_stages, b_stages, buffers, stores, segments, plain, cluster, clusters, rank)
         self.sync_cluster()  # a thread block stays until its neighbour has sent and signalled all that it will
+
+    def _landing(self, stages: cute.Tensor, each: int) -> cute.Tensor:
+        """Where a stage of an operand, `each` pieces large, holds a piece that the epilogue reads:
+        [128, width, stage]."""
+        layout = layouts.buffers(self.out_type, ROW_TILE, each * self.config.stages)
+        pieces = cute.make_tensor(cute.recast_ptr(stages.iterator, layout.inner, self.out_type), layout.outer)
+        width = cute.size(pieces, mode=[1])
+        return cute.flat_divide(pieces, (ROW_TILE, width, each))[None, None, 0, 0, 0, None]
 
     @cute.jit
     def _math(  # type: ignore[no-untyped-def]
-        self, ring, a_stages, b_stages, buffers, stores, reads, arrived,
-        segments, plain, cluster, clusters, rank,
+        self, ring, a_stages, b_stages, buffers, stores, segments, plain, cluster, clusters, rank,
     ):  # fmt: skip
         thread = cute.arch.thread_idx()[0] % GROUP
         group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // GROUP) - 1
-        mma = self.mma(self.config.tile_n)
-        part = mma.get_slice(thread)
+        acc = cute.make_rmem_tensor(self.mma(self.config.tile_n).partition_shape_C((64, self.config.tile_n)), Float32)
         rows = cute.flat_divide(a_stages, (64, self.problem.slice))[None, None, group, 0, None]
-        fa = mma.make_fragment_A(part.partition_A(rows))
-        fb = mma.make_fragment_B(part.partition_B(b_stages))
-        acc = cute.make_rmem_tensor(mma.partition_shape_C((64, self.config.tile_n)), Float32)
+        full = Products(self, self.config.tile_n, acc, rows, b_stages, thread)
+        half = Products(self, self.config.tile_n // 2, acc, rows, b_stages, thread)
         own = cute.flat_divide(buffers, (64, buffers.shape[1], self.config.buffers))
         own = own[None, None, None, 0, 0, group]
         fragment = WgmmaFragment(self, own, thread, group)
-        epilogue = Epilogue(self, fragment, own, stores, reads, arrived + 2 * group, group)
+        landings = [self._landing(a_stages, 1), self._landing(b_stages, self.config.tile_n // ROW_TILE)]
+        epilogue = RingEpilogue(self, fragment, own, stores, group, ring, landings)
 
-        stage, phase, turn = Int32(0), Int32(0), Int32(0)
+        stage, phase = Int32(0), Int32(0)
         tile, expert, first = self.tiles.begin(segments, cluster)
         while self.tiles.live(tile, expert):
             place = self.tiles.place(segments, tile, expert, first, rank)
             if place.exists:
-                epilogue.prefetch(place)
-            stage, phase = self._multiply(ring, mma, fa, fb, acc, place.slices, stage, phase)
-            if place.exists:
-                turn = epilogue.run(acc, place, plain, turn)
+                if place.column < self.whole:
+                    stage, phase = self._multiply(ring, full, place.slices, stage, phase)
+                if cutlass.const_expr(self.narrow):
+                    if place.column == self.whole:
+                        stage, phase = self._multiply(ring, half, place.slices, stage, phase)
+                if cutlass.const_expr(len(self.problem.read) > 0):
+                    stage, phase = epilogue.read(acc, place, plain, stage, phase)
+                else:
+                    epilogue.store(acc, place, plain)
+            else:
+                stage, phase = self._skip(ring, place, stage, phase)
             tile, expert, first = self.tiles.seek(segments, tile + clusters, expert, first)
         epilogue.finish()
 
     @cute.jit
-    def _multiply(self, ring, mma, fa, fb, acc, slices, stage, phase):  # type: ignore[no-untyped-def]
-        """acc = A·Bᵀ over `slices` stages, one slice of wgmma in flight while the next is issued."""
-        lane = cute.arch.lane_idx()
-        acc.fill(0.0)
-        mma.set(warpgroup.Field.ACCUMULATE, True)
+    def _multiply(self, ring, products, slices, stage, phase):  # type: ignore[no-untyped-def]
+        """The accumulators are A·Bᵀ over `slices` stages, one slice of wgmma in flight while the next is issued."""
+        products.acc.fill(0.0)
         done = Int32(-1)  # the stage that the wgmma in flight reads
         warpgroup.fence()
         for _ in cutlass.range(slices, unroll=1):
             cute.arch.mbarrier_wait(ring.full + stage, phase)
             for k in cutlass.range_constexpr(self.problem.slice // 16):
-                cute.gemm(mma, acc, fa[None, None, k, stage], fb[None, None, k, stage], acc)
+                products.add(k, stage)
             warpgroup.commit_group()
             warpgroup.wait_group(1)
-            if done >= 0 and lane < self.cluster:
-                cute.arch.mbarrier_arrive(ring.empty + done, lane)
+            if done >= 0:
+                ring.release(done, self.cluster)
             done = stage
             stage, phase = ring.after(stage, phase)
         warpgroup.wait_group(0)
-        if done >= 0 and lane < self.cluster:
-            cute.arch.mbarrier_arrive(ring.empty + done, lane)
+        if done >= 0:
+            ring.release(done, self.cluster)
         return stage, phase
+
+    @cute.jit
+    def _skip(self, ring, place, stage, phase):  # type: ignore[no-untyped-def]
+        """A thread block without rows takes part in the loads of B."""
+        slices = place.slices
+        if cutlass.const_expr(len(self.problem.read) > 0):
+            slices += self.pieces if place.column < self.whole else self.least
+        for _ in cutlass.range(slices, unroll=1):
+            cute.arch.mbarrier_wait(ring.full + stage, phase)
+            ring.release(stage, self.cluster)
+            stage, phase = ring.after(stage, phase)
+        return stage, phase
+
+
+class Products(Fixed):
+    """wgmma of a warpgroup's 64 rows with the first `width` rows of B, into the first `width` columns of `acc`."""
+
+    def __init__(self, gemm: Sm90GroupedGemm, width: int, acc, rows, b_stages, thread: Int32) -> None:  # type: ignore[no-untyped-def]
+        self.mma = gemm.mma(width)
+        self.mma.set(warpgroup.Field.ACCUMULATE, True)
+        part = self.mma.get_slice(thread)
+        columns = cute.flat_divide(b_stages, (width, gemm.problem.slice))[None, None, 0, 0, None]
+        self.a = self.mma.make_fragment_A(part.partition_A(rows))
+        self.b = self.mma.make_fragment_B(part.partition_B(columns))
+        self.acc = cute.make_tensor(acc.iterator, cute.make_layout(self.mma.partition_shape_C((64, width))))
+
+    def add(self, k: int, stage: Int32) -> None:
+        cute.gemm(self.mma, self.acc, self.a[None, None, k, stage], self.b[None, None, k, stage], self.acc)
+
+
+class RingEpilogue(Epilogue):
+    """An epilogue that finds what it reads in the ring's stages, where the loader puts it while the slices before it are
+    still multiplied."""
+
+    def __init__(self, gemm, fragment, buffers, stores, unit: Int32, ring, landings) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(gemm, fragment, buffers, stores, (), None, unit)
+        own = (fragment.rows, self.width)
+        self.ring = ring
+        self.landings = [cute.flat_divide(landing, own)[None, None, unit, 0, None] for landing in landings]
+
+    @cute.jit
+    def read(self, acc, place, plain, stage, phase):  # type: ignore[no-untyped-def]
+        """Finishes a tile whose pieces begin at this position of the ring; returns the position after them."""
+        weights = self._weights(plain.weight, place)
+        sums = [Float32(0.0) for _ in self.fragment.mine]
+        for p in cutlass.range_constexpr(self.gemm.least):
+            sums, stage, phase = self._read(acc, place, weights, sums, p, stage, phase)
+        if place.column < self.gemm.whole:
+            for p in cutlass.range_constexpr(self.gemm.least, self.pieces):
+                sums, stage, phase = self._read(acc, place, weights, sums, p, stage, phase)
+        if cutlass.const_expr(plain.partial is not None):
+            self._partial(sums, place, plain.partial)
+        return stage, phase
+
+    @cute.jit
+    def _read(self, acc, place, weights, sums, p: cutlass.Constexpr, stage, phase):  # type: ignore[no-untyped-def]
+        row, at = self._row(place), place.column * self.pieces + p
+        values = self.fragment.piece(acc, p)
+        count, results = len(self.problem.read), 2 if self.problem.epilogue == "dswiglu" else 1
+        held = [cute.make_rmem_tensor(values.shape, BFloat16) for _ in range(count)]
+        if self.fragment.leads:
+            cute.arch.cp_async_bulk_wait_group(self.buffers - results, read=True)
+        self.fragment.sync()
+        cute.arch.mbarrier_wait(self.ring.full + stage, phase)
+        for i in cutlass.range_constexpr(count):
+            cute.autovec_copy(self.fragment.stored(self.landings[i][None, None, stage]), held[i])
+        if cutlass.const_expr(self.problem.epilogue == "dswiglu"):
+            sums = self._gradients(values, held[0], held[1], weights, sums)
+        else:
+            held[0].store(self._sum(values, held).load())
+        first = results * p % self.buffers
+        for i in cutlass.range_constexpr(results):
+            cute.autovec_copy(held[i], self.spots[first + i])
+        for i in cutlass.range_constexpr(results):
+            self._send(((self.problem.stored[0], first + i),), (row, at, i))
+        self.ring.release(stage, self.gemm.cluster)  # not before: the registers do not hold a piece of h at once
+        stage, phase = self.ring.after(stage, phase)
+        return sums, stage, phase
 
 
 class WgmmaFragment(Fragment):
