@@ -33,7 +33,11 @@ from nmoe.codegen.templates.ring import Ring
 from nmoe.codegen.templates.tiles import Segments
 
 GROUP = 128  # threads of a warpgroup
-LOAD_REGISTERS, MATH_REGISTERS = 32, 240
+# What a thread of 3 · GROUP has at the start, the most that a consumer may have, and what that leaves: registers change
+# hands only within a thread block, so one too many and the consumers wait for ever.
+ENTRY_REGISTERS = 65536 // (3 * GROUP) // 8 * 8
+MATH_REGISTERS = 240
+LOAD_REGISTERS = 3 * ENTRY_REGISTERS - 2 * MATH_REGISTERS
 
 
 class Sm90GroupedGemm(GroupedGemm):
