@@ -117,13 +117,11 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
         entry: Entry | None = Cache(folder).get(name_of(problem, config), TARGET)
         if entry is None:
             raise SystemExit(f"no kernel for {problem} {config} in {folder}: run the build first")
-        return Kernel(entry, device)
+        return Kernel(entry)
 
     def arguments(problem: GemmProblem, config: GemmConfig, tensors: dict[str, Any]) -> list[Any]:
-        rows = tensors["a"].shape[0]
-        columns = -(-problem.k // config.tile_n)
-        tensors["partial"] = torch.full((columns, rows), float("nan"), device=device)
-        operands = [tensors[o.name] for o in problem.operands(config)]
+        held = tensors | verify.workspace(problem, config, len(tensors["s"]), "cuda")
+        operands = [held[o.name] for o in problem.operands(config)]
         return [*operands, problem.clusters(config, sms), torch.cuda.current_stream().cuda_stream]
 
     def median(call: Any, repeats: int = 11) -> float:

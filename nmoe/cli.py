@@ -38,10 +38,10 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from nmoe.schedule import lower
+    from nmoe.binding import lowered
     from nmoe.schedule.explain import explain
 
-    _line(explain(lower(args.load())))
+    _line(explain(lowered(args.load())))
     return 0
 
 
@@ -53,27 +53,28 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _compile(args: argparse.Namespace) -> int:
+    from nmoe.binding import by_torch, lowered
+    from nmoe.codegen.cache import default_root
     from nmoe.codegen.spec import format_specs, specs
-    from nmoe.schedule import lower
 
-    config = args.load()
-    uses = specs(lower(config))
+    config, root = args.load(), args.cache or default_root()
+    schedule = lowered(config, root)
+    uses = specs(schedule)
     if args.list or not uses:
         _line(format_specs(config, uses))
         return 0
     from nmoe.codegen.build import build, emit, format_build
-    from nmoe.codegen.cache import default_root
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    root = args.cache or default_root()
     if args.tune:
         from nmoe.autotune.measure import tune_all
 
         tune_all(list(uses), root, _line)
     result = build(list(uses), root, workers=args.workers or 0, progress=progress)
     _line(format_build(config.run.name, result))
+    _line(by_torch(schedule))
     if args.emit:
         _line(emit(result, args.emit))
     if args.verify:
@@ -85,10 +86,10 @@ def _compile(args: argparse.Namespace) -> int:
                 f"nmoe compile: {wrong} of {len(ready)} kernels of {config.run.name} failed on the emulator (listed "
                 "above); do not train with them, and report the lines above"
             )
-    if not result.complete:
+    if result.failed:
         raise UserError(
-            f"nmoe compile: {len(result.missing) + len(result.failed)} kernels of {config.run.name} were not built "
-            f"(listed above); {config.target.device} cannot train without them"
+            f"nmoe compile: {len(result.failed)} kernels of {config.run.name} were not built (listed above); "
+            f"{config.target.device} cannot train without them"
         )
     return 0
 
@@ -149,7 +150,9 @@ def parser() -> argparse.ArgumentParser:
         "--cache", type=Path, metavar="DIR", help="default $NMOE_HOME/kernels or ~/.cache/nmoe/kernels"
     )
     sub.add_argument(
-        "--list", action="store_true", help="print them with their keys instead of building them"
+        "--list",
+        action="store_true",
+        help="print those of a schedule that lacks none, with their keys; build nothing",
     )
     sub.add_argument(
         "--emit", type=Path, metavar="DIR", help="also write each kernel's PTX, SASS and report there"

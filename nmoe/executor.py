@@ -1,7 +1,11 @@
 """Binds a schedule to buffers and implementations, and runs it.
 
-On the CPU target an op's implementation is its reference math. All memory is taken when the executor is made; a step
-allocates nothing.
+A call with a kernel is launched by a `Launcher`; the ops of any other, and all on the CPU target, run their reference
+math in torch. All memory is taken when the executor is made; a step allocates nothing of its own.
+
+On a CUDA device the first micro-batch runs call by call, which warms up what torch's libraries set up late, and is
+then recorded as a CUDA graph that the later ones replay. Where an op's reference has to wait for the device they all
+run call by call: `captured` says which.
 """
 
 from __future__ import annotations
@@ -14,35 +18,34 @@ from typing import Any
 
 import torch
 
-from nmoe import formats
+from nmoe import binding, formats
+from nmoe.binding import Bound, Launcher
 from nmoe.errors import UserError
 from nmoe.graph import QUANTIZED, Kind, Phase, Spec
 from nmoe.ops import OPS
 from nmoe.ops.base import buffers
-from nmoe.schedule import Schedule
+from nmoe.schedule import Call, Schedule
+from nmoe.streams import Streams
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "i64": torch.int64,
           "i32": torch.int32, "bool": torch.bool, "u8": torch.uint8}  # fmt: skip
 
-TARGETS = ("cpu",)  # what this build can execute; the others it can only plan
-
-Bound = Callable[[], None]
 Observe = Callable[[str], AbstractContextManager]
 
 
 class Executor:
     """`tensors` holds everything that outlives a step, by name: parameters in their working format, gradients,
-    state and inputs. `allocate` makes those that the caller does not bring. `observe`, when set, is called with the
-    name of each op that runs and returns what surrounds it."""
+    state and inputs. `allocate` makes those that the caller does not bring. A GPU target needs a `launcher`; the arena,
+    whose device is that of the executor, defaults to one on the CPU. `observe`, when set, is called with the name of
+    each op or kernel that runs and returns what surrounds it."""
 
     def __init__(
-        self, schedule: Schedule, tensors: Mapping[str, torch.Tensor], arena: torch.Tensor | None = None
+        self,
+        schedule: Schedule,
+        tensors: Mapping[str, torch.Tensor],
+        arena: torch.Tensor | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
-        if schedule.target not in TARGETS:
-            raise UserError(
-                f'[target] device = "{schedule.target}" cannot run here: this build executes schedules on '
-                'device = "cpu" only; set [target] device = "cpu" in the config'
-            )
         self.schedule = schedule
         self.observe: Observe | None = None
         self.tensors = dict(tensors)
@@ -60,20 +63,45 @@ class Executor:
                 )
         for tensor in schedule.graph.of_kind("const"):
             if tensor.name not in self.tensors and tensor.format not in QUANTIZED:
-                self.tensors[tensor.name] = empty(schedule.spec(tensor.name))
+                self.tensors[tensor.name] = empty(schedule.spec(tensor.name), self.arena.device)
         self._views: dict[str, Any] = {}
         self._quantizers = {op.outputs[0]: op for op in schedule.graph.ops if op.kind == "quantize"}
+        self._streams = Streams(schedule.calls, self.arena.device)
         self._phases: dict[str, list[tuple[str, Bound]]] = {"init": [], "step": [], "micro": []}
-        for call in schedule.calls:
-            for op in call.ops:
-                ins = [self.operand(name) for name in op.inputs]
-                outs = [self.operand(name) for name in op.outputs]
-                specs = schedule.scratch_specs(op)
-                names = schedule.scratch_names[op.name]
-                scratch = [self._view(schedule.offsets[n], s) for n, s in zip(names, specs, strict=True)]
-                run = partial(OPS[op.kind].reference, op.attrs, ins, outs, scratch)
-                self._phases[op.phase].append((op.name, run))
+        for index, call in enumerate(schedule.calls):
+            for name, run in self._bind(call, launcher):
+                self._phases[call.phase].append((name, self._streams.place(index, run)))
+        waiting = any(
+            OPS[op.kind].waits
+            for call in schedule.calls
+            if call.phase == "micro" and call.workspace is None
+            for op in call.ops
+        )
+        self.captured = self.arena.is_cuda and not waiting
+        self._graph: torch.cuda.CUDAGraph | None = None
         self.run("init")
+
+    def _bind(self, call: Call, launcher: Launcher | None) -> list[tuple[str, Bound]]:
+        """What a call runs: its kernel, or the reference of each of its ops."""
+        schedule = self.schedule
+        if call.workspace is not None:
+            assert launcher is not None, (
+                f"{call.name} is a kernel of {schedule.target} and there is no launcher"
+            )
+            scratch = self._scratch(call.name, [schedule.bind(spec) for spec in call.workspace])
+            return [(call.name, binding.bind(schedule, call, self.operand, scratch, launcher))]
+        bound: list[tuple[str, Bound]] = []
+        for op in call.ops:
+            ins, outs = ([self.operand(name) for name in side] for side in (op.inputs, op.outputs))
+            scratch = self._scratch(op.name, schedule.scratch_specs(op))
+            bound.append((op.name, partial(OPS[op.kind].reference, op.attrs, ins, outs, scratch)))
+        return bound
+
+    def _scratch(self, owner: str, specs: list[Spec]) -> list[torch.Tensor]:
+        names = self.schedule.scratch_names[owner]
+        return [
+            self._view(self.schedule.offsets[name], spec) for name, spec in zip(names, specs, strict=True)
+        ]
 
     def operand(self, name: str | None) -> Any:
         """The tensor (or `formats.Quantized`) of a graph name; activations hold values only while alive."""
@@ -112,23 +140,36 @@ class Executor:
     def run(self, phase: Phase) -> None:
         """Runs every call of a phase in order: "init" once, "step" after the parameters changed, "micro" for each
         micro-batch."""
+        if phase != "micro" or not self.captured or self.observe:
+            self._run(phase)
+        elif self._graph is not None:
+            self._graph.replay()
+        else:
+            self._run(phase)
+            torch.cuda.synchronize(self.arena.device)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._run(phase)
+
+    def _run(self, phase: Phase) -> None:
         unobserved = nullcontext()
-        for name, call in self._phases[phase]:
-            try:
-                with self.observe(name) if self.observe else unobserved:
-                    call()
-            except UserError as error:
-                raise type(error)(f"{name}: {error}") from None
+        with self._streams.all():
+            for name, call in self._phases[phase]:
+                try:
+                    with self.observe(name) if self.observe else unobserved:
+                        call()
+                except UserError as error:
+                    raise type(error)(f"{name}: {error}") from None
 
 
-def empty(spec: Spec) -> torch.Tensor:
-    return torch.empty(spec.shape, dtype=DTYPES[spec.format])
+def empty(spec: Spec, device: torch.device | str = "cpu") -> torch.Tensor:
+    return torch.empty(spec.shape, dtype=DTYPES[spec.format], device=device)
 
 
-def allocate(schedule: Schedule, *kinds: Kind) -> dict[str, torch.Tensor]:
+def allocate(schedule: Schedule, *kinds: Kind, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """Zeroed tensors for what outlives a step, of the given kinds; of all kinds when none is given."""
     wanted = kinds or ("param", "grad", "state", "input")
-    return {t.name: empty(schedule.spec(t.name)).zero_() for t in schedule.graph.of_kind(*wanted)}
+    return {t.name: empty(schedule.spec(t.name), device).zero_() for t in schedule.graph.of_kind(*wanted)}
 
 
 def executor_bytes(executor: Executor) -> int:

@@ -60,7 +60,7 @@ def bind_dims(config: Config, sequences: int) -> dict[str, int]:
     return {"T": tokens, "R": rdep.capacity or worst}
 
 
-class _Builder:
+class Builder:
     def __init__(self, config: Config, mode: Mode, activation: str | None) -> None:
         self.config, self.mode = config, mode
         self.g = Graph()
@@ -224,4 +224,4 @@ def build(config: Config, mode: Mode = "train", *, activation: str | None = None
 
     `activation` replaces the format of the residual stream ("f64" runs everything in float64, for tests).
     """
-    return _Builder(config, mode, activation).build()
+    return Builder(config, mode, activation).build()

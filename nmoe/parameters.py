@@ -33,7 +33,7 @@ class Parameters:
     between parameters is zero and stays zero.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, device: torch.device | str = "cpu") -> None:
         def key(name: str) -> tuple:
             spec = graph.tensors[name].spec
             return GROUPS.index(group_of(name)), is_norm(name), spec.format != "bf16"
@@ -54,9 +54,9 @@ class Parameters:
             else:
                 self.segments.append(Segment(GROUPS[group], not norm, not is_wide, size, end))
             size = end
-        self.master, self.grad = torch.zeros(size, dtype=wide), torch.zeros(size, dtype=wide)
+        self.master, self.grad = (torch.zeros(size, dtype=wide, device=device) for _ in range(2))
         narrow_size = size if any(s.narrow for s in self.segments) else 0
-        self.narrow = torch.zeros(narrow_size, dtype=torch.bfloat16)
+        self.narrow = torch.zeros(narrow_size, dtype=torch.bfloat16, device=device)
         self._places = places
         self.masters, self.grads = self.views(self.master), self.views(self.grad)
         copies = self.views(self.narrow) if narrow_size else {}

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nmoe import model
+from nmoe import binding, model
+from nmoe.codegen.launch import device_of
 from nmoe.config import Config
 from nmoe.data.loader import Batch
 from nmoe.errors import UserError
 from nmoe.executor import Executor, allocate
 from nmoe.optim import AdamW, lr_factor
 from nmoe.parameters import Parameters
-from nmoe.schedule import lower
 
 Range = Callable[[str], AbstractContextManager]
 
@@ -57,20 +57,31 @@ def checkpoint_state(
 
 
 class Step:
-    """Owns the parameters, the optimizer and the executor(s) of one rank."""
+    """Owns the parameters, the optimizer and the executor(s) of one rank. `say` hears of the kernels that are compiled
+    for it, and of what runs without one."""
 
-    def __init__(self, config: Config, ranges: Range = lambda name: nullcontext()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ranges: Range = lambda name: nullcontext(),
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.config, self._range = config, ranges
         self.sequences = config.train.micro_batch_size or config.train.batch_size
         self.micro_batches = config.train.batch_size // self.sequences
         late = config.schedule.bf16_last_tokens
-        self.schedules = [lower(config)] + ([lower(high_precision(config))] if late else [])
+        self.schedules = [binding.lowered(config)] + (
+            [binding.lowered(high_precision(config))] if late else []
+        )
         self.schedule = self.schedules[0]
-        self.parameters = Parameters(self.schedule.graph)
+        launcher, device = None, torch.device("cpu")
+        if config.target.device != "cpu":
+            launcher, device = binding.launcher(self.schedules, say), device_of(config.target.device)
+        self.parameters = Parameters(self.schedule.graph, device)
         self.optimizer = AdamW(self.parameters, config.optim)
-        self.tensors = allocate(self.schedule, "state", "input") | self.parameters.tensors()
-        arena = torch.empty(max(s.arena_bytes for s in self.schedules), dtype=torch.uint8)
-        self.executors = [Executor(s, self.tensors, arena) for s in self.schedules]
+        self.tensors = allocate(self.schedule, "state", "input", device=device) | self.parameters.tensors()
+        arena = torch.empty(max(s.arena_bytes for s in self.schedules), dtype=torch.uint8, device=device)
+        self.executors = [Executor(s, self.tensors, arena, launcher) for s in self.schedules]
         self._losses = {n: t for n, t in self.tensors.items() if n.startswith("loss.")}
         self._loads = {n.removesuffix(".load"): t for n, t in self.tensors.items() if n.endswith(".load")}
         self._biases = {
@@ -107,7 +118,8 @@ class Step:
             factor = lr_factor(self.config.optim, (step + 1) * self._tokens_per_step, self._total)
             self.optimizer.step(factor, norm)
             self._balance_experts()
-        return Result(losses, norm, factor, self._loads, self._biases)
+        loads, biases = ({n: t.cpu() for n, t in x.items()} for x in (self._loads, self._biases))
+        return Result(losses, norm, factor, loads, biases)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds, by name."""

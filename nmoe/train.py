@@ -70,7 +70,7 @@ def train(config: Config, *, resume: bool = False, out: Print = print) -> Outcom
             config.data, seed=config.run.seed, seq_len=config.train.seq_len, batch_size=config.train.batch_size,
             vocab_size=config.model.vocab_size, depth=config.model.mtp_depth,
         )  # fmt: skip
-        step = Step(config)
+        step = Step(config, say=out)
         begin, meta = _start(config, step, checkpoints, out)
         run_id = meta["run_id"]
         path = Path(config.metrics.dir) / run_id / "rank_0.duckdb"

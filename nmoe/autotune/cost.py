@@ -43,7 +43,9 @@ def predict(problem: Problem, config: Config, target: str, rows: int = 0) -> Pre
 
 def _rate(problem: Problem, hardware: Hardware) -> float:
     """FLOP/s of the tensor cores, which take narrower operands as much faster (B200's data sheet)."""
-    return hardware.bf16 * 16 / BITS[problem.multiplied] if isinstance(problem, GemmProblem) else hardware.bf16
+    return (
+        hardware.bf16 * 16 / BITS[problem.multiplied] if isinstance(problem, GemmProblem) else hardware.bf16
+    )
 
 
 def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: int) -> float:
@@ -60,12 +62,10 @@ def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: i
         slices = max(1, rows // problem.groups // problem.slice)
     multiply = 2.0 * ROW_TILE * config.tile_n * problem.slice / rate
     load = problem.stage_bytes(config, config.tile_n // config.cluster) / L2_BYTES_PER_CLOCK
-    epilogue = problem.pieces(config) * PIECE_CLOCKS * 2 / config.buffers
+    epilogue = problem.pieces(config) * PIECE_CLOCKS * (2 / config.buffers if config.buffers else 1)
     if problem.epilogue == "dswiglu":
         epilogue *= 4  # each piece is read, computed and stored twice over
-    if (
-        hardware.tensor_columns and problem.accumulators(config) == 2
-    ):  # hidden behind the next tile's products
+    if hardware.tensor_columns:  # two accumulators: hidden behind the next tile's products
         multiply, epilogue = max(multiply, epilogue / slices), 0.0
     multiply *= 1 + STALL / (config.stages - 1) ** 2
     waves = -(-tiles // (hardware.sms // config.cluster))

@@ -83,7 +83,7 @@ def tune(problem: GemmProblem, target: str, cache: Cache, rows: int = 0) -> Reco
     where = device(target)
     rows = rows or ROWS_PER_EXPERT * problem.groups
     configs = candidates(problem, target)
-    kernels = [Kernel(compiler.compile_problem(problem, c, target, cache), where) for c in configs]
+    kernels = [Kernel(compiler.compile_problem(problem, c, target, cache)) for c in configs]
     times: dict[str, list[float]] = {}
     for routing in ROUTINGS if problem.experts > 1 else ROUTINGS[:1]:
         sets = _operands(problem, target, routing, rows, where)
@@ -116,10 +116,12 @@ def _operands(problem: GemmProblem, target: str, routing: str, rows: int, where:
 def _arguments(problem: GemmProblem, config: GemmConfig, tensors: dict[str, Any]) -> list[Any]:
     import torch
 
-    a = tensors["a"]
-    partial = {"partial": a.new_empty((-(-problem.k // config.tile_n), len(a)), dtype=torch.float32)}
-    operands = [{**tensors, **partial}[operand.name] for operand in problem.operands(config)]
-    sms = torch.cuda.get_device_properties(a.device).multi_processor_count
+    from nmoe.codegen.verify.gemm import workspace
+
+    where = tensors["a"].device
+    held = tensors | workspace(problem, config, len(tensors["s"]), str(where))
+    operands = [held[operand.name] for operand in problem.operands(config)]
+    sms = torch.cuda.get_device_properties(where).multi_processor_count
     return [*operands, problem.clusters(config, sms), torch.cuda.current_stream().cuda_stream]
 
 

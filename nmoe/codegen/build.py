@@ -68,11 +68,22 @@ def build(
         else:
             work.append(spec)
     if work:
-        compiler.check_toolchain()
+        _require_compiler(work, root)
         _compile(work, root, workers, result, progress)
     result.repaired = sorted(set(cache.quarantined()) - before)
     result.seconds = time.monotonic() - begin
     return result
+
+
+def _require_compiler(work: Sequence[KernelSpec], root: Path) -> None:
+    try:
+        compiler.check_toolchain()
+    except compiler.CompilerError as error:
+        names = sorted({spec.name for spec in work})
+        raise compiler.CompilerError(
+            f"{len(work)} kernels are not in the cache {root} ({', '.join(names)}), and this machine cannot build "
+            f"them: {error}; or bring a cache that nmoe compile has filled elsewhere, with the same nmoe"
+        ) from None
 
 
 def _compile(

@@ -73,7 +73,8 @@ class Cache:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{key[:16]}.", dir=folder.parent))
         try:
-            content = {**files, "report.json": json.dumps(report, indent=1).encode()}
+            text = json.dumps(report, indent=1)
+            content = {**files, "report.json": text.encode()}
             digests = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
             manifest = {"format": FORMAT, "key": key, "target": target, "files": digests}
             for name, data in {**content, MANIFEST: json.dumps(manifest, indent=1).encode()}.items():
@@ -88,7 +89,7 @@ class Cache:
                         break
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return Entry(folder, target, report)
+        return Entry(folder, target, json.loads(text))
 
     def _quarantine(self, folder: Path, key: str, target: str, reason: str) -> None:
         """Moves a damaged entry out of the way; whoever comes second finds it gone, or repaired and puts it back."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from nmoe.codegen import gemm
+from nmoe.codegen import gemm, routing
 from nmoe.codegen.problem import Problem
 from nmoe.codegen.spec import KernelSpec
 
-FAMILIES = {"gemm": gemm, "grouped_gemm": gemm}  # by the kind of a spec's anchor
+FAMILIES = {  # by the kind of a spec's anchor
+    "gemm": gemm, "grouped_gemm": gemm, "router": routing, "router_bwd": routing, "moe_plan": routing,
+    "dispatch": routing, "combine": routing,
+}  # fmt: skip
 
 
 def match(spec: KernelSpec) -> Problem | str:

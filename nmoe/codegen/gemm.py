@@ -26,6 +26,7 @@ ROW_TILE = 128  # rows to which expert segments are padded
 MAX_EXPERTS = 1024
 BITS: dict[Precision, int] = {"bf16": 16, "mxfp8": 8, "nvfp4": 4}
 ATOM_ROWS, ATOM_SCALES, ATOM_BYTES = 128, 4, 512  # of blocked scale factors (formats.to_blocked)
+TENSOR_COLUMNS = HARDWARE["sm_100a"].tensor_columns
 BARRIER_BYTES = 1024
 
 
@@ -250,7 +251,7 @@ class GemmProblem(Problem):
         """Of each tile, cluster and number of buffers the most stages that fit. 128 wide and alone is left out: it
         reads the most from L2 and was never within 20 % of the best on the H100."""
         found = []
-        for (tile_n, cluster), buffers in product(((256, 2), (256, 1), (128, 2)), (2, 3, 4)):
+        for (tile_n, cluster), buffers in product(((256, 2), (256, 1), (128, 2)), (0, 2, 3, 4)):
             for stages in range(8, 1, -1):
                 config = GemmConfig(tile_n, stages, cluster, buffers)
                 if not self.violations(config, target):
@@ -266,10 +267,10 @@ class GemmProblem(Problem):
             n = 768 if self.epilogue == "swiglu" else n
         return replace(self, experts=min(self.experts, 3), n=n, k=k)
 
-    def accumulators(self, config: GemmConfig) -> int:
-        """In tensor memory: two, so that a tile's epilogue runs while the next is multiplied, where they fit beside the
-        scale factors."""
-        return 2 if 2 * config.tile_n + self.scale_columns(config) <= 512 else 1
+    def accumulator_columns(self, config: GemmConfig) -> int:
+        """From the first accumulator in tensor memory to the second: less than a tile where two do not fit beside the
+        scale factors, so that the last columns of one are the first of the other."""
+        return min(config.tile_n, TENSOR_COLUMNS - self.scale_columns(config) - config.tile_n)
 
     def scale_columns(self, config: GemmConfig) -> int:
         """Columns of tensor memory that hold the scale factors of a slice of A and B: 4 an atom."""
@@ -316,9 +317,11 @@ class GemmProblem(Problem):
                   f"tile_n {config.tile_n}: gate and up come with whole atoms of 128 rows of scales: 256")  # fmt: skip
             limit(config.tile_n == 256 or not self.b_mn_major,
                   f"tile_n {config.tile_n}: a half of B is a box of 128 one-byte elements across: 256")  # fmt: skip
-        if self.read and target == "sm_100a":
-            limit(config.buffers == 2 * len(self.read),
-                  f"{config.buffers} buffers: two slots of {len(self.read)} pieces that are read")  # fmt: skip
+        if self.read:
+            wanted = 0 if target == "sm_90a" else 2 * len(self.read)
+            limit(config.buffers == wanted,
+                  f"{config.buffers} buffers: what is read lies in the stages of the ring on sm_90a, else in two slots "
+                  f"of {len(self.read)} pieces: {wanted}")  # fmt: skip
         else:
             count = self.pieces(config)
             limit(config.buffers >= 2 and count % config.buffers == 0,

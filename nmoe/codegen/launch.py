@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nmoe.codegen.cache import FUNCTION, Entry
+from nmoe.codegen.cache import FUNCTION, Cache, Entry
+from nmoe.codegen.compiler import problem_key
 from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.problem import Problem
 from nmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,19 +36,32 @@ def _runtime() -> ctypes.CDLL:
     raise LaunchError("libcute_dsl_runtime.so is not installed: pip install 'nmoe[cuda]'")
 
 
+def device_of(target: str) -> torch.device:
+    """The current CUDA device, if it is the target's."""
+    import torch
+
+    wanted = HARDWARE[target]
+    if not torch.cuda.is_available():
+        raise LaunchError(
+            f'[target] device = "{target}" runs on {wanted.name}, and torch finds no CUDA device here: '
+            'set [target] device = "cpu" for the reference implementation'
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    found = torch.cuda.get_device_capability(device)
+    if found != wanted.capability:
+        raise LaunchError(
+            f'[target] device = "{target}" runs on {wanted.name}, the device is {torch.cuda.get_device_name(device)} '
+            f"of compute capability {found[0]}.{found[1]}: set [target] device"
+        )
+    return device
+
+
 class Kernel:
     """A loaded kernel. Call it with its operands in the order of its problem, then the number of clusters and the
     stream's handle; nothing is allocated and nothing waits for the device."""
 
-    def __init__(self, entry: Entry, device: torch.device) -> None:
-        import torch
-
-        wanted, found = HARDWARE[entry.target], torch.cuda.get_device_capability(device)
-        if found != wanted.capability:
-            raise LaunchError(
-                f"{entry.folder.name[:16]} is built for {entry.target} ({wanted.name}), the device is "
-                f"{torch.cuda.get_device_name(device)} of compute capability {found[0]}.{found[1]}: set [target] device"
-            )
+    def __init__(self, entry: Entry) -> None:
+        device_of(entry.target)
         _runtime()
         import tvm_ffi
 
@@ -55,3 +71,47 @@ class Kernel:
 
     def __call__(self, *arguments: Any) -> None:
         self._call(*arguments)
+
+
+class CudaLauncher:
+    """Launches the kernels of a cache on the current device; each is loaded once."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.root: Path | None = cache.root
+        self._cache = cache
+        self._kernels: dict[str, Kernel] = {}
+
+    def bind(
+        self, problem: Problem, config: Any, target: str, arguments: Sequence[torch.Tensor | float | int]
+    ) -> Callable[[], None]:
+        """A launch on the stream that is then current. Raises LaunchError when the cache lacks the kernel."""
+        kernel = self._kernel(problem, config, target)
+        import torch
+        import tvm_ffi
+
+        device = device_of(target)
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        clusters = problem.clusters(config, sms)
+        views = [
+            tvm_ffi.from_dlpack(a.view(torch.float8_e4m3fn) if o.format == "e4m3" else a)
+            if isinstance(a, torch.Tensor)
+            else a
+            for o, a in zip(problem.operands(config), arguments, strict=True)
+        ]
+
+        def launch() -> None:
+            kernel(*views, clusters, torch.cuda.current_stream(device).cuda_stream)
+
+        return launch
+
+    def _kernel(self, problem: Problem, config: Any, target: str) -> Kernel:
+        key = problem_key(problem, config, target)
+        if key not in self._kernels:
+            entry = self._cache.get(key, target)
+            if entry is None:
+                raise LaunchError(
+                    f"the kernel of {problem.family} {problem} for {target} ({config}) is not in {self.root}: "
+                    "build it with nmoe compile, on a machine with nvidia-cutlass-dsl, and bring the cache here"
+                )
+            self._kernels[key] = Kernel(entry)
+        return self._kernels[key]

@@ -15,8 +15,8 @@ from functools import cached_property
 from typing import Any
 
 from nmoe.config import Config
-from nmoe.graph import QUANTIZED, Op, Tensor
-from nmoe.schedule import Call, Schedule
+from nmoe.graph import QUANTIZED, Graph, Op, Tensor
+from nmoe.schedule import Schedule
 
 # What each attribute of an op means to its kernel: "code" changes the generated code, "flag" only by whether it is
 # zero, "launch" is an argument and "shape" repeats what the operands' shapes and formats say.
@@ -137,21 +137,17 @@ class KernelSpec:
 
 
 def specs(schedule: Schedule) -> dict[KernelSpec, list[str]]:
-    """Every kernel that a schedule launches and the calls that use it, in the order of first use.
-
-    Empty for the cpu target, whose ops run their reference math, and without what runs once at start.
-    """
+    """Every kernel that a schedule launches and the calls that use it, in the order of first use."""
     uses: dict[KernelSpec, list[str]] = {}
-    if schedule.target == "cpu":
-        return uses
     for call in schedule.calls:
-        if call.phase != "init":
-            uses.setdefault(spec_of(schedule, call), []).append(call.name)
+        if call.workspace is not None:
+            spec = spec_of(schedule.graph, schedule.target, call.ops, schedule.fused)
+            uses.setdefault(spec, []).append(call.name)
     return uses
 
 
-def spec_of(schedule: Schedule, call: Call) -> KernelSpec:
-    """The spec of one call."""
+def spec_of(graph: Graph, target: str, ops: tuple[Op, ...], fused: frozenset[str]) -> KernelSpec:
+    """The spec of the kernel that computes `ops`; it keeps the values in `fused` to itself."""
     number: dict[str, int] = {}
     values: list[Value] = []
 
@@ -160,22 +156,22 @@ def spec_of(schedule: Schedule, call: Call) -> KernelSpec:
             return None
         if name not in number:
             number[name] = len(values)
-            values.append(_value(schedule, schedule.graph.tensors[name]))
+            values.append(_value(graph.tensors[name], target, name not in fused))
         return number[name]
 
     parts = [
         Part(op.kind, _attributes(op), tuple(map(index, op.inputs)), tuple(map(index, op.outputs)))
-        for op in call.ops
+        for op in ops
     ]
-    return KernelSpec(schedule.target, tuple(values), tuple(parts))
+    return KernelSpec(target, tuple(values), tuple(parts))
 
 
-def _value(schedule: Schedule, tensor: Tensor) -> Value:
+def _value(tensor: Tensor, target: str, stored: bool) -> Value:
     spec, shape = tensor.spec, tensor.shape
     if tensor.kind == "const":  # the rotary table, as long as a sequence
         shape = ("S", *shape[1:])
-    scales = SCALE_LAYOUT[schedule.target] if spec.format in QUANTIZED else ""
-    return Value(shape, spec.format, spec.axis, spec.segments, scales, tensor.name not in schedule.fused)
+    scales = SCALE_LAYOUT[target] if spec.format in QUANTIZED else ""
+    return Value(shape, spec.format, spec.axis, spec.segments, scales, stored)
 
 
 def _attributes(op: Op) -> tuple[tuple[str, Any], ...]:

@@ -149,7 +149,9 @@ class _Heads:
         """(queries, keys, scores [H, m, n] with −inf where a query does not see a key) of each query block."""
         for start in range(0, self.seq, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, self.seq)
-            first = int(self.low[start])  # the documents follow each other, so `low` never falls
+            # The documents follow each other, so `low` never falls. A GPU's value is not waited for: the mask hides
+            # whatever comes before it.
+            first = 0 if self.low.is_cuda else int(self.low[start])
             m, n = end - start, end - first
             scores = self.scores[: self.heads * m * n].view(self.heads, m, n)
             torch.bmm(self.q[:, start:end], self.k[:, first:end].mT, out=scores)

@@ -53,6 +53,9 @@ class OpDef:
     outputs: ClassVar[tuple[str, ...]]
     accumulates: ClassVar[tuple[str, ...]] = ()  # outputs that are added to
     inplace: ClassVar[dict[str, int]] = {}  # output → index of the input whose buffer it may take
+    waits: ClassVar[bool] = (
+        False  # its reference reads values of the device on the host: no part of a CUDA graph
+    )
     cheap: ClassVar[bool] = False  # memory-bound: `recompute = "selective"` computes it again for backward
 
     def infer(self, attrs: Attrs, *inputs: Any) -> dict[str, Spec]:

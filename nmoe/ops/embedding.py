@@ -56,4 +56,8 @@ class EmbeddingBwd(OpDef):
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
         index = torch.clamp(ins[1], min=0, out=scratch[0])
-        outs[0].index_add_(0, index, scratch[1].copy_(ins[0]))
+        rows = scratch[1].copy_(ins[0])
+        if rows.is_cuda:  # there index_add_ adds in any order, this one sorts
+            outs[0].index_put_((index.long(),), rows, accumulate=True)
+        else:
+            outs[0].index_add_(0, index, rows)

@@ -125,6 +125,7 @@ class GroupedGemm(_Product):
 
     kind = "grouped_gemm"
     grouped = True
+    waits = True
 
     def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return super().cost(attrs, ins[:2], outs)

@@ -13,7 +13,7 @@ import torch
 
 from nmoe.graph import Graph, Name, Op, Spec
 from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
-from nmoe.rdep.plan import CapacityError
+from nmoe.rdep.plan import CapacityError, worst_case
 
 EPSILON = 1e-20  # keeps the normalisation of all-zero scores finite (as DeepSeek-V3)
 
@@ -267,7 +267,9 @@ class MoePlan(OpDef):
         torch.cumsum(padded, 0, out=shift)
         offsets[:1].zero_()
         offsets[1:].copy_(shift)
-        if (total := int(shift[-1])) > row_source.shape[0]:
+        # Looks at the total, for which a GPU has to be waited for, only if there may be too many.
+        most = worst_case(1, slots.shape[0], slots.shape[1], offsets.shape[0] - 1, align)
+        if most > row_source.shape[0] and (total := int(shift[-1])) > row_source.shape[0]:
             raise CapacityError(
                 f"{total} expert rows arrived, the capacity is {row_source.shape[0]}: raise [rdep] capacity to at "
                 f"least {total}, or set it to 0 for the worst case"
@@ -314,7 +316,8 @@ class Dispatch(OpDef):
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
         x, weights, slots, row_source, offsets = ins
-        n, topk = int(offsets[-1]), slots.shape[1]
+        # A GPU is not waited for: it copies to all rows, those past the last expert's as padding.
+        n, topk = len(row_source) if x.is_cuda else int(offsets[-1]), slots.shape[1]
         source, token, padding = (t[:n] for t in scratch)
         torch.clamp(row_source[:n], min=0, out=source)
         torch.floor_divide(source, topk, out=token)

@@ -19,6 +19,7 @@ class Quantize(OpDef):
 
     kind = "quantize"
     outputs = ("q",)
+    waits = True
 
     def infer(
         self, attrs: Attrs, x: Spec, offsets: Spec | None = None, counter: Spec | None = None

@@ -7,6 +7,7 @@ shm.py serves processes of one host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -28,6 +29,10 @@ class Missing(UserError):
 class Buffer(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Transport(Protocol):

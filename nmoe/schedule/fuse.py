@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from nmoe.graph import Graph, Op
+
+Builds = Callable[[tuple[Op, ...]], bool]  # whether there is a kernel that computes these ops
 
 # What may follow in the kernel that an op of this kind starts. A GEMM's epilogue sees one tile, so whatever needs
 # whole rows (a norm) cannot follow it; row kernels hold whole rows and can go on.
@@ -28,24 +31,27 @@ EPILOGUES = {
 }
 
 
-def fuse(graph: Graph, target: str) -> list[tuple[Op, ...]]:
-    """Groups the graph's ops, in order. A GEMM that accumulates a weight gradient stands alone."""
-    groups: list[list[Op]] = []
-    for op in graph.ops:
-        if groups and _joins(groups[-1], op, target):
-            groups[-1].append(op)
-        else:
-            groups.append([op])
-    return [tuple(g) for g in groups]
+def fuse(graph: Graph, builds: Builds = lambda ops: True) -> list[tuple[Op, ...]]:
+    """Groups the graph's ops, in order: the longest run of ops from each on that fusion allows and a kernel `builds`,
+    or the op alone. A GEMM that accumulates a weight gradient stands alone."""
+    ops, groups = graph.ops, []
+    start = 0
+    while start < len(ops):
+        end = start + 1
+        while end < len(ops) and _joins(ops[start:end], ops[end]):
+            end += 1
+        while end > start + 1 and not builds(tuple(ops[start:end])):
+            end -= 1
+        groups.append(tuple(ops[start:end]))
+        start = end
+    return groups
 
 
-def _joins(group: list[Op], op: Op, target: str) -> bool:
+def _joins(group: list[Op], op: Op) -> bool:
     first = group[0]
     if first.attrs.get("role") == "wgrad" or op.phase != first.phase or op.stage != first.stage:
         return False
     if op.kind not in EPILOGUES.get(first.kind, ()):
-        return False
-    if op.kind == "quantize" and first.kind in ("gemm", "grouped_gemm") and not _in_a_tile(op, target):
         return False
     if first.kind == "quantize":
         return op.inputs[0] == first.inputs[0]
@@ -53,20 +59,18 @@ def _joins(group: list[Op], op: Op, target: str) -> bool:
     return op.inputs[0] in made or (op.kind == "add" and op.inputs[1] in made)
 
 
-def _in_a_tile(quantize: Op, target: str) -> bool:
-    """NVFP4 needs the amax of a whole tensor or segment first. On Hopper, where a quantized product is a check of the
-    numerics and not fast, MXFP8 copies are made by a kernel of their own, too."""
-    return quantize.attrs["format"] == "mxfp8" and target != "sm_90a"
+def readers(graph: Graph) -> Counter[str]:
+    """How many operands of ops each tensor is."""
+    return Counter(name for op in graph.ops for name in op.inputs if name is not None)
 
 
-def internal(graph: Graph, groups: list[tuple[Op, ...]]) -> set[str]:
-    """Activations that only the group that makes them reads: a fused kernel keeps them in registers."""
-    uses = Counter(name for op in graph.ops for name in op.inputs if name is not None)
-    result: set[str] = set()
-    for group in groups:
-        inside = Counter(name for op in group for name in op.inputs if name is not None)
-        for op in group:
-            for out in op.outputs:
-                if out is not None and inside[out] and inside[out] == uses[out]:
-                    result.add(out)
-    return {name for name in result if graph.tensors[name].kind == "activation"}
+def internal(graph: Graph, uses: Counter[str], group: tuple[Op, ...]) -> frozenset[str]:
+    """Activations that only the group that makes them reads: a fused kernel keeps them in registers. `uses` are the
+    graph's `readers`."""
+    inside = Counter(name for op in group for name in op.inputs if name is not None)
+    made = (out for op in group for out in op.outputs if out is not None)
+    return frozenset(
+        out
+        for out in made
+        if inside[out] and inside[out] == uses[out] and graph.tensors[out].kind == "activation"
+    )

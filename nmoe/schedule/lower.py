@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from nmoe import model
@@ -11,18 +11,36 @@ from nmoe.differentiate import differentiate
 from nmoe.graph import Graph, Op, Phase, Spec, check
 from nmoe.ops import OPS, Cost, nbytes
 from nmoe.schedule import memory, passes
-from nmoe.schedule.fuse import fuse, internal
+from nmoe.schedule.fuse import fuse, internal, readers
 
 MAIN, COMM, SIDE = 0, 1, 2  # compute; rows between ranks; the shared expert, while rows travel
+
+Workspace = tuple[Spec, ...]
+
+# The kernel of a target for some ops of a graph, of whose values the set stay inside it: what it needs in memory beside
+# its operands, or None where there is no such kernel.
+Kernels = Callable[[Graph, tuple[Op, ...], frozenset[str]], Workspace | None]
+
+
+def every_kernel(graph: Graph, ops: tuple[Op, ...], fused: frozenset[str]) -> Workspace | None:
+    """A target with a kernel for whatever may be fused: what is planned for."""
+    return ()
+
+
+def no_kernel(graph: Graph, ops: tuple[Op, ...], fused: frozenset[str]) -> Workspace | None:
+    """A target whose ops all run their reference."""
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel: an op with its epilogues. Waits for the calls `waits` on other streams."""
+    """One kernel: an op with its epilogues, and its workspace. Or, with `workspace` None, ops that run their reference
+    one after the other. Waits for the calls `waits` on other streams."""
 
     ops: tuple[Op, ...]
     stream: int = MAIN
     waits: tuple[int, ...] = ()
+    workspace: Workspace | None = None
 
     @property
     def name(self) -> str:
@@ -44,7 +62,8 @@ class Call:
 @dataclass(frozen=True)
 class Schedule:
     """`offsets` places every activation that exists in memory in one arena of `arena_bytes`; `aliases` maps a tensor
-    that took another's buffer to it; tensors in `fused` exist only inside the kernel that makes them."""
+    that took another's buffer to it; tensors in `fused` exist only inside the kernel that makes them. `scratch_names`
+    are those of a kernel's workspace, or of the scratch of an op that runs its reference, by its first op's name."""
 
     graph: Graph
     target: str
@@ -59,7 +78,10 @@ class Schedule:
 
     def spec(self, name: str) -> Spec:
         """The tensor's spec with its symbols bound."""
-        return bind(self.graph.tensors[name].spec, self.dims)
+        return self.bind(self.graph.tensors[name].spec)
+
+    def bind(self, spec: Spec) -> Spec:
+        return bind(spec, self.dims)
 
     def scratch_specs(self, op: Op) -> list[Spec]:
         return scratch_specs(self.graph, op, self.dims)
@@ -114,12 +136,13 @@ def lower(
     mode: model.Mode = "train",
     sequences: int = 0,
     activation: str | None = None,
+    kernels: Kernels = every_kernel,
     debug: bool = False,
 ) -> Schedule:
     """The schedule of one micro-batch (and of what precedes it) on the config's target.
 
-    `sequences`: of the micro-batch, default [train] micro_batch_size or the rank's whole share on one rank. `debug`
-    verifies the graph between passes.
+    `sequences`: of the micro-batch, default [train] micro_batch_size or the rank's whole share on one rank. `kernels`
+    are those that the target has, if it is not the CPU. `debug` verifies the graph between passes.
     """
     sequences = sequences or config.train.micro_batch_size or config.train.batch_size
     graph = model.build(config, mode, activation=activation)
@@ -134,19 +157,34 @@ def lower(
         if debug:
             check(graph)
     dims = model.bind_dims(config, sequences)
-    return place(graph, config.target.device, dims, overlap=config.rdep.ranks > 1)
+    return place(graph, config.target.device, dims, overlap=config.rdep.ranks > 1, kernels=kernels)
 
 
-def place(graph: Graph, target: str, dims: Mapping[str, int], *, overlap: bool = False) -> Schedule:
+def place(
+    graph: Graph,
+    target: str,
+    dims: Mapping[str, int],
+    *,
+    overlap: bool = False,
+    kernels: Kernels = every_kernel,
+) -> Schedule:
     """The schedule of a graph as it is: its ops grouped into calls, on streams (several if `overlap`), in memory.
 
-    The CPU target has no fused kernels and gives every op its scratch; a GPU kernel brings its own.
+    A kernel brings its workspace; an op without one gets its scratch. The CPU target has no kernels, nor has what runs
+    once at start.
     """
-    groups = fuse(graph, target)
-    calls = assign_streams([Call(group) for group in groups], overlap)
-    on_cpu = target == "cpu"
-    fused = frozenset() if on_cpu else frozenset(internal(graph, groups))
-    return _plan_memory(graph, target, dims, calls, fused, scratch=on_cpu)
+    uses = readers(graph)
+
+    def workspace(ops: tuple[Op, ...]) -> Workspace | None:
+        if target == "cpu" or ops[0].phase == "init":
+            return None
+        return kernels(graph, ops, internal(graph, uses, ops))
+
+    groups = fuse(graph, lambda ops: target == "cpu" or workspace(ops) is not None)
+    calls = [Call(group, workspace=workspace(group)) for group in groups]
+    kernel_calls = (call for call in calls if call.workspace is not None)
+    fused = frozenset().union(*(internal(graph, uses, call.ops) for call in kernel_calls))
+    return _plan_memory(graph, target, dims, assign_streams(calls, overlap), fused)
 
 
 def assign_streams(calls: list[Call], overlap: bool) -> tuple[Call, ...]:
@@ -212,7 +250,6 @@ def _plan_memory(
     dims: Mapping[str, int],
     calls: tuple[Call, ...],
     fused: frozenset[str],
-    scratch: bool,
 ) -> Schedule:
     starts, ends = _clock(calls)
     last = len(calls)
@@ -258,16 +295,20 @@ def _plan_memory(
         if planned(name) and name not in aliases
     }
     scratch_names: dict[str, tuple[str, ...]] = {}
-    if scratch:
-        for index, call in enumerate(calls):
+
+    def add_scratch(index: int, op: Op, specs: Iterable[Spec]) -> None:
+        names = []
+        for i, spec in enumerate(specs):
+            names.append(f"{op.name}#{i}")
+            lifetimes[names[-1]] = memory.Lifetime(names[-1], nbytes(spec), starts[index], ends[index])
+        scratch_names[op.name] = tuple(names)
+
+    for index, call in enumerate(calls):
+        if call.workspace is not None:
+            add_scratch(index, call.ops[0], (bind(spec, dims) for spec in call.workspace))
+        else:
             for op in call.ops:
-                names = []
-                for i, spec in enumerate(scratch_specs(graph, op, dims)):
-                    names.append(f"{op.name}#{i}")
-                    lifetimes[names[-1]] = memory.Lifetime(
-                        names[-1], nbytes(spec), starts[index], ends[index]
-                    )
-                scratch_names[op.name] = tuple(names)
+                add_scratch(index, op, scratch_specs(graph, op, dims))
     turn = next((i for i, call in enumerate(calls) if call.ops[0].stage == "backward"), last + 1)
     offsets, arena = memory.place(lifetimes.values(), turn)
     return Schedule(graph, target, dims, calls, offsets, aliases, fused, lifetimes, arena, scratch_names)

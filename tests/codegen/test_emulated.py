@@ -1,6 +1,9 @@
-"""Both architectures' grouped GEMMs on the emulator: within derived bounds, race-free, under several schedules."""
+"""Both architectures' GEMMs on the emulator: within derived bounds, race-free, under several schedules."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -9,6 +12,15 @@ from nmoe.codegen import verify
 from nmoe.codegen.gemm import GemmProblem
 from nmoe.codegen.verify import gemm as oracle
 
+
+def scaled(role: str, experts: int, epilogue: str, precision: str, **rest: Any) -> GemmProblem:
+    """Sizes that fill neither tiles nor, where they need not, slices."""
+    n, k = {"fprop": (768 if epilogue == "swiglu" else 400, 192), "dgrad": (192, 320), "wgrad": (192, 336)}[
+        role
+    ]
+    return GemmProblem(role, experts, n, k, epilogue, precision, "blocked", **rest)  # type: ignore[arg-type]
+
+
 PROBLEMS = [
     GemmProblem("fprop", 3, 256, 136, "store"),
     GemmProblem("fprop", 4, 400, 192, "swiglu"),
@@ -16,18 +28,55 @@ PROBLEMS = [
     GemmProblem("wgrad", 3, 192, 328, "accumulate"),
     GemmProblem("dgrad", 0, 200, 264, "dswiglu"),
     GemmProblem("wgrad", 0, 192, 328, "accumulate"),
+    GemmProblem("fprop", 0, 400, 192, "store", addends=2),
+]
+BLOCK_SCALED = [
+    scaled("fprop", 4, "store", "mxfp8"),
+    scaled("fprop", 0, "store", "mxfp8", addends=1),
+    scaled("fprop", 3, "swiglu", "mxfp8", copies=("row",)),
+    scaled("fprop", 0, "swiglu", "mxfp8", copies=("row", "col"), keeps_h=False),
+    scaled("dgrad", 3, "dswiglu", "mxfp8", copies=("col", "row")),
+    scaled("wgrad", 3, "accumulate", "mxfp8"),
+    scaled("fprop", 3, "swiglu", "nvfp4"),
+    scaled("dgrad", 0, "store", "nvfp4", addends=2),
+    scaled("dgrad", 3, "dswiglu", "nvfp4"),
+    scaled("wgrad", 4, "accumulate", "nvfp4"),
 ]
 COUNTS = [[130, 0, 1, 300], [1, 513, 0, 0], [257, 0, 0, 0]]  # rows of each expert
 SCHEDULES = [1, 2, 3]
 
 
-@pytest.mark.usefixtures("emulator")
-@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.epilogue}{p.experts}")
-def test_grouped_gemms_are_right_under_every_schedule(problem: GemmProblem, target: str) -> None:
-    alone = problem.epilogue == "store"  # the others run as clusters of two
-    config = next(c for c in problem.configs(target) if c.cluster == (1 if alone else 2))
+def run(problem: GemmProblem, target: str, cluster: int) -> None:
+    config = next(c for c in problem.configs(target) if c.cluster == cluster)
     function = kernel_compiler.trace(problem, config, target)
     for counts, schedule in zip(COUNTS, SCHEDULES, strict=True):
         tensors = oracle.case(problem, config, schedule, counts[: problem.groups])
         assert verify.run(function, problem, config, tensors, schedule) <= 1
+
+
+def name(problem: GemmProblem) -> str:
+    return "-".join(
+        (problem.role, problem.epilogue, problem.precision, *problem.copies, str(problem.experts))
+    )
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name)
+def test_grouped_gemms_are_right_under_every_schedule(problem: GemmProblem, target: str) -> None:
+    run(problem, target, 1 if problem.epilogue == "store" else 2)
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("problem", BLOCK_SCALED, ids=name)
+def test_block_scaled_gemms_are_right_under_every_schedule(problem: GemmProblem) -> None:
+    run(problem, "sm_100a", 1 if problem.dense else 2)
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize(
+    ("role", "epilogue"), [("fprop", "store"), ("dgrad", "store"), ("wgrad", "accumulate")]
+)
+@pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
+def test_hopper_multiplies_what_it_has_dequantized(role: str, epilogue: str, precision: str) -> None:
+    run(replace(scaled(role, 3, epilogue, precision), scales="rows"), "sm_90a", 2)

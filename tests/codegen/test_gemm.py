@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmoe import autotune
+from nmoe.binding import lowered
 from nmoe.codegen import compiler, families
 from nmoe.codegen.gemm import GemmConfig, GemmProblem, refusal
 from nmoe.codegen.hardware import HARDWARE
@@ -45,8 +46,8 @@ def test_the_gemms_of_moonlet_in_bf16_have_templates(target: str) -> None:
     assert GemmProblem("fprop", 0, 2048, 2816, "store", addends=2) in dense, (
         "their residual and the routed experts"
     )
-    others = [p for s, p in found.items() if s.parts[0].kind not in ("gemm", "grouped_gemm")]
-    assert others and all(isinstance(p, str) and p.startswith("no template for ") for p in others)
+    attention = [p for s, p in found.items() if s.parts[0].kind == "attention"]
+    assert attention == ["no template for attention"] * len(attention) != []
 
 
 SHIPPED = ("moonlet", "moonlight", "dsv2", "dsv3")
@@ -56,7 +57,7 @@ SHIPPED = ("moonlet", "moonlight", "dsv2", "dsv3")
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_gemm_of_the_shipped_models_has_a_template(name: str, precision: str, target: str) -> None:
-    for spec in specs(lower(with_precision(name, precision, target))):
+    for spec in specs(lowered(with_precision(name, precision, target))):
         if spec.parts[0].kind in ("gemm", "grouped_gemm"):
             problem = families.match(spec)
             assert isinstance(problem, GemmProblem), (str(spec.parts), problem)
@@ -70,7 +71,7 @@ def test_copies_are_made_in_a_tile_only_where_that_can_be() -> None:
         ("sm_100a", "nvfp4", False),
         ("sm_90a", "mxfp8", False),
     ):
-        found = [families.match(s) for s in specs(lower(with_precision("moonlet", precision, target)))]
+        found = [families.match(s) for s in specs(lowered(with_precision("moonlet", precision, target)))]
         copies = {
             p.copies for p in found if isinstance(p, GemmProblem) and p.epilogue in ("swiglu", "dswiglu")
         }

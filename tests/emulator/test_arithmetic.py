@@ -302,3 +302,17 @@ def test_bf16_fma_rounds_once():
     got = evaluate("fma.rn.bf16x2 %d, %a, %b, %c;", np.uint32, *packed)
     np.testing.assert_array_equal((got << 16).view(np.float32), want)
     np.testing.assert_array_equal((got & 0xFFFF0000).view(np.float32), want)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16)])
+def test_mixed_operations_widen_their_16_bit_sources_exactly(kind, dtype):
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(512, generator=generator).to(dtype) for _ in range(2))
+    c = torch.randn(512, generator=generator)
+    narrow = [t.view(torch.int16).numpy().view(np.uint16) for t in (a, b)]
+    for operation, want in [("add", a.float() + c), ("sub", a.float() - c)]:
+        got = evaluate(f"{operation}.rn.f32.{kind} %d, %a, %b;", np.float32, narrow[0], c.numpy())
+        np.testing.assert_array_equal(got, want.numpy())
+    got = evaluate(f"fma.rn.f32.{kind} %d, %a, %b, %c;", np.float32, *narrow, c.numpy())
+    exact = (a.double() * b.double() + c.double()).float()
+    np.testing.assert_array_equal(got, exact.numpy())

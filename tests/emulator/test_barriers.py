@@ -172,7 +172,7 @@ def test_producer_and_consumer_alternate_under_every_schedule(seed):
 
 def test_barrier_reductions():
     device = Device()
-    out = device.empty((3,), torch.int32)
+    out = device.empty((2, 3), torch.int32)  # a row for each warp
     body = """
     setp.lt.u32 %p1, %r0, 40;
     bar.red.popc.u32 %r1, 1, %p1;
@@ -180,12 +180,14 @@ def test_barrier_reductions():
     bar.red.or.pred %p3, 1, %p1;
     selp.b32 %r2, 1, 0, %p2;
     selp.b32 %r3, 1, 0, %p3;
-    st.global.b32 [%rd0], %r1;
-    st.global.b32 [%rd0+4], %r2;
-    st.global.b32 [%rd0+8], %r3;
+    shr.u32 %r4, %r0, 5;
+    mad.wide.u32 %rd1, %r4, 12, %rd0;
+    st.global.b32 [%rd1], %r1;
+    st.global.b32 [%rd1+4], %r2;
+    st.global.b32 [%rd1+8], %r3;
     """
     run(body, device, out, threads=64)
-    assert out.torch.tolist() == [40, 0, 1]
+    assert out.torch.tolist() == [[40, 0, 1]] * 2
 
 
 def test_remote_arrival_crosses_the_cluster():

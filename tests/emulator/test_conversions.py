@@ -176,6 +176,25 @@ def test_stochastic_e2m1_carries_the_random_byte_of_its_source(position):
 FULL = 0xFFFFFFFF
 
 
+@pytest.mark.parametrize(
+    ("kind", "x", "low", "high"), [("e4m3", 1.03125, 0x38, 0x39), ("e5m2", 1.0625, 0x3C, 0x3D)]
+)
+@pytest.mark.parametrize("position", range(4))
+def test_stochastic_fp8_takes_the_half_of_its_pair(kind, x, low, high, position):
+    """A quarter of the way to the next number: up when the random half is in its upper quarter. a and b share the upper
+    half, e and f the lower; source i lands in byte 3 - i."""
+    sources = ["0f00000000"] * 4
+    sources[position] = "%a"
+    half = np.arange(0, 1 << 16, 64, dtype=np.uint32)
+    shift = np.uint32(16 if position < 2 else 0)
+    body = f"cvt.rs.satfinite.{kind}x4.f32 %d, {{{', '.join(sources)}}}, %b;"
+    value = np.full(half.size, x, np.float32)
+    got = evaluate(body, np.uint32, value, half << shift | np.uint32(0xFFFF) << (16 - shift))
+    other = evaluate(body, np.uint32, value, half << shift)
+    np.testing.assert_array_equal(got, other)
+    np.testing.assert_array_equal(got >> (8 * (3 - position)) & 255, np.where(half >= 0xC000, high, low))
+
+
 def test_stochastic_bf16_and_f16_use_their_half_of_the_random_bits():
     x = np.full(4, 1 + 2**-9, np.float32)  # a quarter of a bf16 ulp, half of nothing else
     random = np.uint32([0x00000000, 0xBFFF0000, 0xC0000000, 0x0000FFFF])
@@ -200,3 +219,23 @@ def test_tf32_keeps_the_upper_bits_of_a_nan():
     x = np.uint32([0x7FFE380E, 0xFF815466, 0x7F8011BE])
     got = evaluate("cvt.rna.tf32.f32 %d, %a;", np.uint32, x)
     assert [hex(v) for v in got] == ["0x7ffe2000", "0xff814000", "0x7f800000"]
+
+
+@pytest.mark.parametrize("kind", ["e2m3", "e3m2"])
+def test_6_bit_formats_round_trip_and_saturate(kind):
+    """Every code through f16 and back; the first source goes to the high byte."""
+    codes = np.arange(64, dtype=np.uint32)
+    pairs = codes | codes[::-1] << np.uint32(8)
+    halves = evaluate(f"cvt.u16.u32 %h1, %a;\ncvt.rn.f16x2.{kind}x2 %d, %h1;", np.uint32, pairs)
+    low, high = (halves >> s & 0xFFFF for s in (0, 16))
+    low, high = (x.astype(np.uint16).view(np.float16).astype(np.float32) for x in (low, high))
+    assert np.array_equal(low, high[::-1])
+    assert low.max() == (7.5 if kind == "e2m3" else 28.0)
+    back = evaluate(f"cvt.rn.satfinite.{kind}x2.f32 %h1, %b, %a;\ncvt.u32.u16 %d, %h1;", np.uint32, low, high)
+    np.testing.assert_array_equal(back, pairs)
+    big = evaluate(
+        f"cvt.rn.satfinite.{kind}x2.f32 %h1, %a, %a;\ncvt.u32.u16 %d, %h1;",
+        np.uint32,
+        np.float32([1e9, -1e9]),
+    )
+    np.testing.assert_array_equal(big, [0x1F1F, 0x3F3F])

@@ -72,6 +72,34 @@ def test_vectors_signs_and_widths():
     np.testing.assert_array_equal(out.torch.numpy(), bytes_in)
 
 
+@pytest.mark.parametrize("hints", ["", ".L1::no_allocate", ".nc.L1::no_allocate.L2::256B"])
+@pytest.mark.parametrize(
+    ("vector", "kind"),
+    [
+        *(("", k) for k in ("b8", "u8", "b16", "f32", "b32", "b64", "f64")),
+        *((".v2", k) for k in ("b8", "b16", "f32", "b32", "b64", "f64", "u64")),
+        *((".v4", k) for k in ("b8", "b16", "f32", "b32", "b64", "f64")),
+        *((".v8", k) for k in ("f32", "b32", "u32")),
+    ],
+)
+def test_vectors_of_every_type_keep_their_bytes(vector, kind, hints):
+    count, bits = int(vector[2:] or 1), int(kind[1:])
+    size = count * bits // 8
+    device = Device()
+    data = torch.randint(0, 256, (32 * size,), dtype=torch.uint8)
+    source, out = device.tensor(data), device.empty((32 * size,), torch.uint8)
+    prefix = "%rd2" if bits == 64 else "%r2" if bits == 32 else "%h"
+    registers = ", ".join(f"{prefix}{i}" for i in range(count))
+    registers = f"{{{registers}}}" if vector else registers
+    body = (
+        f"mad.wide.u32 %rd10, %r0, {size}, %rd0;\nmad.wide.u32 %rd11, %r0, {size}, %rd1;\n"
+        f"ld.global{hints}{vector}.{kind} {registers}, [%rd10];\n"
+        f"st.global{vector}.{kind} [%rd11], {registers};"
+    )
+    run(body, device, source, out)
+    assert torch.equal(out.torch, data)
+
+
 @pytest.mark.parametrize(
     ("operation", "kind", "start", "want"),
     [
@@ -113,6 +141,28 @@ def test_floating_reductions_and_compare_and_swap():
     pair = device.tensor(torch.zeros(2, dtype=torch.bfloat16))
     run("mov.b32 %r1, 0x3F804000;\nred.global.add.noftz.bf16x2 [%rd0], %r1;", device, pair)
     assert pair.torch.tolist() == [64, 32]
+    eight = device.tensor(torch.zeros(8, dtype=torch.bfloat16))
+    values = ", ".join(f"%r{i}" for i in range(1, 5))
+    run(
+        "\n".join(f"mov.b32 %r{i}, 0x3F80{0x3F80 + i:x};" for i in range(1, 5))
+        + f"\nred.global.add.noftz.v4.bf16x2 [%rd0], {{{values}}};",
+        device,
+        eight,
+        threads=1,
+    )
+    assert eight.torch.view(torch.int16).tolist() == [
+        0x3F81,
+        0x3F80,
+        0x3F82,
+        0x3F80,
+        0x3F83,
+        0x3F80,
+        0x3F84,
+        0x3F80,
+    ]
+    wide = device.tensor(torch.tensor([5], dtype=torch.int64))
+    run("atom.acq_rel.sys.global.add.u64 %rd1, [%rd0], 4294967296;", device, wide, threads=2)
+    assert wide.torch.item() == 5 + 2**33
     lock = device.tensor(torch.tensor([7], dtype=torch.int32))
     run("atom.global.cas.b32 %r1, [%rd0], 7, 9;\natom.global.cas.b32 %r1, [%rd0], 7, 11;", device, lock)
     assert lock.torch.item() == 9
@@ -201,16 +251,18 @@ def test_distributed_shared_memory_and_exit_before_access():
         "ld.shared::cluster.b32 %r6, [%r5];\n"
         "END:"
     )
-    fails(
-        "accessed after that CTA has exited",
-        CLUSTER.format(tail=late),
-        device,
-        out,
-        threads=1,
-        grid=2,
-        cluster=2,
-        declarations=".shared .align 4 .b8 buf[4];",
-    )
+    for races, message in ((True, "exits, which is not ordered after"), (False, "after that CTA has exited")):
+        device = Device(Options(races=races))
+        fails(
+            message,
+            CLUSTER.format(tail=late),
+            device,
+            device.empty((2,), torch.int32),
+            threads=1,
+            grid=2,
+            cluster=2,
+            declarations=".shared .align 4 .b8 buf[4];",
+        )
 
 
 @pytest.mark.parametrize(
@@ -221,6 +273,7 @@ def test_distributed_shared_memory_and_exit_before_access():
         ("add.s32 %r1, %rd2, %r3;", r"register %rd2 does not have the type"),
         ("mov.u32 %r1, %frobnicate;", "no known special register"),
         ("bra NOWHERE;", "unknown label NOWHERE"),
+        ("add.s16x2 %r1, %r2, %r3;", r"PTX line \d+: this form is not supported"),
         ("ld.global.v2.b32 {%r1}, [%rd0];", "1 registers for a vector of v2"),
     ],
 )

@@ -361,6 +361,7 @@ def test_load_shapes_follow_the_published_fragments(shape, count, place):
         MOVE
         + f"""
     tcgen05.ld.sync.aligned.{shape}.b32 {registers(100, count)}, [%r4]{half};
+    tcgen05.wait::ld.sync.aligned;
     mad.wide.u32 %rd10, %r0, {4 * count}, %rd0;
     {stores}
     """

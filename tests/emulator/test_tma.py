@@ -123,6 +123,25 @@ STORE = (
 )
 
 
+def test_scatter_stores_four_rows():
+    device = Device()
+    values = torch.randn(4, 16)
+    out = device.empty((20, 32), torch.float32)
+    out.written[:] = 1
+    descriptor = device.tensor(tensor_map(out, (1, 16)))
+    copy = "cp.async.bulk.tensor.2d.global.shared::cta.tile::scatter4.bulk_group [%rd1, {8, 3, 19, 0, 25}], [%r2];"
+    run(
+        STORE.format(words=64, copy=copy),
+        device,
+        device.tensor(values),
+        descriptor,
+        declarations=DECLARATIONS,
+    )
+    want = torch.zeros(20, 32)
+    want[[3, 19, 0], 8:24] = values[:3]  # row 25 does not exist
+    assert torch.equal(out.torch, want)
+
+
 def test_store_clips_at_the_edge_and_marks_only_what_it_wrote():
     device = Device()
     tile = torch.arange(8 * 16, dtype=torch.float32).reshape(8, 16)

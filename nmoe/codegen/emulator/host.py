@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from nmoe.codegen.emulator import ptx
-from nmoe.codegen.emulator.device import Device, DeviceTensor, EmulationError, Triple
+from nmoe.codegen.emulator.device import Device, DeviceTensor
+from nmoe.codegen.emulator.execution import EmulationError, Triple
 from nmoe.codegen.emulator.library import CompilerError
 
 SHIM = Path(__file__).parent / "shim.c"

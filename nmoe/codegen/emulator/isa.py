@@ -52,7 +52,7 @@ SPACES = {
     "param": 3,
     "local": 4,
 }
-SCOPES = ("cta", "cluster", "gpu", "sys")
+SCOPES = ("cta", "cluster", "gpu", "gl", "sys")
 WIDTHS = {"pred": 1} | {f"{kind}{bits}": bits for kind in "bsuf" for bits in (8, 16, 32, 64)} | {"bf16": 16}
 HINTS = re.compile(
     r"(L1|L2)::.*|nc|ca|cg|cs|lu|cv|wb|wt|noftz|uni|aligned|sync|volatile|level::.*|unified|collector::.*"
@@ -60,6 +60,11 @@ HINTS = re.compile(
 OPERATIONS = {
     n: i for i, n in enumerate(["add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"])
 }
+
+
+def scope_number(name: str) -> int:
+    """SCOPE_* of core/emu.h; `membar` calls gpu gl."""
+    return {"cta": 1, "cluster": 2, "gpu": 3, "gl": 3, "sys": 4}[name]
 
 
 class Modifiers:
@@ -126,8 +131,8 @@ def decode(module: ptx.Module, entry: ptx.Entry, library: Library) -> Program:
             raise asm.error(f"instruction {head} is not supported by the emulator")
         try:
             handler(asm, instruction, modifiers)
-        except (IndexError, ValueError) as error:
-            raise asm.error(f"operands do not fit the instruction ({error})") from None
+        except (IndexError, KeyError, ValueError) as error:
+            raise asm.error(f"this form is not supported ({type(error).__name__}: {error})") from None
         modifiers.finish()
     return asm.finish()
 
@@ -202,9 +207,27 @@ def float_operation(asm: Assembler, ins: ptx.Instr, mods: Modifiers, head: str, 
         emit_typed(asm, f"{name}_{kind}", ins, [kind] * count, flags)
 
 
+def mixed_operation(asm: Assembler, ins: ptx.Instr, mods: Modifiers, head: str, narrow: str) -> None:
+    """add, sub and fma of sm_100: f32 but for the first source, of fma the first two, which are 16 bits wide."""
+    flags = float_flags(mods)
+    mods.need("rn")
+    slots = []
+    for i, operand in enumerate(ins.operands[1:]):
+        if i < (2 if head == "fma" else 1):
+            slots.append(asm.temporary(32))
+            mode = (TYPE["f32"], TYPE[narrow], ROUNDING["rn"], 0)
+            asm.emit("cvt", slots[-1], asm.source(operand, 32, narrow), mods=mode)
+        else:
+            slots.append(asm.source(operand, 32, "f32"))
+    asm.emit(f"{head}_f32", asm.destination(ins.operands[0], 32), *slots, flags=flags)
+
+
 @opcode("add", "sub", "min", "max", "neg", "abs", "div", "rem", "fma")
 def arithmetic(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     head, kind = ins.opcode.split(".")[0], mods.type()
+    if kind in ("f16", "bf16") and mods.flag("f32"):
+        mixed_operation(asm, ins, mods, head, kind)
+        return
     if kind[0] in "fb" and kind not in ("b16", "b32", "b64"):
         float_operation(asm, ins, mods, head, kind)
         return
@@ -351,7 +374,9 @@ def move(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     elif isinstance(value, ptx.Vec):
         name = unpack_name(asm, kind, len(value.items), "pack")
         asm.emit(name, asm.destination(target, width), *(asm.source(v, 32, "b32") for v in value.items))
-    elif isinstance(value, ptx.Reg) and re.fullmatch(r"%(clock|clock_hi|clock64|globaltimer)", value.name):
+    elif isinstance(value, ptx.Reg) and re.fullmatch(
+        r"%(clock|clock_hi|clock64|globaltimer|globaltimer_lo)", value.name
+    ):
         asm.emit("clock", asm.destination(target, width), mods=(int(width == 64),))
     elif isinstance(value, ptx.Reg) and value.name not in asm.slots and width == 64:
         asm.emit("cvt_u64_u32", asm.destination(target, 64), asm.special(value.name))

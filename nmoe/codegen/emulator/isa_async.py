@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 
 from nmoe.codegen.emulator import ptx
-from nmoe.codegen.emulator.isa import OPERATIONS, PAIRS, SCOPES, TYPE, Modifiers, opcode
+from nmoe.codegen.emulator.isa import OPERATIONS, PAIRS, SCOPES, TYPE, Modifiers, opcode, scope_number
 from nmoe.codegen.emulator.library import ADDRESS_64, WIDE_DST
 from nmoe.codegen.emulator.program import Assembler
 
 SHARED = ("shared", "shared::cta", "shared::cluster")
+PROXY_SHARED, PROXY_GLOBAL = 1, 2
 PAIR, A_IN_TMEM, LANE_MASK = 1, 2, 4  # tcgen05.mma flags
 MULTICAST, CTA_PAIR, GATHER = 1, 2, 4  # copy flags
 
@@ -120,13 +121,15 @@ def cluster_barrier(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
 @opcode("fence", "membar")
 def fence(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     if "proxy" in mods.names:
-        asynchronous = mods.flag("async", "async.shared::cta") and "global" not in mods.names
+        asynchronous, memory = mods.flag("async"), mods.take("global", *SHARED)
         mods.names.clear()
-        asm.emit("proxy_fence" if asynchronous else "nop")
+        memories = {None: PROXY_SHARED | PROXY_GLOBAL, "global": PROXY_GLOBAL}.get(memory, PROXY_SHARED)
+        asm.emit("proxy_fence" if asynchronous else "nop", mods=(memories,))
         return
     initialises = mods.flag("mbarrier_init")
+    scope = mods.need(*SCOPES)
     mods.names.clear()
-    asm.emit("fence", mods=(int(initialises),))
+    asm.emit("fence", mods=(int(initialises), scope_number(scope)))
 
 
 @opcode("cp.async.ca", "cp.async.cg")
@@ -147,7 +150,20 @@ def copy_async(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
 
 @opcode("cp.async.commit_group", "cp.async.wait_group", "cp.async.wait_all")
 def copy_async_groups(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
-    asm.emit("cp_async_commit" if "commit" in ins.opcode else "cp_async_wait")
+    if "commit" in ins.opcode:
+        asm.emit("cp_async_commit")
+        return
+    every = "wait_all" in ins.opcode
+    count = 0 if every else immediate_count(asm, ins)
+    asm.emit("cp_async_wait", mods=(count, int(every)))
+
+
+def immediate_count(asm: Assembler, ins: ptx.Instr) -> int:
+    """Groups that a wait lets be under way."""
+    count = ins.operands[0]
+    if not isinstance(count, ptx.Imm):
+        raise asm.error("the group count must be an immediate")
+    return count.bits
 
 
 @opcode("cp.async.mbarrier.arrive")
@@ -164,11 +180,8 @@ def bulk_groups(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     if "commit" in ins.opcode:
         asm.emit("bulk_commit")
         return
-    mods.flag("read")
-    count = ins.operands[0]
-    if not isinstance(count, ptx.Imm):
-        raise asm.error("the group count must be an immediate")
-    asm.emit("bulk_wait", mods=(count.bits,))
+    read = mods.flag("read")
+    asm.emit("bulk_wait", mods=(immediate_count(asm, ins), int(read)))
 
 
 def copy_flags(mods: Modifiers) -> int:
@@ -518,15 +531,13 @@ def tcgen05_commit(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     asm.emit("tcgen05_commit", slot, *mask, mods=(pair, int(multicast)), imm=offset)
 
 
-@opcode(
-    "tcgen05.wait::ld",
-    "tcgen05.wait::st",
-    "tcgen05.fence::before_thread_sync",
-    "tcgen05.fence::after_thread_sync",
-)
-def tcgen05_order(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
-    """Loads and stores of tensor memory complete at once here, so their waits and fences order nothing more."""
-    mods.names.clear()
+@opcode("tcgen05.wait::ld", "tcgen05.wait::st")
+def tcgen05_wait(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
+    asm.emit("tcgen05_wait", mods=(int("::st" in ins.opcode),))
+
+
+@opcode("tcgen05.fence::before_thread_sync", "tcgen05.fence::after_thread_sync")
+def tcgen05_fence(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     asm.emit("nop")
 
 

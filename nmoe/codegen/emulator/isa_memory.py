@@ -14,6 +14,7 @@ from nmoe.codegen.emulator.isa import (
     float_flags,
     lane_width,
     opcode,
+    scope_number,
 )
 from nmoe.codegen.emulator.library import ADDRESS_64, SIGNED, WIDE_DST
 from nmoe.codegen.emulator.program import Assembler
@@ -21,18 +22,19 @@ from nmoe.codegen.emulator.program import Assembler
 SEMANTICS = {"relaxed": 1, "volatile": 1, "mmio": 1, "acquire": 2, "release": 4, "acq_rel": 6}
 
 
-def memory_semantics(mods: Modifiers, default: int = 0) -> int:
-    """SEM_* bits of core/emu.h; takes the scope too."""
+def memory_order(mods: Modifiers, default: str | None = None) -> int:
+    """SEM_* bits and scope of core/emu.h, 0 for a weak access. A volatile access is relaxed at system scope."""
     mods.flag("weak")
-    found = mods.take(*SEMANTICS)
-    mods.take(*SCOPES)
-    return SEMANTICS[found] if found else default
+    found = mods.take(*SEMANTICS) or default
+    mods.flag("relaxed")  # of mmio.relaxed
+    scope = mods.take(*SCOPES) or ("sys" if found in ("volatile", "mmio") else "gpu")
+    return SEMANTICS[found] | scope_number(scope) << 4 if found else 0
 
 
 @opcode("ld", "st")
 def load_store(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     head, kind = ins.opcode.split(".")[0], mods.type()
-    semantics = memory_semantics(mods)
+    order = memory_order(mods)
     space = SPACES[mods.take(*SPACES) or ""] if any(n in SPACES for n in mods.names) else 0
     vector = mods.take("v2", "v4", "v8")
     memory, value = (ins.operands[1], ins.operands[0]) if head == "ld" else ins.operands[:2]
@@ -46,7 +48,7 @@ def load_store(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     place = asm.destination if head == "ld" else lambda o, w: asm.source(o, w, kind)
     slots = [place(i, width) for i in items]
     slots = [*slots, slot] if head == "ld" else [slot, *slots]
-    asm.emit(head, *slots, flags=flags, mods=(WIDTHS[kind] // 8, len(items), space, semantics), imm=offset)
+    asm.emit(head, *slots, flags=flags, mods=(WIDTHS[kind] // 8, len(items), space, order), imm=offset)
 
 
 @opcode("ldu")
@@ -64,7 +66,7 @@ def load_uniform(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
 @opcode("atom", "red")
 def atomic(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     head, kind = ins.opcode.split(".")[0], mods.type()
-    semantics = memory_semantics(mods, default=SEMANTICS["relaxed"])
+    order = memory_order(mods, default="relaxed")
     space = SPACES[mods.take(*SPACES) or ""] if any(n in SPACES for n in mods.names) else 0
     operation = mods.need(*OPERATIONS)
     vector = int((mods.take("v2", "v4", "v8") or "v1")[1:])
@@ -81,7 +83,7 @@ def atomic(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
         OPERATIONS[operation],
         TYPE[element],
         space,
-        vector | (256 if kind in PAIRS else 0) | semantics << 16,
+        vector | (256 if kind in PAIRS else 0) | order << 16,
     )
     asm.emit("atom", *slots, flags=ADDRESS_64 if wide else 0, mods=mode, imm=offset)
 

@@ -64,18 +64,6 @@ class BufferStruct(ctypes.Structure):
     _fields_ = [("base", ctypes.c_uint64), ("size", ctypes.c_uint64), ("written", ctypes.c_void_p)]
 
 
-class LaunchStruct(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_uint32 * 3) for name in ("grid", "block", "cluster")),
-        *((name, ctypes.c_uint32) for name in ("dynamic_shared", "param_bytes", "n_buffers")),
-        ("params", ctypes.c_void_p),
-        ("buffers", ctypes.POINTER(BufferStruct)),
-        *((name, ctypes.c_uint64) for name in ("seed", "limit")),
-        *((name, ctypes.c_uint32) for name in ("races", "resident", "first_cluster", "last_cluster")),
-        *((name, ctypes.c_void_p) for name in ("executed", "roles")),
-    ]
-
-
 class CountersStruct(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_uint64)
@@ -94,9 +82,32 @@ class CountersStruct(ctypes.Structure):
     ]
 
 
+class LaunchStruct(ctypes.Structure):
+    _fields_ = [
+        ("program", ctypes.POINTER(ProgramStruct)),
+        *((name, ctypes.c_uint32 * 3) for name in ("grid", "block", "cluster")),
+        *((name, ctypes.c_uint32) for name in ("dynamic_shared", "param_bytes")),
+        ("params", ctypes.c_void_p),
+        *((name, ctypes.c_uint32) for name in ("device", "resident", "first_cluster", "last_cluster")),
+        *((name, ctypes.c_void_p) for name in ("executed", "roles")),
+        ("counters", CountersStruct),
+    ]
+
+
+class RunStruct(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("n_launches", "n_buffers")),
+        ("launches", ctypes.POINTER(LaunchStruct)),
+        ("buffers", ctypes.POINTER(BufferStruct)),
+        ("cells", ctypes.POINTER(ctypes.c_void_p)),
+        *((name, ctypes.c_uint64) for name in ("seed", "limit")),
+        *((name, ctypes.c_uint32) for name in ("races", "implicit_waits", "partial")),
+    ]
+
+
 class FaultStruct(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("pc", "cta", "warp", "lane_mask")),
+        *((name, ctypes.c_int32) for name in ("launch", "pc", "cta", "warp", "lane_mask")),
         ("text", ctypes.c_char * 4000),
     ]
 
@@ -112,10 +123,7 @@ class Library:
         self.handle.emu_struct_size.restype = ctypes.c_size_t
         expected = [
             INSN.itemsize,
-            *(
-                ctypes.sizeof(s)
-                for s in (ProgramStruct, LaunchStruct, BufferStruct, CountersStruct, FaultStruct)
-            ),
+            *(ctypes.sizeof(s) for s in (ProgramStruct, LaunchStruct, BufferStruct, RunStruct, FaultStruct)),
         ]
         found = [self.handle.emu_struct_size(i) for i in range(len(expected))]
         if found != expected:
@@ -123,9 +131,21 @@ class Library:
                 f"emulator core {path}: structure sizes {found}, expected {expected}; library.py and "
                 "core/emu.h disagree"
             )
+        cells, integers = ctypes.POINTER(ctypes.c_void_p), (ctypes.c_uint32, ctypes.c_uint64)
         self.run = self.handle.emu_run
-        self.run.argtypes = [ctypes.c_void_p] * 4
+        self.run.argtypes = [ctypes.POINTER(RunStruct), ctypes.POINTER(FaultStruct)]
         self.run.restype = ctypes.c_int
+        self.conflict = self.handle.emu_conflict
+        self.conflict.argtypes = [
+            cells,
+            cells,
+            ctypes.POINTER(BufferStruct),
+            ctypes.c_uint32,
+            *(ctypes.POINTER(i) for i in integers),
+        ]
+        self.conflict.restype = ctypes.c_bool
+        self.free = self.handle.emu_free
+        self.free.argtypes = [ctypes.c_void_p]
 
     def _names(self, function: str) -> dict[str, int]:
         name_of = getattr(self.handle, function)

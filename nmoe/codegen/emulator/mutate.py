@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nmoe.codegen.emulator import ptx
-from nmoe.codegen.emulator.device import EmulationError, Options, Report
+from nmoe.codegen.emulator.execution import EmulationError, Options, Report
 
 # What is broken, and how: `delete` leaves nothing, `true` answers a wait at once, `bytes` counts 16 bytes too many.
 ACTIONS: tuple[tuple[str, str], ...] = (

@@ -34,7 +34,7 @@ class Fragment(Fixed):
     `rows`: of the unit; `mine`: the rows of this thread; `lanes`: threads that share a row, neighbours in the warp;
     `leads`: does this thread's warp issue the unit's copies. `parts`: into how many a piece may be cut, numbered at run
     time (accumulators outside the registers), so that dSwiGLU, which holds three values of every element, is a loop and
-    not one long sequence that the compiler spreads over more registers than there are.
+    not one long sequence that the compiler spreads over more registers than there are; 0 where it may not.
     """
 
     rows: int
@@ -59,6 +59,10 @@ class Fragment(Fixed):
     def sync(self) -> None:
         raise NotImplementedError
 
+    def release(self, free) -> None:  # type: ignore[no-untyped-def]
+        """Lets the barrier `free` know that the pieces read so far may be overwritten."""
+        raise NotImplementedError
+
 
 class Epilogue(Fixed):
     """`unit`: this unit's number in the tile; `buffers`: its own, [rows, width, count]."""
@@ -69,67 +73,70 @@ class Epilogue(Fixed):
         self.width = PIECE_BYTES * 8 // gemm.out_type.width
         self.buffers = gemm.config.buffers
         self.pieces = gemm.config.tile_n // self.width
+        self.steps = self.pieces // 2 if gemm.paired else self.pieces
         self.units = 128 // fragment.rows
         self.tile = buffers
-        self.spots = [fragment.stored(buffers[None, None, i]) for i in range(gemm.config.buffers)]
-        layout = copy_layout(fragment.rows, 2 * gemm.config.buffers)
-        start = cute.recast_ptr(buffers.iterator, layout.inner, Float8E4M3FN)
-        self.halves = cute.make_tensor(start, layout.outer)
-
-        def partition(copy, held):  # type: ignore[no-untyped-def]
-            tile = (cute.size(held, mode=[0]), cute.size(held, mode=[1]))
-            tiled = cute.local_tile(copy.tensor, tile, (None,) * cute.rank(copy.tensor))
-            return (copy.atom, *cpasync.tma_partition(
-                copy.atom, 0, cute.make_layout(1), cute.group_modes(held, 0, 2), cute.group_modes(tiled, 0, 2)
-            ))  # fmt: skip
-
+        if self.problem.copies:
+            layout = copy_layout(fragment.rows, 2 * gemm.config.buffers)
+            start = cute.recast_ptr(buffers.iterator, layout.inner, Float8E4M3FN)
+            self.halves = cute.make_tensor(start, layout.outer)
         self.stores = {
-            name: partition(copy, self.halves if name in self.problem.copies else buffers)
+            name: self._partition(copy, self.halves if name in self.problem.copies else buffers)
             for name, copy in zip(self.problem.stored, stores, strict=True)
         }
-        self.reads = [partition(copy, buffers) for copy in reads]
+        self.reads = [self._partition(copy, buffers) for copy in reads]
+
+    def _partition(self, copy, held):  # type: ignore[no-untyped-def]
+        """A copy's atom, and its two sides in boxes: shared memory `held`, [rows, width, count], and the operand."""
+        tile = (cute.size(held, mode=[0]), cute.size(held, mode=[1]))
+        tiled = cute.local_tile(copy.tensor, tile, (None,) * cute.rank(copy.tensor))
+        return (copy.atom, *cpasync.tma_partition(
+            copy.atom, 0, cute.make_layout(1), cute.group_modes(held, 0, 2), cute.group_modes(tiled, 0, 2)
+        ))  # fmt: skip
 
     @cute.jit
-    def prefetch(self, place) -> None:  # type: ignore[no-untyped-def]
+    def prefetch(self, place, flip=0) -> None:  # type: ignore[no-untyped-def]
         """Starts reading for the tile's first two pieces, once the last tile's stores have left the buffers."""
         if cutlass.const_expr(len(self.reads) > 0):
             if self.fragment.leads:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
                 for p in cutlass.range_constexpr(2):
-                    self._fetch(p, self._row(place), place.column * self.pieces + p)
+                    self._fetch(p, self._row(place), place.column * self.pieces + (p ^ flip))
 
     @cute.jit
-    def run(self, acc, place, plain, turn: Int32):  # type: ignore[no-untyped-def]
-        """Finishes a tile; returns the phase of the read barriers for the next one."""
-        if cutlass.const_expr(len(self.reads) > 0):
-            turn = self._reading(acc, place, plain, turn)
+    def run(self, acc, place, plain, turn: Int32, flip=0, free=None):  # type: ignore[no-untyped-def]
+        """Finishes a tile in `steps` steps, number p of them on piece p ^ flip (swiglu: of gate and of up); returns the
+        phase of the read barriers for the next tile. The barrier `free` hears when the first step's have been read."""
+        factor = self._factor(place, plain)
+        if cutlass.const_expr(self.problem.epilogue == "swiglu"):
+            self._swiglu(acc, place, plain, factor, flip, free)
+        elif cutlass.const_expr(len(self.reads) > 0):
+            turn = self._reading(acc, place, plain, factor, turn, flip, free)
         else:
-            self.store(acc, place, plain)
+            batch = place.expert if cutlass.const_expr(self.problem.epilogue == "accumulate") else 0
+            for p in cutlass.range_constexpr(self.pieces):
+                at = (self._row(place), place.column * self.pieces + (p ^ flip), batch)
+                values = self._piece(acc, p ^ flip, factor)
+                self._release(free, p)
+                self._put(values, p % self.buffers, self.problem.stored[0], at)
         return turn
 
     @cute.jit
-    def store(self, acc, place, plain) -> None:  # type: ignore[no-untyped-def]
-        """Finishes a tile for which nothing is read."""
-        factor = self._factor(place, plain)
-        if cutlass.const_expr(self.problem.epilogue == "swiglu"):
-            self._swiglu(acc, place, plain, factor)
-        else:
-            self._store_pieces(acc, place, factor, 0, self.gemm.least)
-            if place.column < self.gemm.whole:
-                self._store_pieces(acc, place, factor, self.gemm.least, self.pieces)
-
-    @cute.jit
-    def _store_pieces(self, acc, place, factor, begin: cutlass.Constexpr, end: cutlass.Constexpr) -> None:  # type: ignore[no-untyped-def]
-        batch = place.expert if cutlass.const_expr(self.problem.epilogue == "accumulate") else 0
-        for p in cutlass.range_constexpr(begin, end):
-            at = (self._row(place), place.column * self.pieces + p, batch)
-            self._put(self._piece(acc, p, factor), p % self.buffers, self.problem.stored[0], at)
+    def _release(self, free, p) -> None:  # type: ignore[no-untyped-def]
+        """After the first step's pieces have been read."""
+        if cutlass.const_expr(free is not None):
+            if p == 0:
+                self.fragment.release(free)
 
     @cute.jit
     def finish(self) -> None:
         """Before the thread block ends: its buffers must outlive the copies."""
         if self.fragment.leads:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    def _spot(self, buffer) -> cute.Tensor:  # type: ignore[no-untyped-def]
+        """This thread's elements of a buffer."""
+        return self.fragment.stored(self.tile[None, None, buffer])
 
     def _row(self, place) -> Int32:  # type: ignore[no-untyped-def]
         return place.row * self.units + self.unit
@@ -147,23 +154,23 @@ class Epilogue(Fixed):
         return piece
 
     @cute.jit
-    def _put(self, values, buffer: cutlass.Constexpr, result: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
+    def _put(self, values, buffer, result: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
         """Stores one piece from registers through the next buffer."""
         self._write(values, buffer)
         self._send(((result, buffer),), at)
 
     @cute.jit
-    def _write(self, values, buffer: cutlass.Constexpr) -> None:  # type: ignore[no-untyped-def]
+    def _write(self, values, buffer) -> None:  # type: ignore[no-untyped-def]
         """Writes one piece into the next buffer. The other buffers' stores may still be reading them."""
         if self.fragment.leads:
             cute.arch.cp_async_bulk_wait_group(self.buffers - 1, read=True)
         self.fragment.sync()
         rounded = cute.make_rmem_tensor(values.shape, self.gemm.out_type)
         rounded.store(values.load().to(self.gemm.out_type))
-        cute.autovec_copy(rounded, self.spots[buffer])
+        cute.autovec_copy(rounded, self._spot(buffer))
 
     @cute.jit
-    def _send(self, sources: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
+    def _send(self, sources, at) -> None:  # type: ignore[no-untyped-def]
         """Stores results from shared memory: (result, place among its buffers) each."""
         cute.arch.fence_proxy("async.shared", space="cta")
         self.fragment.sync()
@@ -181,33 +188,45 @@ class Epilogue(Fixed):
         return [weight[first + row] for row in self.fragment.mine]
 
     @cute.jit
-    def _swiglu(self, acc, place, plain, factor) -> None:  # type: ignore[no-untyped-def]
+    def _swiglu(self, acc, place, plain, factor, flip, free) -> None:  # type: ignore[no-untyped-def]
         """h = [gate | up] and act = weight · silu(gate) · up, of h as it is stored, so that recomputing act from h
         gives the same bits."""
-        half = self.pieces // 2
         weights = self._weights(plain.weight, place)
-        row = self._row(place)
-        each = 3 if cutlass.const_expr(self.problem.keeps_h) else 1
-        for p in cutlass.range_constexpr(half):
-            at = place.column * half + p
-            gate, up = self._piece(acc, p, factor), self._piece(acc, half + p, factor)
-            gate.store(gate.load().to(BFloat16).to(Float32))
-            up.store(up.load().to(BFloat16).to(Float32))
-            if cutlass.const_expr(self.problem.keeps_h):
-                self._put(gate, each * p % self.buffers, "h", (row, at, 0))
-                self._put(up, (each * p + 1) % self.buffers, "h", (row, at, 1))
-            for i in cutlass.range_constexpr(cute.size(gate)):
-                gate[i] = activation.swiglu(gate[i], up[i], weights[self.fragment.row(i)])
-            buffer = (each * p + each - 1) % self.buffers
-            if cutlass.const_expr(len(self.problem.copies) > 0):
-                self._write(gate, buffer)
-                self._quantize(buffer, (row, at, 0), place, plain)
-            else:
-                self._put(gate, buffer, "act", (row, at, 0))
+        if cutlass.const_expr(self.fragment.parts > 0):
+            for p in cutlass.range(self.steps, unroll=1):
+                self._swiglu_step(acc, place, plain, factor, weights, p, flip, free)
+        else:
+            for p in cutlass.range_constexpr(self.steps):
+                self._swiglu_step(acc, place, plain, factor, weights, p, flip, free)
+
+    @cute.jit
+    def _swiglu_step(self, acc, place, plain, factor, weights, p, flip, free) -> None:  # type: ignore[no-untyped-def]
+        row, at = self._row(place), place.column * self.steps + (p ^ flip)
+        gate, up = self._piece(acc, p ^ flip, factor), self._piece(acc, self.steps + (p ^ flip), factor)
+        self._release(free, p)
+        gate.store(gate.load().to(BFloat16).to(Float32))
+        up.store(up.load().to(BFloat16).to(Float32))
+        buffer = p  # the number of the piece that is stored next
+        if cutlass.const_expr(self.problem.keeps_h):
+            buffer = 3 * p + 2
+            self._put(gate, 3 * p % self.buffers, "h", (row, at, 0))
+            self._put(up, (3 * p + 1) % self.buffers, "h", (row, at, 1))
+        for i in cutlass.range_constexpr(cute.size(gate)):
+            gate[i] = activation.swiglu(gate[i], up[i], weights[self.fragment.row(i)])
+        if cutlass.const_expr(len(self.problem.copies) > 0):
+            self._write(gate, buffer % self.buffers)
+            if (
+                at < self.problem.columns
+            ):  # always; a branch of its own keeps its registers apart from the rest's
+                self._quantize(buffer % self.buffers, (row, at, 0), place, plain)
+            self._send_copies(buffer % self.buffers, (row, at, 0))
+        else:
+            self._put(gate, buffer % self.buffers, "act", (row, at, 0))
 
     @cute.jit
     def _quantize(self, buffer, at, place, plain) -> None:  # type: ignore[no-untyped-def]
-        """Stores the MXFP8 copies of a piece of act or dh that lies, rounded to BF16, in a buffer, in its place."""
+        """The MXFP8 copies of a piece of act or dh that lies, rounded to BF16, in a buffer, in its place; and their
+        scales."""
         columns = self.problem.columns
         first = at[2] * columns + at[1] * self.width  # of the result's columns
         copies, lane = self.problem.copies, cute.arch.lane_idx()
@@ -233,7 +252,10 @@ class Epilogue(Fixed):
                         line = first + 2 * lane + side
                         byte = line % 32 * 16 + line % 128 // 32 * 4 + self.unit
                         plain.col_scale[line // 128, place.row, byte] = Uint8(codes[side])
-        self._send(tuple((copy, 2 * buffer + i) for i, copy in enumerate(copies)), at)
+
+    @cute.jit
+    def _send_copies(self, buffer, at) -> None:  # type: ignore[no-untyped-def]
+        self._send(tuple((copy, 2 * buffer + i) for i, copy in enumerate(self.problem.copies)), at)
 
     @cute.jit
     def _fetch(self, slot: cutlass.Constexpr, row: Int32, at: Int32) -> None:
@@ -250,69 +272,72 @@ class Epilogue(Fixed):
                       tma_bar_ptr=self.arrived + slot)  # fmt: skip
 
     @cute.jit
-    def _reading(self, acc, place, plain, turn: Int32):  # type: ignore[no-untyped-def]
+    def _reading(self, acc, place, plain, factor, turn: Int32, flip, free):  # type: ignore[no-untyped-def]
         """Results in place of what was read in the buffers, and for dSwiGLU this tile's part of d weight."""
-        factor = self._factor(place, plain)
         weights = self._weights(plain.weight, place)
         sums = [Float32(0.0) for _ in self.fragment.mine]
         for pair in cutlass.range(self.pieces // 2, unroll=1):
             for slot in cutlass.range_constexpr(2):
-                sums = self._read_piece(acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn)
+                sums = self._read_piece(
+                    acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn, flip
+                )
+                if cutlass.const_expr(slot == 0):
+                    self._release(free, pair)
             turn ^= 1
         if cutlass.const_expr(plain.partial is not None):
             self._partial(sums, place, plain.partial)
         return turn
 
     @cute.jit
-    def _read_piece(self, acc, place, plain, factor, weights, sums, p, slot: cutlass.Constexpr, turn: Int32):  # type: ignore[no-untyped-def]
-        row, at = self._row(place), place.column * self.pieces + p
+    def _read_piece(  # type: ignore[no-untyped-def]
+        self, acc, place, plain, factor, weights, sums, p, slot: cutlass.Constexpr, turn: Int32, flip
+    ):
+        piece = p ^ flip
+        row, at = self._row(place), place.column * self.pieces + piece
         cute.arch.mbarrier_wait(self.arrived + slot, turn)
         if cutlass.const_expr(self.problem.epilogue == "dswiglu"):
             for part in cutlass.range(self.fragment.parts, unroll=1):
-                sums = self._dswiglu(acc, p, factor, weights, sums, slot, part)
+                sums = self._dswiglu(acc, piece, factor, weights, sums, slot, part)
             self._store_dh((row, at), place, plain, slot)
         else:
-            self._add(self._piece(acc, p, factor), (row, at, 0), slot)
+            self._add(self._piece(acc, piece, factor), (row, at, 0), slot)
         if p + 2 < self.pieces:
             if self.fragment.leads:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-                self._fetch(slot, row, at + 2)
+                self._fetch(slot, row, place.column * self.pieces + (p + 2 ^ flip))
         return sums
 
     @cute.jit
     def _add(self, values, at, slot: cutlass.Constexpr) -> None:  # type: ignore[no-untyped-def]
         count = len(self.reads)
-        addends = [cute.make_rmem_tensor(values.shape, BFloat16) for _ in range(count)]
-        for i in cutlass.range_constexpr(count):
-            cute.autovec_copy(self.spots[count * slot + i], addends[i])
-        cute.autovec_copy(self._sum(values, addends), self.spots[count * slot])
+        total = self._sum(values, [self._spot(count * slot + i) for i in range(count)])
+        cute.autovec_copy(total, self._spot(count * slot))
         self._send((("y", count * slot),), at)
 
-    def _sum(self, values, addends):  # type: ignore[no-untyped-def]
+    @cute.jit
+    def _sum(self, values, spots) -> cute.Tensor:  # type: ignore[no-untyped-def]
         """y, its sum with the first addend, that with the second: each rounded, as ops of their own would."""
         total = cute.make_rmem_tensor(values.shape, BFloat16)
         total.store(values.load().to(BFloat16))
-        for addend in addends:
+        addend = cute.make_rmem_tensor(values.shape, BFloat16)
+        for spot in spots:
+            cute.autovec_copy(spot, addend)
             total.store((total.load().to(Float32) + addend.load().to(Float32)).to(BFloat16))
         return total
 
     @cute.jit
     def _dswiglu(self, acc, p, factor, weights, sums, slot: cutlass.Constexpr, part):  # type: ignore[no-untyped-def]
-        """d gate and d up in place of gate and up: of a piece, or a part of it."""
         parts = self.fragment.parts
-        spots = [cute.flat_divide(self.spots[2 * slot + i], (self.width // parts,))[None, part] for i in range(2)]
+        halves = [cute.flat_divide(self._spot(2 * slot + i), (self.width // parts,)) for i in range(2)]
         grad = self._piece(acc, parts * p + part, factor, parts)
+        return self._gradients(grad, [half[None, part] for half in halves], weights, sums)
+
+    @cute.jit
+    def _gradients(self, grad, spots, weights, sums):  # type: ignore[no-untyped-def]
+        """d gate and d up in place of gate and up: of a piece, or a part of it."""
         gate, up = (cute.make_rmem_tensor(grad.shape, BFloat16) for _ in range(2))
         cute.autovec_copy(spots[0], gate)
         cute.autovec_copy(spots[1], up)
-        sums = self._gradients(grad, gate, up, weights, sums)
-        cute.autovec_copy(gate, spots[0])
-        cute.autovec_copy(up, spots[1])
-        return sums
-
-    @cute.jit
-    def _gradients(self, grad, gate, up, weights, sums):  # type: ignore[no-untyped-def]
-        """d gate and d up in place of gate and up in registers; adds to the rows' sums of d weight."""
         for i in cutlass.range_constexpr(cute.size(grad)):
             mine = self.fragment.row(i)
             dg, du, dw = activation.swiglu_backward(
@@ -320,6 +345,8 @@ class Epilogue(Fixed):
             )
             gate[i], up[i] = dg.to(BFloat16), du.to(BFloat16)
             sums[mine] += dw
+        cute.autovec_copy(gate, spots[0])
+        cute.autovec_copy(up, spots[1])
         return sums
 
     @cute.jit
@@ -328,6 +355,7 @@ class Epilogue(Fixed):
         if cutlass.const_expr(len(self.problem.copies) > 0):
             for half in cutlass.range(2, unroll=1):
                 self._quantize(2 * slot + half, (*at, half), place, plain)
+                self._send_copies(2 * slot + half, (*at, half))
         else:
             for half in cutlass.range_constexpr(2):
                 self._send((("dh", 2 * slot + half),), (*at, half))

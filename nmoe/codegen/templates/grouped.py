@@ -43,7 +43,6 @@ class GroupedGemm(Fixed):
     unit_rows: int  # rows of the tile that one epilogue unit stores
     read_rows: int  # rows of the boxes in which the epilogue's operands are read
     narrows = False  # may the last column tile be half as wide
-    ahead: tuple[str, ...] = ()  # results that are brought to L2 before the epilogue adds to them
 
     def __init__(self, problem: GemmProblem, config: GemmConfig) -> None:
         self.problem, self.config, self.cluster = problem, config, config.cluster
@@ -98,7 +97,7 @@ class GroupedGemm(Fixed):
         # The box is half of B whether a thread block loads one half or both.
         half = layouts.operand(self.element, problem.b_mn_major, self.config.tile_n // 2, problem.slice, 1)
         units = ROW_TILE // self.unit_rows
-        buffers = layouts.buffers(self.out_type, self.unit_rows, units * self.config.buffers)
+        buffers = layouts.buffers(self.out_type, self.unit_rows, max(1, units * self.config.buffers))
         load_a, load_b = self.load_operations()
         adds = problem.epilogue == "accumulate"
         store = cpasync.CopyReduceBulkTensorTileS2GOp() if adds else cpasync.CopyBulkTensorTileS2GOp()
@@ -109,7 +108,7 @@ class GroupedGemm(Fixed):
             tile = tuple(cute.size(box, mode=[i]) for i in range(2))
             view = layouts.view(named[name], element, problem.modes(name), rows)
             made = cpasync.make_tiled_tma_atom(operation, view, box, tile)
-            return Copy(made.atom, made.tma_tensor)
+            return Copy(made.atom, layouts.widened(made.tma_tensor))
 
         def result(name: str) -> Copy:
             if cutlass.const_expr(name in problem.copies):
@@ -118,8 +117,8 @@ class GroupedGemm(Fixed):
 
         stores = [result(name) for name in problem.stored]
         read = cpasync.CopyBulkTensorTileG2SOp()
-        landing = layouts.buffers(self.out_type, self.read_rows, 1)
-        reads = [copy(read, name, self.out_type, landing) for name in (*problem.read, *self.ahead)]
+        landing = layouts.buffers(BFloat16, self.read_rows, 1)
+        reads = [copy(read, name, BFloat16, landing) for name in problem.read]
         a = copy(load_a, "a", self.element, a_layout)
         b = copy(load_b, "b", self.element, half)
         plain = [named[name] for name in self.plain]

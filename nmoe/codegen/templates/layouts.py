@@ -46,3 +46,15 @@ def view(tensor: cute.Tensor, element, modes: Modes, rows: Int32) -> cute.Tensor
     strides = tuple(cute.assume(rows, 32) if stride == ROWS else stride for _, stride in modes)
     start = cute.recast_ptr(tensor.iterator, dtype=element)
     return cute.make_tensor(start, cute.make_layout(shape, stride=strides))
+
+
+def widened(coordinates: cute.Tensor) -> cute.Tensor:
+    """A TMA's coordinates for at least two of the largest tiles each way. CuTe gives a mode of one tile the stride 0,
+    so that tiles past the end of a small tensor would be its first again; wider, TMA sees and clips them."""
+    rows, columns, *rest = coordinates.shape
+    wide = (_at_least(rows), _at_least(columns), *rest)
+    return cute.make_tensor(coordinates.iterator, cute.make_layout(wide, stride=coordinates.stride))
+
+
+def _at_least(extent):  # type: ignore[no-untyped-def]
+    return max(extent, 512) if isinstance(extent, int) else extent

@@ -22,8 +22,7 @@ class Loader(Fixed):
     blocks are counted by the first one's barrier. With B shared, a thread block without rows of its own loads no A.
 
     On Hopper it also loads what the epilogue reads, 128 rows of a piece at a time: `reads`, each a copy and where its
-    pieces land in the ring's stages. They follow the slices of a tile, a stage for each piece. Of results that the
-    epilogue will add to, it brings the tile to L2 before the slices.
+    pieces land in the ring's stages. They follow the slices of a tile, a stage for each piece.
     """
 
     def __init__(self, gemm, ring: Ring, a, b, a_stages, b_stages, shared: bool, scales=None, reads=()) -> None:  # type: ignore[no-untyped-def]
@@ -60,9 +59,6 @@ class Loader(Fixed):
         tile, expert, first = tiles.begin(segments, cluster)
         while tiles.live(tile, expert):
             place = tiles.place(segments, tile, expert, first, rank)
-            if cutlass.const_expr(len(self.gemm.ahead) > 0):
-                if place.exists:
-                    self._bring(place)
             for k in cutlass.range(place.begin, place.begin + place.slices, unroll=1):
                 self._fill(place, k, rank, stage, phase)
                 stage, phase = self.ring.after(stage, phase)
@@ -117,12 +113,6 @@ class Loader(Fixed):
         cute.copy(
             self.b_atom, box, self.sb[None, slot, stage], tma_bar_ptr=self.ring.full + stage, mcast_mask=mask
         )
-
-    @cute.jit
-    def _bring(self, place) -> None:  # type: ignore[no-untyped-def]
-        atom, _, origin = self.reads[0]
-        for p in cutlass.range(self.gemm.pieces, unroll=1):
-            cute.prefetch(atom, origin[None, place.row, place.column * self.gemm.pieces + p, place.expert])
 
     @cute.jit
     def _read(self, place, p: Int32, stage: Int32, phase: Int32) -> None:  # type: ignore[no-untyped-def]

@@ -10,7 +10,14 @@ warp 5 ── TMA ──▶│  A  B   │  A  B   │   │── warp 4 ──
 full[s]:  1 arrival (expect_tx) + bytes       done[t]: the products of accumulator t are complete (commit)
 empty[s]: the products that read s (commit)   free[t]: one arrival from each epilogue warp of the cluster
 
-Two accumulators: a tile's epilogue runs while the next tile is multiplied.
+Two accumulators: a tile's epilogue runs while the next tile is multiplied. With scale factors (block_scaled.py) two of
+256 columns do not fit, and the last columns of the first are the first of the second:
+
+    columns 0 ┬ accumulator 0 ───────┬ 256
+                         overlap ┬ ──┴ accumulator 1 ────┬ scale factors ┬ 512
+A tile's epilogue starts with the piece that covers the overlap and then signals free[t], which the next tile waits for;
+without an overlap it signals when it is through, and the tile after the next waits.
+
 Cluster of 2: one MMA of M = 256 on the tensor cores of both thread blocks (cta_group::2). Each loads its own 128
 rows of A and its half of B, and keeps the accumulators of its own rows. The first thread block's warp 4 issues
 for both; its barriers count the bytes of both, and its commits arrive at the barriers of both.
@@ -34,6 +41,7 @@ from nmoe.codegen.templates.ring import Ring
 from nmoe.codegen.templates.tiles import Segments
 
 EPILOGUE_WARPS, MMA_WARP, LOAD_WARP = 4, 4, 5
+ACCUMULATORS = 2
 
 
 class Sm100GroupedGemm(GroupedGemm):
@@ -86,7 +94,7 @@ class Sm100GroupedGemm(GroupedGemm):
         b_stages = smem.allocate_tensor(self.element, b_layout.outer, 1024, swizzle=b_layout.inner)
         buffers = smem.allocate_tensor(self.out_type, buffer_layout.outer, 1024, swizzle=buffer_layout.inner)
         ring = Ring(smem.allocate_array(Int64, 2 * self.config.stages), self.config.stages)
-        accumulators = Ring(smem.allocate_array(Int64, 2 * self.accumulators), self.accumulators)
+        accumulators = Ring(smem.allocate_array(Int64, 2 * ACCUMULATORS), ACCUMULATORS)
         arrived = smem.allocate_array(Int64, 2 * EPILOGUE_WARPS)
         base = smem.allocate_array(Int32, 1)
 
@@ -105,8 +113,7 @@ class Sm100GroupedGemm(GroupedGemm):
         memory = cute.arch.retrieve_tmem_ptr(Float32, 16, base)
         factors = None
         if cutlass.const_expr(self.scaled):
-            columns = base[0] + self.accumulators * self.config.tile_n
-            factors = block_scaled.Scales(self, scales, smem, columns)
+            factors = block_scaled.Scales(self, scales, smem, base[0] + self.stride + self.config.tile_n)
 
         if warp == LOAD_WARP:
             loader = Loader(self, ring, a, b, a_stages, b_stages, False, factors)
@@ -125,21 +132,25 @@ class Sm100GroupedGemm(GroupedGemm):
             cute.arch.dealloc_tmem(memory, self._tensor_columns, is_two_cta=self.cluster == 2)
 
     @property
-    def accumulators(self) -> int:
-        return self.problem.accumulators(self.config)
+    def stride(self) -> int:
+        return self.problem.accumulator_columns(self.config)
+
+    @property
+    def overlaps(self) -> bool:
+        return self.stride < self.config.tile_n
 
     @property
     def _tensor_columns(self) -> int:
         """What is allocated: a power of two."""
-        used = self.accumulators * self.config.tile_n + self.problem.scale_columns(self.config)
+        used = self.stride + self.config.tile_n + self.problem.scale_columns(self.config)
         return 1 << (used - 1).bit_length()
 
     def _accumulators(self, memory):  # type: ignore[no-untyped-def]
-        """Tensor memory as the MMA sees it: [tile, 1, 1, accumulators]."""
+        """Tensor memory as the MMA sees it: [tile, 1, 1, ACCUMULATORS]."""
         mma = self.mma()
         shape = mma.partition_shape_C((ROW_TILE * self.cluster, self.config.tile_n))
-        layout = mma.make_fragment_C(cute.append(shape, self.accumulators)).layout
-        return cute.make_tensor(memory, layout)
+        one = mma.make_fragment_C(shape).layout
+        return cute.make_tensor(memory, cute.append(one, cute.make_layout(ACCUMULATORS, stride=self.stride)))
 
     @cute.jit
     def _multiply(  # type: ignore[no-untyped-def]
@@ -156,7 +167,10 @@ class Sm100GroupedGemm(GroupedGemm):
         while self.tiles.live(tile, expert):
             place = self.tiles.place(segments, tile, expert, first, rank)
             if place.slices > 0:
-                cute.arch.mbarrier_wait(accumulators.empty + turn, side)
+                if cutlass.const_expr(self.overlaps):  # for the last tile, in the other accumulator
+                    cute.arch.mbarrier_wait(accumulators.empty + (turn ^ 1), side ^ turn)
+                else:
+                    cute.arch.mbarrier_wait(accumulators.empty + turn, side)
                 _after_sync()
                 mma.set(tcgen05.Field.ACCUMULATE, False)
                 for _ in cutlass.range(place.slices, unroll=1):
@@ -194,15 +208,18 @@ class Sm100GroupedGemm(GroupedGemm):
         while self.tiles.live(tile, expert):
             place = self.tiles.place(segments, tile, expert, first, rank)
             if place.slices > 0:
+                free, flip = accumulators.empty + turn, 0
+                if cutlass.const_expr(self.overlaps):
+                    flip = (epilogue.steps - 1) * (1 - turn)
                 if place.exists:
-                    epilogue.prefetch(place)
+                    epilogue.prefetch(place, flip)
                 cute.arch.mbarrier_wait(accumulators.full + turn, side)
                 _after_sync()
                 if place.exists:
-                    phase = epilogue.run(acc[(None, None), 0, 0, turn], place, plain, phase)
-                _before_sync()
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(accumulators.empty + turn, 0 if self.cluster == 2 else None)
+                    early = free if cutlass.const_expr(self.overlaps) else None
+                    phase = epilogue.run(acc[(None, None), 0, 0, turn], place, plain, phase, flip, early)
+                if cutlass.const_expr(not self.overlaps) or not place.exists:
+                    fragment.release(free)
                 turn, side = accumulators.after(turn, side)
             tile, expert, first = self.tiles.seek(segments, tile + clusters, expert, first)
         epilogue.finish()
@@ -228,6 +245,7 @@ class TensorMemoryFragment(Fragment):
     parts = 2
 
     def __init__(self, gemm: Sm100GroupedGemm, buffers: cute.Tensor) -> None:
+        self.leader = 0 if gemm.cluster == 2 else None
         self.lane = cute.arch.lane_idx()
         self.thread = cute.arch.thread_idx()[0]
         self.mine = (self.lane,)
@@ -253,3 +271,9 @@ class TensorMemoryFragment(Fragment):
 
     def sync(self) -> None:
         cute.arch.sync_warp()
+
+    @cute.jit
+    def release(self, free) -> None:  # type: ignore[no-untyped-def]
+        _before_sync()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(free, self.leader)

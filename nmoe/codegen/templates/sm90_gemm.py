@@ -47,10 +47,6 @@ class Sm90GroupedGemm(GroupedGemm):
     narrows = True
 
     @property
-    def ahead(self) -> tuple[str, ...]:
-        return self.problem.stored if self.problem.epilogue == "accumulate" else ()
-
-    @property
     def b_rows(self) -> int:
         return self.config.tile_n
 
@@ -79,7 +75,9 @@ class Sm90GroupedGemm(GroupedGemm):
         smem = SmemAllocator()
         a_stages = smem.allocate_tensor(BFloat16, a_layout.outer, 1024, swizzle=a_layout.inner)
         b_stages = smem.allocate_tensor(BFloat16, b_layout.outer, 1024, swizzle=b_layout.inner)
-        buffers = smem.allocate_tensor(self.out_type, buffer_layout.outer, 1024, swizzle=buffer_layout.inner)
+        buffers = None
+        if cutlass.const_expr(self.config.buffers > 0):
+            buffers = smem.allocate_tensor(self.out_type, buffer_layout.outer, 1024, swizzle=buffer_layout.inner)
         ring = Ring(smem.allocate_array(Int64, 2 * self.config.stages), self.config.stages)
 
         if warp == 0:
@@ -93,22 +91,27 @@ class Sm90GroupedGemm(GroupedGemm):
         if warp < 4:
             cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
             if warp == 0:
-                landings = [self._landing(a_stages, 1), self._landing(b_stages, self.config.tile_n // ROW_TILE)]
                 loader = Loader(self, ring, a, b, a_stages, b_stages, shared=self.cluster > 1,
-                                reads=[*zip(reads, landings)])  # fmt: skip
+                                reads=[*zip(reads, self._landings(a_stages, b_stages))])  # fmt: skip
                 loader.run(segments, cluster, clusters, rank)
         else:
             cute.arch.setmaxregister_increase(MATH_REGISTERS)
             self._math(ring, a_stages, b_stages, buffers, stores, segments, plain, cluster, clusters, rank)
         self.sync_cluster()  # a thread block stays until its neighbour has sent and signalled all that it will
 
-    def _landing(self, stages: cute.Tensor, each: int) -> cute.Tensor:
-        """Where a stage of an operand, `each` pieces large, holds a piece that the epilogue reads:
-        [128, width, stage]."""
-        layout = layouts.buffers(self.out_type, ROW_TILE, each * self.config.stages)
-        pieces = cute.make_tensor(cute.recast_ptr(stages.iterator, layout.inner, self.out_type), layout.outer)
-        width = cute.size(pieces, mode=[1])
-        return cute.flat_divide(pieces, (ROW_TILE, width, each))[None, None, 0, 0, 0, None]
+    def _landings(self, a_stages: cute.Tensor, b_stages: cute.Tensor) -> list[cute.Tensor]:
+        """Where a stage holds each of the pieces that the epilogue reads, [128, 64, stage]: the first in place of A, the
+        second of B."""
+
+        def pieces(stages: cute.Tensor, each: int) -> cute.Tensor:
+            layout = layouts.buffers(BFloat16, ROW_TILE, each * self.config.stages)
+            start = cute.recast_ptr(stages.iterator, layout.inner, BFloat16)
+            held = cute.make_tensor(start, layout.outer)
+            box = (ROW_TILE, cute.size(held, mode=[1]), each)
+            return cute.flat_divide(held, box)[None, None, 0, 0, 0, None]
+
+        operands = ((a_stages, 1), (b_stages, self.config.tile_n // ROW_TILE))
+        return [pieces(*operand) for operand in operands[: len(self.problem.read)]]
 
     @cute.jit
     def _math(  # type: ignore[no-untyped-def]
@@ -120,10 +123,16 @@ class Sm90GroupedGemm(GroupedGemm):
         rows = cute.flat_divide(a_stages, (64, self.problem.slice))[None, None, group, 0, None]
         full = Products(self, self.config.tile_n, acc, rows, b_stages, thread)
         half = Products(self, self.config.tile_n // 2, acc, rows, b_stages, thread)
-        own = cute.flat_divide(buffers, (64, buffers.shape[1], self.config.buffers))
-        own = own[None, None, None, 0, 0, group]
+        landings = [
+            cute.flat_divide(landing, (64, cute.size(landing, mode=[1])))[None, None, group, 0, None]
+            for landing in self._landings(a_stages, b_stages)
+        ]
+        if cutlass.const_expr(self.config.buffers > 0):
+            own = cute.flat_divide(buffers, (64, buffers.shape[1], self.config.buffers))
+            own = own[None, None, None, 0, 0, group]
+        else:
+            own = landings[0]
         fragment = WgmmaFragment(self, own, thread, group)
-        landings = [self._landing(a_stages, 1), self._landing(b_stages, self.config.tile_n // ROW_TILE)]
         epilogue = RingEpilogue(self, fragment, own, stores, group, ring, landings)
 
         stage, phase = Int32(0), Int32(0)
@@ -197,52 +206,79 @@ class Products(Fixed):
 
 class RingEpilogue(Epilogue):
     """An epilogue that finds what it reads in the ring's stages, where the loader puts it while the slices before it are
-    still multiplied."""
+    still multiplied. Results take its place there, and the stage is free when the copy engine has read them."""
 
     def __init__(self, gemm, fragment, buffers, stores, unit: Int32, ring, landings) -> None:  # type: ignore[no-untyped-def]
         super().__init__(gemm, fragment, buffers, stores, (), None, unit)
-        own = (fragment.rows, self.width)
-        self.ring = ring
-        self.landings = [cute.flat_divide(landing, own)[None, None, unit, 0, None] for landing in landings]
+        self.ring, self.landings = ring, landings
+        if landings:
+            self.results = [self._partition(stores[0], landing) for landing in landings]
+
+    @cute.jit
+    def store(self, acc, place, plain) -> None:  # type: ignore[no-untyped-def]
+        """Finishes a tile for which nothing is read."""
+        if cutlass.const_expr(self.problem.epilogue == "swiglu"):
+            self._swiglu(acc, place, plain, None, 0, None)
+        else:
+            self._store_pieces(acc, place, 0, self.gemm.least)
+            if place.column < self.gemm.whole:
+                self._store_pieces(acc, place, self.gemm.least, self.pieces)
+
+    @cute.jit
+    def _store_pieces(self, acc, place, begin: cutlass.Constexpr, end: cutlass.Constexpr) -> None:  # type: ignore[no-untyped-def]
+        batch = place.expert if cutlass.const_expr(self.problem.epilogue == "accumulate") else 0
+        for p in cutlass.range_constexpr(begin, end):
+            at = (self._row(place), place.column * self.pieces + p, batch)
+            self._put(self.fragment.piece(acc, p), p % self.buffers, self.problem.stored[0], at)
 
     @cute.jit
     def read(self, acc, place, plain, stage, phase):  # type: ignore[no-untyped-def]
         """Finishes a tile whose pieces begin at this position of the ring; returns the position after them."""
         weights = self._weights(plain.weight, place)
         sums = [Float32(0.0) for _ in self.fragment.mine]
+        done = Int32(-1)  # the stage that the copy engine still reads
         for p in cutlass.range_constexpr(self.gemm.least):
-            sums, stage, phase = self._read(acc, place, weights, sums, p, stage, phase)
+            sums, done, stage, phase = self._read(acc, place, weights, sums, p, done, stage, phase)
         if place.column < self.gemm.whole:
             for p in cutlass.range_constexpr(self.gemm.least, self.pieces):
-                sums, stage, phase = self._read(acc, place, weights, sums, p, stage, phase)
+                sums, done, stage, phase = self._read(acc, place, weights, sums, p, done, stage, phase)
+        self._stored()
+        self.ring.release(done, self.gemm.cluster)
         if cutlass.const_expr(plain.partial is not None):
             self._partial(sums, place, plain.partial)
         return stage, phase
 
     @cute.jit
-    def _read(self, acc, place, weights, sums, p: cutlass.Constexpr, stage, phase):  # type: ignore[no-untyped-def]
-        row, at = self._row(place), place.column * self.pieces + p
+    def _read(self, acc, place, weights, sums, p: cutlass.Constexpr, done, stage, phase):  # type: ignore[no-untyped-def]
         values = self.fragment.piece(acc, p)
-        count, results = len(self.problem.read), 2 if self.problem.epilogue == "dswiglu" else 1
-        held = [cute.make_rmem_tensor(values.shape, BFloat16) for _ in range(count)]
-        if self.fragment.leads:
-            cute.arch.cp_async_bulk_wait_group(self.buffers - results, read=True)
-        self.fragment.sync()
+        spots = [self.fragment.stored(landing[None, None, stage]) for landing in self.landings]
         cute.arch.mbarrier_wait(self.ring.full + stage, phase)
-        for i in cutlass.range_constexpr(count):
-            cute.autovec_copy(self.fragment.stored(self.landings[i][None, None, stage]), held[i])
+        results = 1
         if cutlass.const_expr(self.problem.epilogue == "dswiglu"):
-            sums = self._gradients(values, held[0], held[1], weights, sums)
+            results = 2
+            sums = self._gradients(values, spots, weights, sums)
         else:
-            held[0].store(self._sum(values, held).load())
-        first = results * p % self.buffers
-        for i in cutlass.range_constexpr(results):
-            cute.autovec_copy(held[i], self.spots[first + i])
-        for i in cutlass.range_constexpr(results):
-            self._send(((self.problem.stored[0], first + i),), (row, at, i))
-        self.ring.release(stage, self.gemm.cluster)  # not before: the registers do not hold a piece of h at once
+            cute.autovec_copy(self._sum(values, spots), spots[0])
+        cute.arch.fence_proxy("async.shared", space="cta")
+        self._stored()
+        if cutlass.const_expr(p > 0):
+            self.ring.release(done, self.gemm.cluster)
+        if self.fragment.leads:
+            for i in cutlass.range_constexpr(results):
+                atom, source, target = self.results[i]
+                at = place.column * self.pieces + p
+                cute.copy(atom, source[None, stage], target[None, self._row(place), at, i])
+            cute.arch.cp_async_bulk_commit_group()
+        done = stage
         stage, phase = self.ring.after(stage, phase)
-        return sums, stage, phase
+        return sums, done, stage, phase
+
+    @cute.jit
+    def _stored(self) -> None:
+        """Waits until the copy engine has read the piece before, and for the other threads."""
+        if self.fragment.leads:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        self.fragment.sync()
 
 
 class WgmmaFragment(Fragment):

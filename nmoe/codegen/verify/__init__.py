@@ -20,11 +20,14 @@ from nmoe import autotune
 from nmoe.codegen import compiler, families
 from nmoe.codegen.problem import Config, Problem
 from nmoe.codegen.spec import KernelSpec
-from nmoe.codegen.verify import gemm
+from nmoe.codegen.verify import gemm, routing
 from nmoe.codegen.verify.base import Mismatch, Tensors
 from nmoe.errors import UserError
 
-ORACLES: dict[str, ModuleType] = {"gemm": gemm}  # by Problem.family
+ORACLES: dict[str, ModuleType] = {  # by Problem.family
+    "gemm": gemm, "moe_plan": routing, "dispatch": routing, "combine": routing, "router": routing,
+    "router_bwd": routing,
+}  # fmt: skip
 SCHEDULES = (1, 2)
 
 

@@ -29,13 +29,18 @@ def case(problem: GemmProblem, config: GemmConfig, seed: int, counts: list[int] 
     """Random operands; by default with ragged, empty and single-row experts, by the seed."""
     counts = counts or COUNTS[1 + seed % len(COUNTS)][: problem.groups]
     tensors = inputs(problem, counts, seed, spare=64)
-    rows = len(tensors["s"])
-    for operand in problem.operands(config):  # workspace
+    return tensors | workspace(problem, config, len(tensors["s"]))
+
+
+def workspace(problem: GemmProblem, config: GemmConfig, rows: int, device: str = "cpu") -> Tensors:
+    """What a launch on so many rows needs beside inputs and results, poisoned."""
+    made: Tensors = {}
+    for operand in problem.operands(config):
         if operand.name == "partial" or operand.name.endswith("_wide"):
             shape = [resolve(extent, {ROWS: rows}) for extent in operand.shape]
             dtype = torch.float32 if operand.format == "f32" else torch.bfloat16
-            tensors[operand.name] = torch.full(shape, float("nan"), dtype=dtype)
-    return tensors
+            made[operand.name] = torch.full(shape, float("nan"), dtype=dtype, device=device)
+    return made
 
 
 def inputs(problem: GemmProblem, counts: list[int], seed: int, spare: int = 0, device: str = "cpu"):
@@ -130,7 +135,9 @@ def _logical(problem: GemmProblem, t: Tensors, name: str) -> torch.Tensor:
         scale = formats.from_blocked(atoms, lines, length // formats.BLOCK[problem.precision])
     buffers = {"data": data, "scale": scale}
     if amax is not None:
-        buffers["amax"] = torch.ones(lead)  # the global scale is applied below, in float64
+        buffers["amax"] = data.new_ones(
+            lead, dtype=torch.float32
+        )  # the global scale is applied below, in float64
     q = formats.from_buffers(problem.precision, shape, axis, buffers)
     plain = formats.dequantize(q, without_global=True).double()
     if amax is None:

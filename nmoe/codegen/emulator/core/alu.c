@@ -406,10 +406,11 @@ static Outcome execute_other(Machine *m, Warp *w, const Insn *in, const uint32_t
         for (int k = 0; k < 4; k++) u32_of(w, o[k])[i] = (uint32_t)(a >> 16 * k) & 0xFFFF;
       }
       return NEXT;
-    case OP_clock: /* a monotone counter: instructions executed; modifier a: 64-bit destination */
+    case OP_clock: /* a monotone counter: instructions executed, and the time of polling; modifier a: 64-bit destination */
       FOR_LANES(i, mask) {
-        if (in->a) u64_of(w, o[0])[i] = m->counters->instructions;
-        else u32_of(w, o[0])[i] = (uint32_t)m->counters->instructions;
+        uint64_t now = m->counters->instructions + m->skipped;
+        if (in->a) u64_of(w, o[0])[i] = now;
+        else u32_of(w, o[0])[i] = (uint32_t)now;
       }
       return NEXT;
     default: fault(m, "internal: opcode %d has no implementation", in->op);

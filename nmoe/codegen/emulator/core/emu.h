@@ -1,4 +1,4 @@
-/* Types and interfaces of the emulator core: one launch, run to completion by one thread.
+/* Types and interfaces of the emulator core: launches on one or more devices, run to completion by one thread.
  *
  * Addresses. Global addresses are host pointers, checked against the registered buffers. A shared address is
  * cta_rank << 24 | offset, in both the shared::cta and the shared::cluster window, as hardware has it. Generic
@@ -28,8 +28,11 @@ enum { GUARD_NEGATED = 1, FTZ = 2, SAT = 4, NAN_OUT = 8, RELU = 16, WIDE_DST = 3
 /* Rounding modes, in the order of the decoder's table. */
 enum { RN, RZ, RM, RP, RNA, RS, RNI, RZI, RMI, RPI };
 
-/* Memory semantics of ld, st and atom; 0 is weak. */
+/* Memory order of ld, st and atom: SEM_* bits and, from bit 4 up, the scope; 0 is weak. Scopes also measure how far
+ * apart two agents are. */
 enum { SEM_RELAXED = 1, SEM_ACQUIRE = 2, SEM_RELEASE = 4 };
+enum { SCOPE_CTA = 1, SCOPE_CLUSTER, SCOPE_GPU, SCOPE_SYS, SCOPES };
+#define SCOPE_OF(order) ((order) >> 4)
 
 typedef struct {
   uint16_t op;
@@ -60,32 +63,60 @@ typedef struct {
 } Buffer;
 
 typedef struct {
-  uint32_t grid[3], block[3], cluster[3];
-  uint32_t dynamic_shared, param_bytes, n_buffers;
-  const uint8_t *params;
-  const Buffer *buffers;
-  uint64_t seed; /* 0: round robin, asynchronous work at once; else a random or adversarial schedule */
-  uint64_t limit; /* warp instructions before the launch is called a livelock */
-  uint32_t races, resident;
-  uint32_t first_cluster, last_cluster; /* of the grid, the half-open range that this run executes */
-  uint64_t *executed; /* per instruction, warp executions */
-  uint64_t *roles; /* per (warp in CTA), warp executions */
-} Launch;
-
-typedef struct {
   uint64_t instructions, tma_load_bytes, tma_store_bytes, tma_ops, mma_flops, mma_ops, barrier_waits,
       barrier_stalls, race_checks, duplicate_bulk;
 } Counters;
 
 typedef struct {
-  int32_t pc, cta, warp, lane_mask;
+  const Program *program;
+  uint32_t grid[3], block[3], cluster[3];
+  uint32_t dynamic_shared, param_bytes;
+  const uint8_t *params;
+  uint32_t device;   /* launches on one device run one after another, in their order */
+  uint32_t resident; /* clusters that may be under way at a time */
+  uint32_t first_cluster, last_cluster; /* of the grid, the half-open range that this run executes */
+  uint64_t *executed; /* per instruction, warp executions */
+  uint64_t *roles; /* per (warp in CTA), warp executions */
+  Counters counters;
+} Launch;
+
+typedef struct GlobalCell GlobalCell;
+
+typedef struct {
+  uint32_t n_launches, n_buffers;
+  Launch *launches;
+  const Buffer *buffers;
+  GlobalCell **cells; /* one pointer a buffer, NULL until it is accessed under `races`; the caller's to free */
+  uint64_t seed;  /* 0: round robin, asynchronous work at once; else a random or adversarial schedule */
+  uint64_t limit; /* warp instructions before a launch is called a livelock */
+  uint32_t races;
+  uint32_t implicit_waits; /* using a result of tcgen05.ld waits for it */
+  uint32_t partial; /* other threads run the rest of the grid, so clusters must not wait for each other */
+} Run;
+
+typedef struct {
+  int32_t launch, pc, cta, warp, lane_mask;
   char text[4000];
 } Fault;
 
-/* Two vector clocks: hb is happens-before; px is what is also visible to the async proxy. */
+/* What is known of the agents of one cluster: three times each, as in Clock. */
 typedef struct {
-  uint32_t *hb, *px;
+  uint32_t owner, n;
+  uint32_t *times;
+} Known;
+
+/* Vector clocks of what a warp, barrier or flag knows. Of the agents of its own cluster: hb is happens-before, px what
+ * is also visible to asynchronous accesses of shared memory, gx to those of global memory. Of other clusters it has
+ * those that a release has reached, and a bit for each launch that is over. */
+typedef struct {
+  uint32_t owner, n; /* number of the cluster, or NOBODY; its agents */
+  uint32_t *hb, *px, *gx;
+  uint64_t launches;
+  uint32_t n_known;
+  Known *known;
 } Clock;
+#define NOBODY 0xFFFFFFFFu
+#define MAX_AGENTS 2000u /* of a cluster: 11 bits of an epoch (race.c, global.c) */
 
 typedef struct {
   uint32_t offset; /* shared offset, the key */
@@ -127,13 +158,19 @@ typedef struct Warp {
   uint32_t wgmma_committed, wgmma_done; /* groups */
   uint32_t *wgmma_busy;                 /* per 128-byte register slot: the group that has it in flight, or 0 */
   bool wgmma_fenced;
-  Clock clock, fenced;
+  uint32_t copies_committed; /* cp.async groups */
+  uint32_t tmem_loads, tmem_loaded, tmem_stores; /* tcgen05.ld issued, and waited for; tcgen05.st issued */
+  uint32_t *tmem_pending; /* per 128-byte register slot: the tcgen05.ld whose result it has or passes on, or 0 */
+  Clock clock;
+  Clock fenced[SCOPES], observed[SCOPES]; /* by how far away: what fences let relaxed writes release, what relaxed
+                                             reads have yet to acquire */
+  uint64_t polled; /* the flag that a strong load read last, or 0 */
   uint64_t executed;
 } Warp;
 
 typedef struct {
   uint32_t write, read[3];
-} Cell; /* epochs: agent << 22 | clock */
+} Cell; /* epochs: agent << 21 | time */
 
 typedef struct Cta {
   struct Cluster *cluster;
@@ -149,15 +186,22 @@ typedef struct Cta {
   uint32_t next_allocation;
   bool relinquished;
   Warp *warps;
+  Clock reached; /* the last accesses of its shared memory by agents of other CTAs; they must be known when it exits */
   Clock pipe; /* tensor pipe: what the operations issued so far know */
   uint32_t pipe_agent, pipe_count;
 } Cta;
 
-/* What strong writes to an address have released to those who read it. */
+/* What strong writes to a word have released, by how far away the reader is, and who wrote last. */
 typedef struct {
-  uint64_t address;
-  Clock clock;
+  uintptr_t place;
+  Clock released[SCOPES];
+  uint32_t owner, cta_rank;
 } Flag;
+
+typedef struct {
+  Flag *slots; /* open addressing; an empty place is 0 */
+  uint32_t count, capacity;
+} Flags;
 
 typedef struct AsyncOp {
   struct AsyncOp *next;
@@ -168,26 +212,38 @@ typedef struct AsyncOp {
   uint64_t arg[24];
 } AsyncOp;
 
+typedef struct Job {
+  Launch *launch;
+  uint32_t first_owner; /* clusters of a run are numbered through all launches */
+  uint32_t next_cluster, n_resident;
+  Clock end; /* what its warps knew of other launches */
+} Job;
+
 typedef struct Cluster {
   struct Machine *machine;
-  uint32_t id[3], index, n_ctas, n_agents, next_agent;
+  Job *job;
+  uint32_t id[3], index, owner, n_ctas, n_agents, next_agent;
   Cta *ctas;
   uint32_t arrived, phase, live_warps, pending_warps;
   Clock arriving, done;
   AsyncOp *queue, **tail;
-  Flag *flags;
-  uint32_t n_flags;
+  Flags flags;
 } Cluster;
 
 typedef struct Machine {
+  const Run *run;
+  Job *jobs;
+  const Launch *launch; /* with the next two: of the cluster that is executing */
   const Program *program;
-  const Launch *launch;
   Counters *counters;
   Fault *fault;
   jmp_buf escape;
   Cluster **resident;
-  uint32_t n_resident, next_cluster, last_cluster;
+  uint32_t n_resident;
   Warp *current;
+  Flags flags;      /* in global memory */
+  uint64_t skipped; /* nanoseconds that passed while everyone polled */
+  uint64_t polls;   /* strong loads of global memory */
   uint64_t random;
   uint64_t progress; /* changes whenever some warp or engine did something that others can see */
   uint32_t hint; /* last buffer hit */
@@ -195,7 +251,7 @@ typedef struct Machine {
 } Machine;
 
 enum { MODE_EAGER, MODE_RANDOM, MODE_PRIORITY, MODE_LAZY };
-typedef enum { NEXT, STAY, JUMPED } Outcome;
+typedef enum { NEXT, STAY, JUMPED, YIELD } Outcome; /* YIELD: done, and others should run before this warp goes on */
 
 /* machine.c */
 __attribute__((noreturn, format(printf, 2, 3))) void fault(Machine *m, const char *format, ...);
@@ -219,10 +275,11 @@ uint64_t encode_number(Type type, double value, int rounding, int flags, uint32_
 unsigned type_bits(Type type);
 
 /* memory.c */
-typedef enum { READ, WRITE, ATOMIC, STRONG_WRITE } Access; /* the last two take no part in data races */
-uint8_t *resolve(Machine *m, Warp *w, int space, uint64_t address, uint32_t size, Access access, unsigned lane);
+typedef enum { READ, WRITE, ATOMIC } Access;
+uint8_t *resolve(Machine *m, Warp *w, int space, uint64_t address, uint32_t size, Access access, int order, unsigned lane);
 uint8_t *shared_at(Machine *m, Cta *cta, uint32_t offset, uint32_t size);
 uint8_t *global_at(Machine *m, uint64_t address, uint64_t size, Access access);
+uint32_t buffer_at(Machine *m, uint64_t address);
 void shared_mark(Cta *cta, uint32_t offset, uint32_t size);
 void shared_check_written(Machine *m, Cta *cta, uint32_t offset, uint32_t size, const char *who);
 Outcome execute_memory(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask);
@@ -243,6 +300,7 @@ Outcome execute_wgmma(Machine *m, Warp *w, const Insn *in, const uint32_t *o, ui
 Outcome execute_warp(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask);
 uint64_t swizzle(uint64_t address, int mode);
 void wgmma_check_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *o);
+void tmem_check_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *o);
 
 /* tile.c: operand tiles of tcgen05 and wgmma in shared memory */
 enum { SWIZZLE_NONE, SWIZZLE_32, SWIZZLE_64, SWIZZLE_128, SWIZZLE_128_ATOM_32 };
@@ -259,22 +317,48 @@ void race_tile(Machine *m, Cta *cta, const Tile *tile, Type type, bool padded, u
                uint32_t agent, uint32_t clock, const Clock *seen);
 void multiply(const double *a, const double *b, double *acc, uint32_t rows, uint32_t columns, uint32_t k);
 
-/* race.c */
-bool clock_new(Cluster *cluster, Clock *clock);
-void clock_join(Cluster *cluster, Clock *into, const Clock *from);
-void clock_reset(Cluster *cluster, Clock *clock);
-void warp_release(Warp *w, Clock *into);
-void warp_acquire(Warp *w, const Clock *from);
-void warp_fence(Warp *w);
-void warp_flag(Warp *w, uint64_t address, int semantics, bool reads, bool writes);
-void warp_proxy_fence(Warp *w);
+/* clock.c */
+/* Added to Warp.agent: the warp itself, and what it has under way. */
+enum { AGENT_WARP, AGENT_CP_ASYNC, AGENT_BULK_READ, AGENT_BULK_WRITE, AGENT_WGMMA, AGENT_TMEM_LOAD, AGENT_TMEM_STORE, AGENTS_PER_WARP };
+void clock_new(Cluster *cluster, Clock *clock);
+void clock_free(Clock *clock);
+void clock_join(Clock *into, const Clock *from);
+void clock_reset(Clock *clock);
+void clock_reach(Clock *clock, uint32_t agent, uint32_t time);
+void clock_reach_generic(Clock *clock, uint32_t agent, uint32_t time);
+static inline uint32_t warp_time(const Warp *w) { return w->clock.hb ? w->clock.hb[w->agent] : 0; }
+void warp_release(Warp *w, Clock *into, int order);
+void warp_acquire(Warp *w, const Clock *from, int order);
+void warp_fence(Warp *w, int scope);
+void warp_flag(Warp *w, const void *place, int order, bool global, Access access);
+void flags_free(Flags *flags);
+enum { PROXY_SHARED = 1, PROXY_GLOBAL = 2 };
+void warp_proxy_fence(Warp *w, int memories);
 uint32_t new_agent(Machine *m, Cluster *cluster);
+const Job *job_of(const Machine *m, uint32_t owner);
+int distance(const Machine *m, const Warp *w, uint32_t owner, uint32_t cta_rank);
+
+/* race.c */
 enum { BY_GENERIC, BY_ASYNC };
+const char *agent_name(Cluster *cluster, uint32_t agent);
+uint32_t agent_number(Cluster *cluster, uint32_t agent);
 void race_shared(Machine *m, Cta *cta, uint32_t offset, uint32_t size, Access access, int proxy, uint32_t agent,
                  uint32_t clock, const Clock *seen);
-void race_warp_shared(Machine *m, Warp *w, Cta *cta, uint32_t offset, uint32_t size, Access access);
+void race_exit(Machine *m, Cta *cta);
 void race_tmem(Machine *m, Cta *cta, uint32_t lane, uint32_t lanes, uint32_t column, uint32_t columns, Access access,
                uint32_t agent, uint32_t clock, const Clock *seen);
+
+/* global.c */
+typedef struct {
+  Warp *warp; /* that issues it */
+  const Clock *seen;
+  Access access;
+  int scope; /* 0: weak */
+  bool async;
+  uint32_t agent, time;
+} GlobalAccess;
+void race_global(Machine *m, const GlobalAccess *now, uint64_t address, uint64_t size);
+void race_warp_global(Machine *m, Warp *w, uint64_t address, uint32_t size, Access access, int order);
 
 static inline uint32_t *u32_of(Warp *w, uint32_t slot) { return (uint32_t *)(w->regs + slot); }
 static inline uint64_t *u64_of(Warp *w, uint32_t slot) { return (uint64_t *)(w->regs + slot); }

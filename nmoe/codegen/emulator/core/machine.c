@@ -7,6 +7,9 @@
 #include <string.h>
 
 #define QUANTUM 64
+#define PATIENCE 64       /* passes in which warps only poll before another cluster starts */
+#define POLLS 100000      /* passes in which warps only poll before that is a deadlock */
+#define POLL_TIME 1000000 /* nanoseconds that such a pass takes, so that waits with a time limit end */
 
 static const char *const opcode_names[] = {
 #define UN(name, D, A, expr) #name,
@@ -60,7 +63,7 @@ static const Execute executors[] = {
 const char *emu_opcode_name(uint32_t index) { return index < OP_COUNT ? opcode_names[index] : NULL; }
 /* The decoder asserts that its structures have these sizes. */
 size_t emu_struct_size(uint32_t which) {
-  const size_t sizes[] = {sizeof(Insn), sizeof(Program), sizeof(Launch), sizeof(Buffer), sizeof(Counters), sizeof(Fault)};
+  const size_t sizes[] = {sizeof(Insn), sizeof(Program), sizeof(Launch), sizeof(Buffer), sizeof(Run), sizeof(Fault)};
   return which < sizeof sizes / sizeof *sizes ? sizes[which] : 0;
 }
 
@@ -81,10 +84,11 @@ void fault(Machine *m, const char *format, ...) {
   vsnprintf(m->fault->text, sizeof m->fault->text, format, arguments);
   va_end(arguments);
   Warp *w = m->current;
+  m->fault->launch = w ? (int32_t)(w->cta->cluster->job - m->jobs) : 0;
   m->fault->pc = w ? (int32_t)w->path[w->depth].pc : -1;
   m->fault->warp = w ? (int32_t)w->index : -1;
   m->fault->lane_mask = w ? (int32_t)w->path[w->depth].mask : 0;
-  const uint32_t *grid = m->launch->grid, *id = w ? w->cta->id : NULL;
+  const uint32_t *grid = m->run->launches[m->fault->launch].grid, *id = w ? w->cta->id : NULL;
   m->fault->cta = w ? (int32_t)(id[0] + grid[0] * (id[1] + grid[1] * id[2])) : -1;
   longjmp(m->escape, 1);
 }
@@ -118,11 +122,21 @@ AsyncOp *async_new(Machine *m, Cta *pipe, void (*run)(Machine *, AsyncOp *)) {
   return op;
 }
 
+/* Makes a warp the one that acts, and its launch the current one. */
+static void enter(Machine *m, Warp *w) {
+  Launch *launch = w->cta->cluster->job->launch;
+  m->current = w;
+  m->launch = launch;
+  m->program = launch->program;
+  m->counters = &launch->counters;
+}
+
 static void async_run(Machine *m, AsyncOp *op) {
   Warp *saved = m->current;
-  m->current = op->warp;
+  enter(m, op->warp);
   m->progress++;
   op->run(m, op);
+  if (saved) enter(m, saved);
   m->current = saved;
   free(op);
 }
@@ -207,7 +221,7 @@ static void start_warp(Machine *m, Cta *cta, uint32_t index, uint32_t threads) {
   Warp *w = &cta->warps[index];
   w->cta = cta;
   w->index = index;
-  w->agent = (cta->rank * cta->n_warps + index) * 3;
+  w->agent = (cta->rank * cta->n_warps + index) * AGENTS_PER_WARP;
   w->regs = aligned_alloc(64, (program->register_bytes + 63) & ~63u);
   if (w->regs == NULL) fault(m, "out of host memory for %u bytes of registers", program->register_bytes);
   memcpy(w->regs, program->registers, program->register_bytes);
@@ -217,23 +231,34 @@ static void start_warp(Machine *m, Cta *cta, uint32_t index, uint32_t threads) {
   w->path[0] = (Path){0, w->start_mask, -1};
   w->last_false = FULL;
   w->priority = next_random(m, 1u << 30);
-  if (clock_new(cta->cluster, &w->clock)) w->clock.hb[w->agent] = 1;
-  clock_new(cta->cluster, &w->fenced);
+  clock_new(cta->cluster, &w->clock);
+  if (w->clock.hb) w->clock.hb[w->agent] = 1;
+  for (Job *before = m->jobs; before < cta->cluster->job; before++)
+    if (before->launch->device == m->launch->device) {
+      clock_join(&w->clock, &before->end);
+      w->clock.launches |= 1ull << (before - m->jobs);
+    }
+  for (int far = 0; far < SCOPES; far++) /* filled when first needed */
+    w->fenced[far] = w->observed[far] = (Clock){.owner = w->clock.owner, .n = w->clock.n};
   for (uint32_t i = 0; i < program->n_specials; i++)
     for (uint32_t lane = 0; lane < LANES; lane++)
       u32_of(w, program->specials[i].slot)[lane] = special_value(m->launch, w, program->specials[i].kind, lane);
 }
 
-static void start_cluster(Machine *m) {
-  const Launch *l = m->launch;
+static void start_cluster(Machine *m, Job *job) {
+  const Launch *l = m->launch = job->launch;
+  m->program = l->program;
   uint32_t n_ctas = l->cluster[0] * l->cluster[1] * l->cluster[2];
   uint32_t threads = l->block[0] * l->block[1] * l->block[2], n_warps = (threads + LANES - 1) / LANES;
   Cluster *cluster = allocate(m, 1, sizeof *cluster);
   m->resident[m->n_resident++] = cluster;
   cluster->machine = m;
-  cluster->index = m->next_cluster++;
+  cluster->job = job;
+  cluster->index = job->next_cluster++;
+  cluster->owner = job->first_owner + cluster->index;
+  job->n_resident++;
   cluster->tail = &cluster->queue;
-  uint32_t fixed = n_ctas * (n_warps * 3 + 1), spare = fixed < 1000 ? (1000 - fixed) / n_ctas : 0;
+  uint32_t fixed = n_ctas * (n_warps * AGENTS_PER_WARP + 1), spare = fixed < MAX_AGENTS ? (MAX_AGENTS - fixed) / n_ctas : 0;
   cluster->next_agent = fixed;
   cluster->n_agents = fixed + n_ctas * (spare < 96 ? spare : 96);
   uint32_t extent[3] = {l->grid[0] / l->cluster[0], l->grid[1] / l->cluster[1], l->grid[2] / l->cluster[2]};
@@ -254,9 +279,10 @@ static void start_cluster(Machine *m) {
     cta->shared_bytes = SHARED_BASE + m->program->static_shared + l->dynamic_shared;
     cta->shared = allocate(m, cta->shared_bytes, 1);
     cta->shared_written = allocate(m, cta->shared_bytes, 1);
-    if (l->races) cta->cells = allocate(m, cta->shared_bytes / 4 + 1, sizeof(Cell));
-    cta->pipe_agent = n_ctas * n_warps * 3 + rank;
+    if (m->run->races) cta->cells = allocate(m, cta->shared_bytes / 4 + 1, sizeof(Cell));
+    cta->pipe_agent = n_ctas * n_warps * AGENTS_PER_WARP + rank;
     clock_new(cluster, &cta->pipe);
+    clock_new(cluster, &cta->reached);
     for (int i = 0; i < MAX_BARRIERS; i++) {
       clock_new(cluster, &cta->named[i].arriving);
       clock_new(cluster, &cta->named[i].done);
@@ -275,18 +301,23 @@ static void free_cluster(Cluster *cluster) {
       free(cta->warps[i].regs);
       free(cta->warps[i].local);
       free(cta->warps[i].wgmma_busy);
-      free(cta->warps[i].clock.hb);
-      free(cta->warps[i].fenced.hb);
+      free(cta->warps[i].tmem_pending);
+      clock_free(&cta->warps[i].clock);
+      for (int far = 0; far < SCOPES; far++) {
+        clock_free(&cta->warps[i].fenced[far]);
+        clock_free(&cta->warps[i].observed[far]);
+      }
     }
     for (int i = 0; i < MAX_BARRIERS; i++) {
-      free(cta->named[i].arriving.hb);
-      free(cta->named[i].done.hb);
+      clock_free(&cta->named[i].arriving);
+      clock_free(&cta->named[i].done);
     }
     for (uint32_t i = 0; i < cta->n_mbarriers; i++) {
-      free(cta->mbarriers[i].arriving.hb);
-      free(cta->mbarriers[i].done.hb);
+      clock_free(&cta->mbarriers[i].arriving);
+      clock_free(&cta->mbarriers[i].done);
     }
-    free(cta->pipe.hb);
+    clock_free(&cta->pipe);
+    clock_free(&cta->reached);
     free(cta->mbarriers);
     free(cta->warps);
     free(cta->shared);
@@ -301,10 +332,9 @@ static void free_cluster(Cluster *cluster) {
     free(op);
     op = next;
   }
-  for (uint32_t i = 0; i < cluster->n_flags; i++) free(cluster->flags[i].clock.hb);
-  free(cluster->flags);
-  free(cluster->arriving.hb);
-  free(cluster->done.hb);
+  flags_free(&cluster->flags);
+  clock_free(&cluster->arriving);
+  clock_free(&cluster->done);
   free(cluster->ctas);
   free(cluster);
 }
@@ -314,13 +344,15 @@ static void finish_cluster(Machine *m, uint32_t at) {
   while (async_step(m, cluster)) continue;
   for (uint32_t rank = 0; rank < cluster->n_ctas; rank++) {
     Cta *cta = &cluster->ctas[rank];
-    m->current = &cta->warps[0];
+    enter(m, &cta->warps[0]);
     for (int i = 0; i < TMEM_COLUMNS / 32; i++)
       if (cta->columns[i])
         fault(m, "tensor memory leak: CTA rank %u exits with columns %d..%d still allocated; every tcgen05.alloc needs a dealloc",
               rank, i * 32, i * 32 + 31);
     m->current = NULL;
+    for (uint32_t i = 0; i < cta->n_warps && m->run->n_launches > 1; i++) clock_join(&cluster->job->end, &cta->warps[i].clock);
   }
+  cluster->job->n_resident--;
   m->resident[at] = m->resident[--m->n_resident];
   free_cluster(cluster);
 }
@@ -361,10 +393,12 @@ static Outcome execute_control(Machine *m, Warp *w, const Insn *in, const uint32
 
 static void exit_warp(Machine *m, Warp *w) {
   w->done = true;
-  if (--w->cta->live_warps == 0)
+  if (--w->cta->live_warps == 0) {
     for (uint32_t i = 0; i < w->cta->n_warps; i++)
       if (w->cta->warps[i].bulk_issued > w->cta->warps[i].bulk_done)
         fault(m, "the CTA exits while a bulk store of warp %u may still read its shared memory: cp.async.bulk.wait_group is missing", i);
+    race_exit(m, w->cta);
+  }
   w->cta->cluster->live_warps--;
   m->progress++;
 }
@@ -377,9 +411,10 @@ static uint32_t guard_mask(Warp *w, const Insn *in, uint32_t mask) {
 
 /* Runs up to `quantum` instructions; returns how many completed. */
 static uint32_t run_warp(Machine *m, Warp *w, uint32_t quantum) {
+  enter(m, w);
   const Program *program = m->program;
   uint32_t completed = 0;
-  m->current = w;
+  w->polled = 0;
   while (completed < quantum) {
     Path *p = &w->path[w->depth];
     p->mask &= ~w->exited;
@@ -401,21 +436,23 @@ static uint32_t run_warp(Machine *m, Warp *w, uint32_t quantum) {
     }
     uint32_t at = p->pc;
     if (w->wgmma_busy && executors[in->op] != execute_wgmma) wgmma_check_registers(m, w, in, program->operands + in->first);
+    if (w->tmem_loads > w->tmem_loaded) tmem_check_registers(m, w, in, program->operands + in->first);
     Outcome outcome = executors[in->op](m, w, in, program->operands + in->first, mask);
     if (outcome == STAY) break;
     m->launch->executed[at]++;
     m->launch->roles[w->index]++;
-    if (++m->counters->instructions > m->launch->limit)
-      fault(m, "no end after %llu warp instructions: a livelock, or raise `limit`", (unsigned long long)m->launch->limit);
+    if (++m->counters->instructions > m->run->limit)
+      fault(m, "no end after %llu warp instructions: a livelock, or raise `limit`", (unsigned long long)m->run->limit);
     w->entered = false;
     completed++;
-    if (outcome == NEXT) p->pc = at + 1;
+    if (outcome != JUMPED) p->pc = at + 1;
+    if (outcome == YIELD) break;
   }
   m->current = NULL;
   return completed;
 }
 
-static void deadlock(Machine *m) {
+__attribute__((noreturn)) static void deadlock(Machine *m, const char *why) {
   size_t used = 0;
   char text[3900], wait[400];
   Warp *first = NULL;
@@ -425,13 +462,18 @@ static void deadlock(Machine *m) {
         Warp *w = &m->resident[i]->ctas[rank].warps[k];
         if (w->done) continue;
         if (first == NULL) first = w;
+        enter(m, w);
         describe_wait(m, w, wait, sizeof wait);
-        int n = snprintf(text + used, sizeof text - used, "\n  CTA (%u,%u,%u) warp %u at @%u@: %s", w->cta->id[0],
-                         w->cta->id[1], w->cta->id[2], k, w->path[w->depth].pc, wait);
+        uint32_t launch = (uint32_t)(w->cta->cluster->job - m->jobs), *id = w->cta->id;
+        char which[24] = "";
+        if (m->run->n_launches > 1) snprintf(which, sizeof which, "launch %u, ", launch);
+        int n = snprintf(text + used, sizeof text - used, "\n  %sCTA (%u,%u,%u) warp %u at @%u:%u@: %s", which, id[0], id[1], id[2],
+                         k, launch, w->path[w->depth].pc, wait);
         if (n > 0 && used + (size_t)n < sizeof text) used += (size_t)n;
+        text[used] = 0; /* a line that does not fit is left out whole */
       }
   m->current = first;
-  fault(m, "deadlock: no warp can go on and no asynchronous operation is under way%s", text);
+  fault(m, "deadlock: %s%s", why, text);
 }
 
 static int by_priority(const void *a, const void *b) {
@@ -473,49 +515,97 @@ static bool run_pass(Machine *m, Warp **warps) {
   return moved;
 }
 
-/* Nothing moved: finish asynchronous work, else admit another cluster, else let time limits pass, else give up. */
-static void resolve_stall(Machine *m, volatile uint64_t *expired_at) {
-  for (uint32_t i = 0; i < m->n_resident; i++)
-    if (async_step(m, m->resident[i])) return;
-  if (m->next_cluster < m->last_cluster && m->n_resident < m->launch->resident) {
-    start_cluster(m);
-    m->progress++;
-    return;
+/* Whether launches of its device before this one are over. */
+static bool may_start(const Machine *m, const Job *job) {
+  for (const Job *before = m->jobs; before < job; before++)
+    if (before->launch->device == job->launch->device &&
+        (before->n_resident || before->next_cluster < before->launch->last_cluster))
+      return false;
+  return true;
+}
+
+/* Starts clusters of every launch whose turn it is, up to `together` of each; returns whether it started any. */
+static bool admit(Machine *m, uint32_t together) {
+  bool started = false;
+  for (uint32_t i = 0; i < m->run->n_launches; i++) {
+    Job *job = &m->jobs[i];
+    while (job->next_cluster < job->launch->last_cluster && job->n_resident < together && job->n_resident < job->launch->resident &&
+           may_start(m, job)) {
+      start_cluster(m, job);
+      started = true;
+    }
   }
-  if (*expired_at == m->progress) deadlock(m);
-  *expired_at = m->progress;
+  return started;
+}
+
+/* Nobody gets anywhere: finish asynchronous work, else admit another cluster of each launch, else let time pass. */
+static bool relieve(Machine *m) {
+  for (uint32_t i = 0; i < m->n_resident; i++)
+    if (async_step(m, m->resident[i])) return true;
+  uint32_t most = 0;
+  for (uint32_t i = 0; i < m->run->n_launches; i++)
+    if (m->jobs[i].n_resident > most) most = m->jobs[i].n_resident;
+  if (admit(m, most + 1)) {
+    m->progress++;
+    return true;
+  }
+  m->skipped += POLL_TIME;
+  return false;
+}
+
+static void expire_waits(Machine *m) {
   for (uint32_t i = 0; i < m->n_resident; i++)
     for (uint32_t rank = 0; rank < m->resident[i]->n_ctas; rank++)
       for (uint32_t k = 0; k < m->resident[i]->ctas[rank].n_warps; k++) m->resident[i]->ctas[rank].warps[k].expired = true;
 }
 
-int emu_run(const Program *program, const Launch *launch, Counters *counters, Fault *report) {
-  Machine machine = {.program = program, .launch = launch, .counters = counters, .fault = report};
+static void run_all(Machine *m, Warp **warps) {
+  uint32_t together = m->mode == MODE_EAGER ? 1 : 2; /* clusters of a launch that interleave */
+  uint64_t expired_at = ~0ull, progress = 0, polls = 0, idle = 0;
+  while (admit(m, together), m->n_resident > 0) {
+    if (!run_pass(m, warps) && !relieve(m)) {
+      if (expired_at == m->progress) deadlock(m, "no warp can go on and no asynchronous operation is under way");
+      expired_at = m->progress;
+      expire_waits(m);
+    }
+    bool polling = m->polls != polls && m->progress == progress; /* loads alone: flags that others must set */
+    idle = polling ? idle + 1 : 0;
+    if (idle >= PATIENCE && !relieve(m) && idle > POLLS) deadlock(m, "all who run poll memory that nobody writes");
+    polls = m->polls;
+    progress = m->progress;
+    for (uint32_t i = m->n_resident; i-- > 0;)
+      if (m->resident[i]->live_warps == 0) finish_cluster(m, i);
+  }
+}
+
+int emu_run(Run *run, Fault *report) {
+  Machine machine = {.run = run, .fault = report};
   Machine *volatile m = &machine;
   Warp **volatile warps = NULL;
   volatile int failed = 0;
-  volatile uint64_t expired_at = ~0ull;
-  m->random = launch->seed * 0x9E3779B97F4A7C15ull + 0x1234567ull;
-  m->mode = launch->seed == 0 ? MODE_EAGER : MODE_RANDOM + (int)(launch->seed % 3);
-  uint32_t per_cluster = launch->cluster[0] * launch->cluster[1] * launch->cluster[2];
-  m->next_cluster = launch->first_cluster;
-  m->last_cluster = launch->last_cluster;
-  m->resident = calloc(launch->resident, sizeof *m->resident);
-  uint32_t threads = launch->block[0] * launch->block[1] * launch->block[2];
-  warps = calloc((size_t)launch->resident * per_cluster * (threads / LANES + 1), sizeof *warps);
+  m->random = run->seed * 0x9E3779B97F4A7C15ull + 0x1234567ull;
+  m->mode = run->seed == 0 ? MODE_EAGER : MODE_RANDOM + (int)(run->seed % 3);
+  m->jobs = calloc(run->n_launches, sizeof *m->jobs);
+  uint32_t clusters = 0, n_warps = 0, owners = 0;
+  for (uint32_t i = 0; i < run->n_launches && m->jobs; i++) {
+    Launch *l = &run->launches[i];
+    m->jobs[i] = (Job){.launch = l, .first_owner = owners, .next_cluster = l->first_cluster, .end = {.owner = NOBODY}};
+    owners += l->grid[0] * l->grid[1] * l->grid[2];
+    clusters += l->resident;
+    n_warps += l->resident * l->cluster[0] * l->cluster[1] * l->cluster[2] * (l->block[0] * l->block[1] * l->block[2] / LANES + 1);
+  }
+  m->resident = calloc(clusters, sizeof *m->resident);
+  warps = calloc(n_warps, sizeof *warps);
   if (setjmp(m->escape) == 0) {
-    if (m->resident == NULL || warps == NULL) fault(m, "out of host memory");
-    uint32_t together = m->mode == MODE_EAGER || launch->resident < 2 ? 1 : 2; /* clusters that interleave */
-    while (m->n_resident > 0 || m->next_cluster < m->last_cluster) {
-      while (m->n_resident < together && m->next_cluster < m->last_cluster) start_cluster(m);
-      if (!run_pass(m, warps)) resolve_stall(m, &expired_at);
-      for (uint32_t i = m->n_resident; i-- > 0;)
-        if (m->resident[i]->live_warps == 0) finish_cluster(m, i);
-    }
+    if (m->jobs == NULL || m->resident == NULL || warps == NULL) fault(m, "out of host memory");
+    run_all(m, warps);
   } else {
     failed = 1;
   }
   for (uint32_t i = 0; i < m->n_resident; i++) free_cluster(m->resident[i]);
+  for (uint32_t i = 0; i < run->n_launches && m->jobs; i++) clock_free(&m->jobs[i].end);
+  flags_free(&m->flags);
+  free(m->jobs);
   free(m->resident);
   free(warps);
   return failed;

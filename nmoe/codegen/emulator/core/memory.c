@@ -6,31 +6,34 @@
 #include <string.h>
 
 static void unknown_global(Machine *m, uint64_t address, uint64_t size) {
-  const Buffer *near = NULL;
-  for (uint32_t i = 0; i < m->launch->n_buffers; i++)
-    if (m->launch->buffers[i].base <= address && (!near || m->launch->buffers[i].base > near->base))
-      near = &m->launch->buffers[i];
+  const Buffer *near = NULL, *buffers = m->run->buffers;
+  for (uint32_t i = 0; i < m->run->n_buffers; i++)
+    if (buffers[i].base <= address && (!near || buffers[i].base > near->base)) near = &buffers[i];
   if (near == NULL) fault(m, "global address %#llx (%llu bytes) is in no registered buffer", (unsigned long long)address,
                           (unsigned long long)size);
   fault(m, "global address %#llx (%llu bytes) is out of bounds: %llu bytes into buffer %d of %llu bytes",
         (unsigned long long)address, (unsigned long long)size, (unsigned long long)(address - near->base),
-        (int)(near - m->launch->buffers), (unsigned long long)near->size);
+        (int)(near - buffers), (unsigned long long)near->size);
+}
+
+/* The number of the buffer that an address lies in. */
+uint32_t buffer_at(Machine *m, uint64_t address) {
+  const Run *run = m->run;
+  uint32_t at = m->hint;
+  if (at < run->n_buffers && address - run->buffers[at].base < run->buffers[at].size) return at;
+  for (at = 0; at < run->n_buffers; at++)
+    if (address - run->buffers[at].base < run->buffers[at].size) break;
+  if (at == run->n_buffers) unknown_global(m, address, 1);
+  return m->hint = at;
 }
 
 uint8_t *global_at(Machine *m, uint64_t address, uint64_t size, Access access) {
-  const Launch *l = m->launch;
-  uint32_t at = m->hint;
-  if (at >= l->n_buffers || address - l->buffers[at].base >= l->buffers[at].size) {
-    for (at = 0; at < l->n_buffers; at++)
-      if (address - l->buffers[at].base < l->buffers[at].size) break;
-    if (at == l->n_buffers) unknown_global(m, address, size);
-    m->hint = at;
-  }
-  const Buffer *b = &l->buffers[at];
+  uint32_t at = buffer_at(m, address);
+  const Buffer *b = &m->run->buffers[at];
   uint64_t offset = address - b->base;
   if (offset + size > b->size) unknown_global(m, address, size);
   if (b->written) {
-    if (access == WRITE || access == STRONG_WRITE) memset(b->written + offset, 1, size);
+    if (access == WRITE) memset(b->written + offset, 1, size);
     else if (memchr(b->written + offset, 0, size))
       fault(m, "read of never-written global memory: %llu bytes into buffer %u", (unsigned long long)offset, at);
   }
@@ -64,17 +67,20 @@ Cta *cta_of(Machine *m, Warp *w, uint32_t address) {
   return cta;
 }
 
-static uint8_t *shared_access(Machine *m, Warp *w, uint32_t address, uint32_t size, Access access) {
+/* Strong accesses of shared memory take no part in data races. */
+static uint8_t *shared_access(Machine *m, Warp *w, uint32_t address, uint32_t size, Access access, int order) {
   Cta *cta = cta_of(m, w, address);
   uint32_t offset = address & OFFSET_MASK;
   uint8_t *place = shared_at(m, cta, offset, size);
-  if (access == WRITE || access == STRONG_WRITE) shared_mark(cta, offset, size);
+  if (access == WRITE) shared_mark(cta, offset, size);
   else shared_check_written(m, cta, offset, size, "the instruction");
-  race_warp_shared(m, w, cta, offset, size, access);
+  if (cta != w->cta) clock_reach(&cta->reached, w->agent, warp_time(w));
+  if (order == 0) race_shared(m, cta, offset, size, access, BY_GENERIC, w->agent, warp_time(w), &w->clock);
   return place;
 }
 
-uint8_t *resolve(Machine *m, Warp *w, int space, uint64_t address, uint32_t size, Access access, unsigned lane) {
+/* Where an access by a lane goes, after all checks; `order` is 0 for a weak one. */
+uint8_t *resolve(Machine *m, Warp *w, int space, uint64_t address, uint32_t size, Access access, int order, unsigned lane) {
   if (space == SPACE_GENERIC) {
     static const int spaces[] = {SPACE_GLOBAL, SPACE_SHARED, SPACE_PARAM, SPACE_LOCAL};
     uint64_t window = address >> WINDOW_SHIFT;
@@ -84,14 +90,16 @@ uint8_t *resolve(Machine *m, Warp *w, int space, uint64_t address, uint32_t size
   }
   if (address % size) fault(m, "misaligned access: %u bytes at address %#llx", size, (unsigned long long)address);
   switch (space) {
-    case SPACE_SHARED: return shared_access(m, w, (uint32_t)address, size, access);
+    case SPACE_SHARED: return shared_access(m, w, (uint32_t)address, size, access, order);
     case SPACE_PARAM:
       if (address + size > m->launch->param_bytes) fault(m, "kernel parameter offset %llu is out of bounds", (unsigned long long)address);
       return (uint8_t *)(uintptr_t)m->launch->params + address;
     case SPACE_LOCAL:
       if (address + size > m->program->local_bytes) fault(m, "local address %#llx is out of bounds", (unsigned long long)address);
       return w->local + lane * m->program->local_bytes + address;
-    default: return global_at(m, address, size, access);
+    default:
+      race_warp_global(m, w, address, size, access, order);
+      return global_at(m, address, size, access);
   }
 }
 
@@ -100,13 +108,23 @@ static uint64_t address_of(Warp *w, const Insn *in, uint32_t slot, unsigned lane
   return base + (uint64_t)in->imm;
 }
 
-/* ld: operands d0.., address; modifiers a = element bytes, b = vector length, c = space, d = semantics. */
-static void load(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
+/* Orders warps through a word of memory; global memory lies where its addresses say. */
+static void flag(Machine *m, Warp *w, const uint8_t *place, uint64_t address, int order, Access access) {
+  bool global = (uint64_t)(uintptr_t)place == address;
+  if (global && m->run->partial && access == READ && order & SEM_ACQUIRE)
+    fault(m, "clusters talk through global memory; run the launch with Options(threads=1)");
+  if (global && access != WRITE) w->polled = address;
+  warp_flag(w, place, order, global, access);
+}
+
+/* ld: operands d0.., address; modifiers a = element bytes, b = vector length, c = space, d = order. A warp that
+ * polls lets others run. */
+static Outcome load(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
   uint32_t bytes = (uint32_t)(in->a * in->b);
   FOR_LANES(i, mask) {
     uint64_t address = address_of(w, in, o[in->b], i);
-    const uint8_t *place = resolve(m, w, in->c, address, bytes, in->d ? ATOMIC : READ, i);
-    warp_flag(w, address, in->d, true, false);
+    const uint8_t *place = resolve(m, w, in->c, address, bytes, READ, in->d, i);
+    if (in->d) flag(m, w, place, address, in->d, READ);
     for (int k = 0; k < in->b; k++) {
       uint64_t value = 0;
       memcpy(&value, place + k * in->a, (size_t)in->a);
@@ -115,6 +133,8 @@ static void load(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_
       else u32_of(w, o[k])[i] = (uint32_t)value;
     }
   }
+  m->polls += in->d != 0;
+  return in->d ? YIELD : NEXT;
 }
 
 /* st: operands address, s0..; modifiers as ld; WIDE_DST tells that the sources are 64-bit registers. */
@@ -122,8 +142,8 @@ static void store(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32
   uint32_t bytes = (uint32_t)(in->a * in->b);
   FOR_LANES(i, mask) {
     uint64_t address = address_of(w, in, o[0], i);
-    uint8_t *place = resolve(m, w, in->c, address, bytes, in->d ? STRONG_WRITE : WRITE, i);
-    warp_flag(w, address, in->d, false, true);
+    uint8_t *place = resolve(m, w, in->c, address, bytes, WRITE, in->d, i);
+    if (in->d) flag(m, w, place, address, in->d, WRITE);
     for (int k = 0; k < in->b; k++) {
       uint64_t value = in->flags & WIDE_DST ? u64_of(w, o[1 + k])[i] : u32_of(w, o[1 + k])[i];
       memcpy(place + k * in->a, &value, (size_t)in->a);
@@ -179,14 +199,14 @@ uint64_t combine(Machine *m, int operation, Type type, void *place, uint64_t val
 }
 
 /* atom, red: operands d.., address, b.., [new value of cas]; modifiers a = operation, b = Type (one element),
- * c = space, d = vector length | pair << 8 | semantics << 16. With cas, b is the comparand. 16-bit pairs are two elements of one register. */
-static void atomic(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
+ * c = space, d = vector length | pair << 8 | order << 16. With cas, b is the comparand. 16-bit pairs are two elements of one register. */
+static Outcome atomic(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
   unsigned element = type_bits((Type)in->b) / 8, length = (unsigned)in->d & 255, pair = (unsigned)in->d >> 8 & 1;
-  bool wide = element == 8;
+  bool wide = element == 8, changed = false;
   FOR_LANES(i, mask) {
     uint64_t address = address_of(w, in, o[length], i);
-    uint8_t *place = resolve(m, w, in->c, address, element * length * (pair ? 2 : 1), ATOMIC, i);
-    warp_flag(w, address, in->d >> 16, true, true);
+    uint8_t *place = resolve(m, w, in->c, address, element * length * (pair ? 2 : 1), ATOMIC, in->d >> 16, i);
+    if (in->b < T_F16) flag(m, w, place, address, in->d >> 16, ATOMIC); /* sums of floats order nobody */
     for (unsigned k = 0; k < length; k++) {
       uint32_t slot = o[length + 1 + k];
       uint64_t value = wide ? u64_of(w, slot)[i] : u32_of(w, slot)[i], compare = 0, old = 0;
@@ -197,22 +217,33 @@ static void atomic(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint3
       }
       for (unsigned part = 0; part < (pair ? 2u : 1u); part++)
         old |= combine(m, in->a, (Type)in->b, place + k * bytes + part * element, value >> (part * 16), compare) << part * 16;
+      changed |= memcmp(place + k * bytes, &old, bytes) != 0;
       if (wide) u64_of(w, o[k])[i] = old;
       else u32_of(w, o[k])[i] = (uint32_t)old;
     }
   }
-  m->progress++;
+  if (changed) m->progress++;
+  else m->polls++; /* a lock or flag that is not free yet */
+  return changed ? NEXT : YIELD;
 }
 
 /* cp.async: operands shared address, global address, source size; modifier a = bytes copied, d = shared offset. The
- * rest of the destination is zero filled. */
+ * rest of the destination is zero filled. The bytes are there at once, but nobody may read them before the wait. */
 static void copy_async(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
   FOR_LANES(i, mask) {
     uint32_t size = u32_of(w, o[2])[i];
     if (size > (uint32_t)in->a) fault(m, "cp.async: source size %u is larger than the copy of %d bytes", size, in->a);
-    uint8_t *to = resolve(m, w, SPACE_SHARED, u32_of(w, o[0])[i] + (uint32_t)in->d, (uint32_t)in->a, WRITE, i);
+    uint32_t address = u32_of(w, o[0])[i] + (uint32_t)in->d, offset = address & OFFSET_MASK, bytes = (uint32_t)in->a;
+    Cta *cta = cta_of(m, w, address);
+    if (offset % bytes) fault(m, "cp.async: shared offset %#x is not a multiple of the %u bytes copied", offset, bytes);
+    uint8_t *to = shared_at(m, cta, offset, bytes);
+    race_shared(m, cta, offset, bytes, WRITE, BY_GENERIC, w->agent + AGENT_CP_ASYNC, w->copies_committed + 1, &w->clock);
+    shared_mark(cta, offset, bytes);
     memset(to, 0, (size_t)in->a);
-    if (size) memcpy(to, global_at(m, address_of(w, in, o[1], i), size, READ), size);
+    if (size == 0) continue;
+    uint64_t from = address_of(w, in, o[1], i);
+    race_warp_global(m, w, from, size, READ, 0);
+    memcpy(to, global_at(m, from, size, READ), size);
   }
 }
 
@@ -226,7 +257,7 @@ static void matrix(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint3
     uint32_t *lanes = u32_of(w, loads ? o[j] : o[1 + j]), address_slot = loads ? o[in->a] : o[0];
     for (unsigned r = 0; r < 8; r++)
       rows[r] = (uint16_t *)resolve(m, w, SPACE_SHARED, address_of(w, in, address_slot, 8 * (unsigned)j + r), 16,
-                                    loads ? READ : WRITE, 0);
+                                    loads ? READ : WRITE, 0, 0);
     for (unsigned lane = 0; lane < LANES; lane++)
       for (unsigned k = 0; k < 2; k++) {
         unsigned major = lane / 4, minor = lane % 4 * 2 + k;
@@ -259,9 +290,9 @@ static void store_async(Machine *m, Warp *w, const Insn *in, const uint32_t *o, 
 
 Outcome execute_memory(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
   switch (in->op) {
-    case OP_ld: load(m, w, in, o, mask); return NEXT;
+    case OP_ld: return load(m, w, in, o, mask);
     case OP_st: store(m, w, in, o, mask); return NEXT;
-    case OP_atom: atomic(m, w, in, o, mask); return NEXT;
+    case OP_atom: return atomic(m, w, in, o, mask);
     case OP_cp_async: copy_async(m, w, in, o, mask); return NEXT;
     case OP_ldmatrix: case OP_stmatrix: matrix(m, w, in, o, mask); return NEXT;
     case OP_st_async: store_async(m, w, in, o, mask); return NEXT;

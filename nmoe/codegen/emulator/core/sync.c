@@ -20,7 +20,7 @@ MBarrier *mbarrier_at(Machine *m, Cta *cta, uint32_t offset) {
 /* For copies and commits: the barrier as the async proxy sees it. */
 MBarrier *mbarrier_for_async(Machine *m, Cta *cta, uint32_t offset) {
   MBarrier *b = mbarrier_at(m, cta, offset);
-  if (!b->published && m->launch->races)
+  if (!b->published && m->run->races)
     fault(m, "mbarrier %#x of CTA rank %u is used by the async proxy, but no fence.mbarrier_init or fence.proxy.async followed its initialisation",
           offset, cta->rank);
   return b;
@@ -56,7 +56,7 @@ static void initialise(Machine *m, Warp *w, uint32_t address, uint32_t count) {
   b->live = true;
   b->published = false;
   b->init_agent = w->agent;
-  b->init_time = w->clock.hb ? w->clock.hb[w->agent] : 0;
+  b->init_time = warp_time(w);
   b->expected = b->pending = b->next_expected = (int32_t)count;
   b->tx = 0;
   b->phase = 0;
@@ -67,13 +67,9 @@ static void settle(Machine *m, MBarrier *b) {
   if (b->pending != 0 || b->tx != 0) return;
   b->phase++;
   b->expected = b->pending = b->next_expected;
-  if (b->arriving.hb) {
-    Cluster *cluster = m->current->cta->cluster;
-    b->arriving.hb[b->agent] = b->phase;
-    b->arriving.px[b->agent] = b->phase;
-    clock_join(cluster, &b->done, &b->arriving);
-    clock_reset(cluster, &b->arriving);
-  }
+  clock_reach(&b->arriving, b->agent, b->phase);
+  clock_join(&b->done, &b->arriving);
+  clock_reset(&b->arriving);
 }
 
 void mbarrier_arrive(Machine *m, MBarrier *b, int32_t count) {
@@ -102,7 +98,9 @@ static uint32_t shared_address(Warp *w, const Insn *in, uint32_t slot, unsigned 
 
 static MBarrier *addressed(Machine *m, Warp *w, const Insn *in, uint32_t slot, unsigned lane) {
   uint32_t address = shared_address(w, in, slot, lane);
-  MBarrier *b = mbarrier_at(m, cta_of(m, w, address), address & OFFSET_MASK);
+  Cta *cta = cta_of(m, w, address);
+  MBarrier *b = mbarrier_at(m, cta, address & OFFSET_MASK);
+  if (cta != w->cta) clock_reach(&cta->reached, w->agent, warp_time(w));
   if (w->clock.hb && w->agent != b->init_agent && w->clock.hb[b->init_agent] < b->init_time)
     fault(m, "race on mbarrier %#x of CTA rank %u: this use is not ordered after its initialisation", b->offset,
           address >> RANK_SHIFT);
@@ -117,8 +115,7 @@ static void arrive(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint3
   FOR_LANES(i, mask) {
     MBarrier *b = addressed(m, w, in, o[1], i);
     uint64_t state = state_of(b);
-    if (in->d) clock_join(w->cta->cluster, &b->arriving, &w->fenced);
-    else warp_release(w, &b->arriving);
+    warp_release(w, &b->arriving, in->d ? SEM_RELAXED | SCOPE_CTA << 4 : SEM_RELEASE);
     if (in->a & 1) expect_tx(m, b, (int32_t)u32_of(w, o[2])[i]);
     if (in->a & 2) b->next_expected -= in->a & 1 ? 1 : (int32_t)u32_of(w, o[2])[i];
     mbarrier_arrive(m, b, in->a & 1 ? 1 : (int32_t)u32_of(w, o[2])[i]);
@@ -144,7 +141,8 @@ static Outcome wait(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint
   m->counters->barrier_stalls += done != mask;
   w->last_false = done != mask && !w->expired ? pc : FULL;
   w->expired = false;
-  if (!in->d) FOR_LANES(i, done) warp_acquire(w, &addressed(m, w, in, o[1], i)->done);
+  int order = (in->d ? SEM_RELAXED : SEM_ACQUIRE) | SCOPE_CTA << 4;
+  FOR_LANES(i, done) warp_acquire(w, &addressed(m, w, in, o[1], i)->done, order);
   uint32_t *p = u32_of(w, o[0]);
   *p = (*p & ~mask) | done;
   return NEXT;
@@ -170,7 +168,7 @@ static Outcome named_barrier(Machine *m, Warp *w, const Insn *in, const uint32_t
     b->reduce_count += (uint32_t)__builtin_popcount(p & mask);
     b->arrived += LANES;
     w->waiting_generation = b->generation;
-    warp_release(w, &b->arriving);
+    warp_release(w, &b->arriving, SEM_RELEASE);
     m->progress++;
     if (b->arrived == b->expected) {
       b->arrived = 0;
@@ -178,15 +176,15 @@ static Outcome named_barrier(Machine *m, Warp *w, const Insn *in, const uint32_t
       b->result_and = b->reduce_and;
       b->result_or = b->reduce_or;
       b->result_count = b->reduce_count;
-      clock_reset(w->cta->cluster, &b->done);
-      clock_join(w->cta->cluster, &b->done, &b->arriving);
-      clock_reset(w->cta->cluster, &b->arriving);
+      clock_reset(&b->done);
+      clock_join(&b->done, &b->arriving);
+      clock_reset(&b->arriving);
     }
     w->entered = true;
   }
   if (in->a == 1) return NEXT;
   if (b->generation == w->waiting_generation) return STAY;
-  warp_acquire(w, &b->done);
+  warp_acquire(w, &b->done, SEM_ACQUIRE);
   if (in->a == 2) FOR_LANES(i, mask) u32_of(w, o[0])[i] = b->result_count;
   if (in->a > 2) {
     uint32_t *p = u32_of(w, o[0]), result = in->a == 3 ? b->result_and : b->result_or;
@@ -201,9 +199,9 @@ static void cluster_settle(Machine *m, Cluster *cluster) {
   cluster->arrived = 0;
   cluster->phase++;
   m->progress++;
-  clock_reset(cluster, &cluster->done);
-  clock_join(cluster, &cluster->done, &cluster->arriving);
-  clock_reset(cluster, &cluster->arriving);
+  clock_reset(&cluster->done);
+  clock_join(&cluster->done, &cluster->arriving);
+  clock_reset(&cluster->arriving);
 }
 
 static Outcome cluster_barrier(Machine *m, Warp *w, const Insn *in, uint32_t mask) {
@@ -214,8 +212,7 @@ static Outcome cluster_barrier(Machine *m, Warp *w, const Insn *in, uint32_t mas
     w->cluster_phase = cluster->phase + 1;
     cluster->arrived++;
     m->progress++;
-    if (in->d) clock_join(cluster, &cluster->arriving, &w->fenced);
-    else warp_release(w, &cluster->arriving);
+    warp_release(w, &cluster->arriving, in->d ? SEM_RELAXED | SCOPE_CLUSTER << 4 : SEM_RELEASE);
     cluster_settle(m, cluster);
     return NEXT;
   }
@@ -223,18 +220,19 @@ static Outcome cluster_barrier(Machine *m, Warp *w, const Insn *in, uint32_t mas
   cluster_settle(m, cluster);
   if (cluster->phase < w->cluster_phase) return STAY;
   w->cluster_phase = 0;
-  warp_acquire(w, &cluster->done);
+  warp_acquire(w, &cluster->done, SEM_ACQUIRE);
   return NEXT;
 }
 
-/* cp.async.bulk.wait_group: modifier a = groups that may still be under way. */
+/* cp.async.bulk.wait_group: modifiers a = groups that may still be under way, b = .read: their writes need not be seen. */
 static Outcome bulk_wait(Machine *m, Warp *w, const Insn *in) {
   uint32_t allowed = (uint32_t)in->a, finished = w->bulk_committed > allowed ? w->bulk_committed - allowed : 0;
   w->bulk_pending = finished;
   if (async_pending(w->cta->cluster, w)) return STAY;
   m->counters->barrier_waits++;
   if (w->bulk_done < finished) w->bulk_done = finished;
-  if (w->clock.hb && w->clock.hb[w->agent + 1] < finished) w->clock.hb[w->agent + 1] = finished;
+  clock_reach(&w->clock, w->agent + AGENT_BULK_READ, finished);
+  if (!in->b) clock_reach(&w->clock, w->agent + AGENT_BULK_WRITE, finished);
   return NEXT;
 }
 
@@ -264,24 +262,32 @@ Outcome execute_sync(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uin
       return NEXT;
     }
     case OP_cluster_arrive: case OP_cluster_wait: return cluster_barrier(m, w, in, mask);
-    case OP_fence: /* modifier a = mbarrier_init */
-      warp_fence(w);
+    case OP_fence: /* modifiers a = mbarrier_init, b = scope */
+      warp_fence(w, in->b);
       if (in->a) publish(w);
       return NEXT;
     case OP_proxy_fence:
-      warp_proxy_fence(w);
-      publish(w);
+      warp_proxy_fence(w, in->a); /* modifier a: PROXY_* */
+      if (in->a & PROXY_SHARED) publish(w);
       return NEXT;
-    case OP_cp_async_mbarrier: /* cp.async.mbarrier.arrive: copies are done at once; modifier a = noinc */
+    case OP_cp_async_mbarrier: /* cp.async.mbarrier.arrive: with the copies so far; modifier a = noinc */
       FOR_LANES(i, mask) {
         MBarrier *b = addressed(m, w, in, o[0], i);
-        warp_release(w, &b->arriving);
+        warp_release(w, &b->arriving, SEM_RELEASE);
+        clock_reach_generic(&b->arriving, w->agent + AGENT_CP_ASYNC, w->copies_committed + 1);
         if (in->a) mbarrier_arrive(m, b, 1);
       }
+      w->copies_committed++;
       return NEXT;
+    case OP_cp_async_commit: w->copies_committed++; return NEXT;
+    case OP_cp_async_wait: { /* modifiers a = groups that may still be under way, b = wait_all */
+      if (in->b) w->copies_committed++;
+      uint32_t done = w->copies_committed - ((uint32_t)in->a < w->copies_committed ? (uint32_t)in->a : w->copies_committed);
+      clock_reach_generic(&w->clock, w->agent + AGENT_CP_ASYNC, done);
+      return NEXT;
+    }
     case OP_bulk_commit: w->bulk_committed++; return NEXT;
-    case OP_bulk_wait: return bulk_wait(m, w, in);
-    default: return NEXT; /* cp.async commit and wait: the copies are done at once */
+    default: return bulk_wait(m, w, in);
   }
 }
 
@@ -301,6 +307,9 @@ void describe_wait(Machine *m, Warp *w, char *out, size_t size) {
   } else if (in->op == OP_cluster_wait) {
     snprintf(out, size, "waits for the cluster barrier: %u of %u warps have arrived", w->cta->cluster->arrived,
              w->cta->cluster->live_warps);
+  } else if (w->polled) { /* where in its loop the warp stands says little */
+    snprintf(out, size, "polls global memory at %#llx, %llu bytes into buffer %u", (unsigned long long)w->polled,
+             (unsigned long long)(w->polled - m->run->buffers[buffer_at(m, w->polled)].base), buffer_at(m, w->polled));
   } else if (in->op == OP_tcgen05_alloc) {
     snprintf(out, size, "waits for free tensor memory");
   } else {

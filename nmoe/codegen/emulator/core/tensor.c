@@ -52,15 +52,15 @@ static Outcome allocate(Machine *m, Warp *w, const Insn *in, const uint32_t *o, 
   if (cta->tmem == NULL) {
     cta->tmem = calloc(TMEM_LANES * TMEM_COLUMNS, sizeof *cta->tmem);
     cta->tmem_written = calloc(TMEM_LANES * TMEM_COLUMNS, 1);
-    if (m->launch->races) cta->tmem_cells = calloc(4 * TMEM_COLUMNS, sizeof(Cell));
-    if (!cta->tmem || !cta->tmem_written || (m->launch->races && !cta->tmem_cells)) fault(m, "out of host memory for tensor memory");
+    if (m->run->races) cta->tmem_cells = calloc(4 * TMEM_COLUMNS, sizeof(Cell));
+    if (!cta->tmem || !cta->tmem_written || (m->run->races && !cta->tmem_cells)) fault(m, "out of host memory for tensor memory");
   }
   cta->next_allocation = cta->next_allocation % 255 + 1;
   memset(cta->columns + start, (int)cta->next_allocation, units);
   for (uint32_t i = 0; i < TMEM_LANES; i++) memset(cta->tmem_written + i * TMEM_COLUMNS + start * 32, 0, count);
   uint32_t address = start * 32;
   uint64_t place = (in->flags & ADDRESS_64 ? u64_of(w, o[0])[lane] : u32_of(w, o[0])[lane]) + (uint64_t)in->imm;
-  memcpy(resolve(m, w, SPACE_SHARED, (uint32_t)place, 4, WRITE, lane), &address, 4);
+  memcpy(resolve(m, w, SPACE_SHARED, (uint32_t)place, 4, WRITE, 0, lane), &address, 4);
   m->progress++;
   return NEXT;
 }
@@ -77,7 +77,7 @@ static void deallocate(Machine *m, Warp *w, const uint32_t *o, uint32_t mask) {
   if ((start > 0 && columns[start - 1] == columns[start]) ||
       (start + units < TMEM_COLUMNS / 32 && columns[start + units] == columns[start]))
     fault(m, "tcgen05.dealloc of %u columns: the allocation is larger", count);
-  race_tmem(m, w->cta, 0, TMEM_LANES, start * 32, count, WRITE, w->agent, w->clock.hb ? w->clock.hb[w->agent] : 0, &w->clock);
+  race_tmem(m, w->cta, 0, TMEM_LANES, start * 32, count, WRITE, w->agent, warp_time(w), &w->clock);
   memset(columns + start, 0, units);
   m->progress++;
 }
@@ -114,10 +114,13 @@ static void move_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *
       high = column + step > high ? column + step : high;
     }
   require_columns(m, cta, column0 + low, high - low);
-  race_tmem(m, cta, lane0, in->a ? 16 : 32, column0 + low, high - low, loads ? READ : WRITE, w->agent,
-            w->clock.hb ? w->clock.hb[w->agent] : 0, &w->clock);
+  race_tmem(m, cta, lane0, in->a ? 16 : 32, column0 + low, high - low, loads ? READ : WRITE,
+            w->agent + (loads ? AGENT_TMEM_LOAD : AGENT_TMEM_STORE), loads ? ++w->tmem_loads : ++w->tmem_stores, &w->clock);
+  if (loads && w->tmem_pending == NULL && !(w->tmem_pending = calloc(m->program->register_bytes / 128 + 1, sizeof *w->tmem_pending)))
+    fault(m, "out of host memory");
   for (unsigned r = 0; r < registers; r++) {
     uint32_t *reg = u32_of(w, values[r]);
+    if (loads) w->tmem_pending[values[r] / 128] = w->tmem_loads;
     for (unsigned t = 0; t < LANES; t++) {
       position(in->a, t, r * step, (uint32_t)in->d, &lane, &column);
       uint32_t *cell = tmem_at(cta, lane0 + lane, column0 + column);
@@ -132,6 +135,33 @@ static void move_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *
     }
   }
   m->progress++;
+}
+
+/* tcgen05.wait: modifier a = ::st. */
+static void wait_registers(Warp *w, const Insn *in) {
+  if (!in->a) w->tmem_loaded = w->tmem_loads;
+  clock_reach(&w->clock, w->agent + (in->a ? AGENT_TMEM_STORE : AGENT_TMEM_LOAD), in->a ? w->tmem_stores : w->tmem_loads);
+}
+
+/* Results of tcgen05.ld are there after its wait. The compiler moves packing across the wait, so moves only pass on that
+ * a result is pending. The assembler tracks registers, so that using one waits for it too: NVIDIA's examples rely on
+ * that, the ISA does not promise it. */
+void tmem_check_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *o) {
+  uint32_t *pending = w->tmem_pending, targets = 0, latest = 0;
+  switch (in->op) {
+    case OP_tcgen05_ld: return;
+    case OP_mov_b32: case OP_mov_b64: case OP_pack_64: case OP_pack_32: case OP_pack_64x4: targets = 1; break;
+    case OP_unpack_64: case OP_unpack_32: targets = 2; break;
+    case OP_unpack_64x4: targets = 4; break;
+  }
+  for (uint32_t i = targets; i < in->n; i++)
+    if (pending[o[i] / 128] > latest) latest = pending[o[i] / 128];
+  if (targets == 0 && latest > w->tmem_loaded) {
+    if (!m->run->implicit_waits) fault(m, "a result of tcgen05.ld is used, but no tcgen05.wait::ld came between");
+    w->tmem_loaded = latest;
+    clock_reach(&w->clock, w->agent + AGENT_TMEM_LOAD, latest);
+  }
+  for (uint32_t i = 0; i < targets; i++) pending[o[i] / 128] = latest;
 }
 
 /* Descriptors. */
@@ -309,8 +339,8 @@ static void run_mma(Machine *m, AsyncOp *op) {
 /* Enters an operation into the pipe's clock; returns its own time there. */
 static uint32_t pipe_enter(Warp *w, Cta *pipe) {
   pipe->pipe_count++;
-  clock_join(pipe->cluster, &pipe->pipe, &w->clock);
-  if (pipe->pipe.hb) pipe->pipe.hb[pipe->pipe_agent] = pipe->pipe.px[pipe->pipe_agent] = pipe->pipe_count;
+  clock_join(&pipe->pipe, &w->clock);
+  clock_reach(&pipe->pipe, pipe->pipe_agent, pipe->pipe_count);
   return pipe->pipe_count;
 }
 
@@ -421,6 +451,7 @@ static void issue_copy(Machine *m, Warp *w, const Insn *in, const uint32_t *o, u
 static void run_commit(Machine *m, AsyncOp *op) {
   FOR_LANES(rank, (uint32_t)op->arg[A_A]) {
     Cta *cta = cta_of(m, op->warp, rank << RANK_SHIFT);
+    if (cta != op->pipe) clock_reach(&cta->reached, op->pipe->pipe_agent, (uint32_t)op->arg[A_B]);
     mbarrier_arrive(m, mbarrier_at(m, cta, op->arg[A_D] & OFFSET_MASK), 1);
   }
 }
@@ -432,9 +463,10 @@ static void issue_commit(Machine *m, Warp *w, const Insn *in, const uint32_t *o,
   op->arg[A_D] = (uint32_t)address;
   op->arg[A_A] = in->b ? u32_of(w, o[1])[lane] & 0xFFFF : 1u << ((uint32_t)address >> RANK_SHIFT);
   if (op->arg[A_A] >> w->cta->cluster->n_ctas) fault(m, "tcgen05.commit: mask %#x names CTAs beyond the cluster", (uint32_t)op->arg[A_A]);
+  op->arg[A_B] = op->pipe->pipe_count;
   FOR_LANES(rank, (uint32_t)op->arg[A_A]) {
     MBarrier *b = mbarrier_for_async(m, cta_of(m, w, rank << RANK_SHIFT), op->arg[A_D] & OFFSET_MASK);
-    clock_join(w->cta->cluster, &b->arriving, &op->pipe->pipe);
+    clock_join(&b->arriving, &op->pipe->pipe);
   }
   async_issue(m, op);
 }
@@ -445,6 +477,7 @@ Outcome execute_tensor(Machine *m, Warp *w, const Insn *in, const uint32_t *o, u
     case OP_tcgen05_dealloc: deallocate(m, w, o, mask); return NEXT;
     case OP_tcgen05_relinquish: require_converged(m, w, mask); w->cta->relinquished = true; return NEXT;
     case OP_tcgen05_ld: case OP_tcgen05_st: move_registers(m, w, in, o, mask); return NEXT;
+    case OP_tcgen05_wait: require_converged(m, w, mask); wait_registers(w, in); return NEXT;
     case OP_tcgen05_cp: FOR_LANES(i, mask) issue_copy(m, w, in, o, i); return NEXT;
     case OP_tcgen05_mma: FOR_LANES(i, mask) issue_mma(m, w, in, o, i); return NEXT;
     default: FOR_LANES(i, mask) issue_commit(m, w, in, o, i); return NEXT;

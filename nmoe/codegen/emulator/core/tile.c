@@ -36,6 +36,16 @@ const double *number_table(Type type) { return tables[type]; }
 
 static void decode_chunk(const uint8_t *bytes, Type type, uint32_t count, double *out) {
   unsigned bits = type_bits(type);
+  if (type == T_BF16) {
+    uint16_t raw[8];
+    uint32_t wide[8];
+    float values[8];
+    memcpy(raw, bytes, sizeof raw);
+    for (int i = 0; i < 8; i++) wide[i] = (uint32_t)raw[i] << 16;
+    memcpy(values, wide, sizeof values);
+    for (int i = 0; i < 8; i++) out[i] = values[i];
+    return;
+  }
   if (bits >= 16) {
     for (uint32_t i = 0; i < count; i++) {
       uint32_t raw = 0;

@@ -104,6 +104,7 @@ static uint32_t place_of(const TensorMap *t, uint32_t base, uint32_t offset) {
   return (uint32_t)swizzle(base + offset, t->atom32 && t->swizzle == 3 ? SWIZZLE_128_ATOM_32 : t->swizzle);
 }
 
+/* Changes of a map in global memory are ordered by fences of its own proxy, which are not modelled. */
 static const uint8_t *map_at(Machine *m, uint64_t address) {
   uint64_t window = address >> WINDOW_SHIFT, offset = address & ((1ull << WINDOW_SHIFT) - 1);
   if (address % 64) fault(m, "tensor map at %#llx is not 64-byte aligned", (unsigned long long)address);
@@ -145,6 +146,34 @@ static void prepare_destination(Machine *m, AsyncOp *op, uint32_t offset, uint32
   }
 }
 
+static void coordinates(const AsyncOp *op, int32_t *coord) {
+  for (int i = 0; i < 5; i++) coord[i] = (int32_t)op->arg[A_COORD + i];
+}
+
+/* The issuing warp's view of global memory in an asynchronous access. A load's reads end with the phase of its (first)
+ * mbarrier, a store's writes with its bulk group. */
+static GlobalAccess global_access(Machine *m, const AsyncOp *op, bool load, bool reduces) {
+  Warp *w = op->warp;
+  GlobalAccess now = {.warp = w, .seen = &w->clock, .async = true};
+  if (load) {
+    MBarrier *b = mbarrier_at(m, signalled(m, op, first_lane(destinations(op))), op->arg[A_BARRIER] & OFFSET_MASK);
+    now.access = READ, now.agent = b->agent, now.time = b->phase + 1;
+  } else {
+    now.access = reduces ? ATOMIC : WRITE, now.scope = reduces ? SCOPE_GPU : 0;
+    now.agent = w->agent + AGENT_BULK_WRITE, now.time = w->bulk_committed + 1;
+  }
+  return now;
+}
+
+static void race_box(Machine *m, const AsyncOp *op, const TensorMap *t, bool gather, bool load) {
+  GlobalAccess now = global_access(m, op, load, op->arg[A_OPERATION] != 0);
+  int32_t coord[5];
+  Line line;
+  coordinates(op, coord);
+  for (uint32_t index = 0; next_line(t, coord, gather, index, &line); index++)
+    if (line.end > line.begin) race_global(m, &now, line.address + line.begin, line.end - line.begin);
+}
+
 static void write_shared(Machine *m, const AsyncOp *op, uint32_t offset, const uint8_t *data, uint32_t size) {
   FOR_LANES(rank, destinations(op)) {
     Cta *cta = cta_of(m, op->warp, rank << RANK_SHIFT);
@@ -156,10 +185,6 @@ static void write_shared(Machine *m, const AsyncOp *op, uint32_t offset, const u
 static void signal(Machine *m, const AsyncOp *op, uint32_t bytes) {
   FOR_LANES(rank, destinations(op))
     mbarrier_complete_tx(m, mbarrier_at(m, signalled(m, op, rank), op->arg[A_BARRIER] & OFFSET_MASK), bytes);
-}
-
-static void coordinates(const AsyncOp *op, int32_t *coord) {
-  for (int i = 0; i < 5; i++) coord[i] = (int32_t)op->arg[A_COORD + i];
 }
 
 static void run_tensor_load(Machine *m, AsyncOp *op) {
@@ -265,9 +290,10 @@ static void run_bulk_shared(Machine *m, AsyncOp *op) {
  * programs; here it is {taken, x, y, z}, which the decoder reads for query_cancel. */
 static void run_cancel(Machine *m, AsyncOp *op) {
   const Launch *l = m->launch;
+  Job *job = op->warp->cta->cluster->job;
   uint32_t response[4] = {0};
-  if (m->next_cluster < m->last_cluster) {
-    uint32_t index = m->next_cluster++, nx = l->grid[0] / l->cluster[0], ny = l->grid[1] / l->cluster[1];
+  if (job->next_cluster < l->last_cluster) {
+    uint32_t index = job->next_cluster++, nx = l->grid[0] / l->cluster[0], ny = l->grid[1] / l->cluster[1];
     response[0] = 1;
     response[1] = index % nx * l->cluster[0];
     response[2] = index / nx % ny * l->cluster[1];
@@ -334,8 +360,9 @@ static void issue_tensor(Machine *m, Warp *w, const Insn *in, const uint32_t *o,
   } else {
     op->arg[A_GROUP] = w->bulk_issued = w->bulk_committed + 1;
     shared_at(m, w->cta, base, t.box_bytes);
-    race_shared(m, w->cta, base, t.box_bytes, READ, BY_ASYNC, w->agent + 1, w->bulk_committed + 1, &w->clock);
+    race_shared(m, w->cta, base, t.box_bytes, READ, BY_ASYNC, w->agent + AGENT_BULK_READ, w->bulk_committed + 1, &w->clock);
   }
+  if (m->run->races) race_box(m, op, &t, gather, load);
   async_issue(m, op);
 }
 
@@ -355,7 +382,7 @@ static void issue_bulk(Machine *m, Warp *w, const Insn *in, const uint32_t *o, u
     op->arg[A_SHARED] = u32_of(w, o[1])[lane];
     op->arg[A_GROUP] = w->bulk_issued = w->bulk_committed + 1;
     shared_at(m, w->cta, op->arg[A_SHARED] & OFFSET_MASK, size);
-    race_shared(m, w->cta, op->arg[A_SHARED] & OFFSET_MASK, size, READ, BY_ASYNC, w->agent + 1, w->bulk_committed + 1, &w->clock);
+    race_shared(m, w->cta, op->arg[A_SHARED] & OFFSET_MASK, size, READ, BY_ASYNC, w->agent + AGENT_BULK_READ, w->bulk_committed + 1, &w->clock);
   } else {
     op->arg[A_SHARED] = u32_of(w, o[0])[lane] + (uint32_t)in->imm;
     op->arg[A_GLOBAL] = load ? u64_of(w, o[1])[lane] : u32_of(w, o[1])[lane];
@@ -369,13 +396,17 @@ static void issue_bulk(Machine *m, Warp *w, const Insn *in, const uint32_t *o, u
     }
   }
   check_bulk(m, op->arg[A_SHARED], op->arg[A_GLOBAL], size);
+  if (m->run->races && in->op != OP_bulk_shared) {
+    GlobalAccess now = global_access(m, op, load, op->arg[A_OPERATION] != 0);
+    race_global(m, &now, op->arg[A_GLOBAL], size);
+  }
   async_issue(m, op);
 }
 
 /* tensormap.replace: operands address, value; modifiers a = field, b = ordinal, c = space. */
 static void replace(Machine *m, Warp *w, const Insn *in, const uint32_t *o, unsigned lane) {
   uint64_t address = in->flags & ADDRESS_64 ? u64_of(w, o[0])[lane] : u32_of(w, o[0])[lane];
-  uint8_t *map = resolve(m, w, in->c, address, 128, ATOMIC, lane);
+  uint8_t *map = resolve(m, w, in->c, address, 128, ATOMIC, SEM_RELAXED | SCOPE_GPU << 4, lane);
   uint64_t value = in->flags & WIDE_DST ? u64_of(w, o[1])[lane] : u32_of(w, o[1])[lane];
   uint32_t words[16];
   memcpy(words, map, sizeof words);
@@ -421,7 +452,7 @@ Outcome execute_tma(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint
       require_converged(m, w, mask);
       unsigned lane = first_lane(mask);
       uint8_t *to = global_at(m, u64_of(w, o[0])[lane], 128, WRITE);
-      memcpy(to, resolve(m, w, SPACE_SHARED, u32_of(w, o[1])[lane], 128, READ, lane), 128);
+      memcpy(to, resolve(m, w, SPACE_SHARED, u32_of(w, o[1])[lane], 128, READ, 0, lane), 128);
       return NEXT;
     }
     case OP_tma_store: case OP_bulk_store:

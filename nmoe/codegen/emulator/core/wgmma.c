@@ -2,6 +2,7 @@
 #include "emu.h"
 #include "opcodes.h"
 #include <stdlib.h>
+#include <string.h>
 
 enum { W_A_REGISTERS = 1, W_A_MN = 2, W_B_MN = 4, W_NEGATE_A = 8, W_NEGATE_B = 16 };
 
@@ -24,6 +25,26 @@ static void a_from_registers(Warp *w, const uint32_t *o, Type type, uint32_t k, 
       }
 }
 
+/* Moves accumulators between registers and `acc`, row by row. Element e of a thread's fragment: column pair, row half,
+ * block of eight columns. */
+static void move_fragment(Warp *w, const uint32_t *o, uint32_t n, bool narrow, double sign, bool loads, double *acc) {
+  for (uint32_t e = 0; e < n / 2; e++) {
+    uint32_t *reg = u32_of(w, o[narrow ? e / 2 : e]), shift = narrow ? 16 * (e & 1) : 0;
+    double *values = acc + 8 * (e >> 1 & 1) * n + e / 4 * 8 + (e & 1);
+    for (unsigned t = 0; t < LANES; t++) {
+      double *value = &values[t / 4 * n + t % 4 * 2];
+      if (!narrow) {
+        if (loads) *value = sign * ((const float *)reg)[t];
+        else ((float *)reg)[t] = (float)(sign * *value);
+      } else if (loads) {
+        *value = sign * decode_number(T_F16, reg[t] >> shift & 0xFFFF);
+      } else {
+        reg[t] = (reg[t] & ~(0xFFFFu << shift)) | (uint32_t)encode_number(T_F16, sign * *value, RN, 0, 0) << shift;
+      }
+    }
+  }
+}
+
 /* wgmma.mma_async: operands d.., then a (descriptor or four registers), b, scale-d; modifiers a = N, b = D | A << 8 |
  * B << 16 types, c = W_* flags, d = number of d registers. */
 static void multiply_accumulate(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
@@ -33,7 +54,7 @@ static void multiply_accumulate(Machine *m, Warp *w, const Insn *in, const uint3
   static __thread double a[16 * 32], b[32 * 256], acc[16 * 256];
   require_converged(m, w, mask);
   Tile tile_b = matrix_descriptor(m, u64_of(w, b_slot[0])[0], in->c & W_B_MN);
-  uint32_t agent = w->agent + 2, time = w->wgmma_committed + 1;
+  uint32_t agent = w->agent + AGENT_WGMMA, time = w->wgmma_committed + 1;
   race_tile(m, w->cta, &tile_b, type_b, false, 0, n, k, agent, time, &w->clock);
   load_tile(m, w->cta, &tile_b, type_b, false, 0, n, k, b, 1, n);
   if (in->c & W_A_REGISTERS) {
@@ -45,22 +66,10 @@ static void multiply_accumulate(Machine *m, Warp *w, const Insn *in, const uint3
   }
   double sign = ((in->c & W_NEGATE_A) != 0) != ((in->c & W_NEGATE_B) != 0) ? -1.0 : 1.0;
   bool accumulate = *u32_of(w, b_slot[1]) & 1, narrow = type_d == T_F16;
-  for (unsigned pass = 0; pass < 2; pass++) {
-    for (unsigned t = 0; t < LANES; t++)
-      for (uint32_t e = 0; e < n / 2; e++) { /* element e of the fragment: column pair, row half, column block */
-        unsigned row = t / 4 + 8 * (e >> 1 & 1), column = e / 4 * 8 + t % 4 * 2 + (e & 1);
-        double *value = &acc[row * n + column];
-        uint32_t *reg = &u32_of(w, o[narrow ? e / 2 : e])[t], shift = narrow ? 16 * (e & 1) : 0;
-        if (pass == 0) {
-          if (!accumulate) *value = 0.0;
-          else *value = sign * (narrow ? decode_number(type_d, *reg >> shift & 0xFFFF) : (double)*(const float *)reg);
-        } else {
-          if (narrow) *reg = (*reg & ~(0xFFFFu << shift)) | (uint32_t)encode_number(type_d, sign * *value, RN, 0, 0) << shift;
-          else *(float *)reg = (float)(sign * *value);
-        }
-      }
-    if (pass == 0) multiply(a, b, acc, 16, n, k);
-  }
+  if (!accumulate) memset(acc, 0, 16 * n * sizeof *acc);
+  else move_fragment(w, o, n, narrow, sign, true, acc);
+  multiply(a, b, acc, 16, n, k);
+  move_fragment(w, o, n, narrow, sign, false, acc);
   if (warp == 0) m->counters->mma_ops++;
   m->counters->mma_flops += 2ull * 16 * n * k;
 }
@@ -91,7 +100,7 @@ Outcome execute_wgmma(Machine *m, Warp *w, const Insn *in, const uint32_t *o, ui
     case OP_wgmma_wait: { /* modifier a: groups that may still be under way */
       uint32_t allowed = (uint32_t)in->a, done = w->wgmma_committed > allowed ? w->wgmma_committed - allowed : 0;
       if (w->wgmma_done < done) w->wgmma_done = done;
-      if (w->clock.hb && w->clock.hb[w->agent + 2] < done) w->clock.hb[w->agent + 2] = done;
+      clock_reach(&w->clock, w->agent + AGENT_WGMMA, done);
       return NEXT;
     }
     default: w->wgmma_fenced = true; return NEXT;

@@ -1,0 +1,126 @@
+"""The same training steps on a GPU and on the CPU target: how far apart their losses are.
+
+    python bench/train_devices.py build DIR     compile the kernels into DIR; needs no GPU
+    python bench/train_devices.py run DIR       on the GPU; --json FILE keeps the losses
+
+A small model in BF16 takes steps on random tokens on both, and in FP32 on the CPU. The GPU's losses must be as near to
+FP32's as 1.5 times those of the CPU in BF16, which rounds at the same places in another order. Then some layers of
+moonlet, in BF16 and too large for a CPU, are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nmoe import binding
+from nmoe.bench import synthetic
+from nmoe.codegen.build import build as build_kernels
+from nmoe.codegen.build import format_build
+from nmoe.codegen.spec import specs
+from nmoe.config import Config, load
+from nmoe.step import Step
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+STEPS = 20
+
+
+def small(target: str, precision: str) -> Config:
+    config = load(CONFIGS / "quickstart.toml")
+    return replace(
+        config,
+        target=replace(config.target, device=target),
+        schedule=replace(config.schedule, precision=precision),
+        train=replace(config.train, batch_size=4, micro_batch_size=2, seq_len=128, steps=STEPS),
+        optim=replace(config.optim, warmup_tokens=0, decay_tokens=0),
+    )
+
+
+def moonlet() -> Config:
+    """Three of its twelve layers, a smaller vocabulary: what fits an H100 with FP32 masters and gradients."""
+    config = load(CONFIGS / "moonlet.toml")
+    dense, moe = config.model.layers
+    return replace(
+        config,
+        target=replace(config.target, device="sm_90a"),
+        model=replace(config.model, vocab_size=32768, layers=(dense, replace(moe, repeat=2))),
+        schedule=replace(config.schedule, precision="bf16"),
+        train=replace(config.train, batch_size=8, micro_batch_size=4, steps=STEPS),
+    )
+
+
+def losses(config: Config, steps: int) -> tuple[list[float], list[float]]:
+    """The loss and the seconds of each step."""
+    step = Step(config, say=print)
+    step.parameters.initialise(config.run.seed, config.model.init_std)
+    batches = synthetic(config)
+    found, seconds = [], []
+    for index in range(steps):
+        begin = time.perf_counter()
+        found.append(
+            step.run(index, batches(index % 2)).losses["main"]
+        )  # two batches, so that it learns them
+        seconds.append(time.perf_counter() - begin)
+    captured = step.executors[0].captured
+    name = f"{config.run.name} {config.target.device} {config.schedule.precision}"
+    print(f"{name}: loss {found[0]:.5f} … {found[-1]:.5f}, "
+          f"{1e3 * min(seconds):.1f} ms a step at best{', micro-batches replayed as a CUDA graph' if captured else ''}",
+          flush=True)  # fmt: skip
+    return found, seconds
+
+
+def run(save: Path | None) -> None:
+    results: dict[str, Any] = {}
+    for name, config, steps in (
+        ("gpu", small("sm_90a", "bf16"), STEPS),
+        ("again", small("sm_90a", "bf16"), STEPS),
+        ("moonlet", moonlet(), 6),
+        ("cpu", small("cpu", "bf16"), STEPS),
+        ("exact", small("cpu", "fp32"), STEPS),
+    ):
+        try:
+            results[name] = losses(config, steps)
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {str(error)[:1500]}", flush=True)
+        if save:
+            save.write_text(json.dumps(results))
+    print(f"two runs on the GPU give the same losses bit for bit: {results['gpu'][0] == results['again'][0]}")
+    exact = results["exact"][0]
+    gpu, cpu = (
+        sum(abs(a - b) for a, b in zip(results[name][0], exact, strict=True)) / STEPS
+        for name in ("gpu", "cpu")
+    )
+    print(f"mean distance from FP32's losses over {STEPS} steps: GPU {gpu:.2e}, CPU in BF16 {cpu:.2e}")
+    assert gpu <= 1.5 * cpu, "the GPU's losses are further from FP32's than the CPU's in BF16"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("action", choices=("build", "run"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    os.environ["NMOE_HOME"] = str(args.folder)  # where the trainer looks for kernels
+    if args.action == "run":
+        run(args.json)
+        return
+    found = {}
+    for config in (small("sm_90a", "bf16"), moonlet()):
+        found |= specs(binding.lowered(config))
+    made = build_kernels(
+        list(found),
+        args.folder / "kernels",
+        workers=args.workers,
+        progress=lambda line: print(line, flush=True),
+    )
+    print(format_build("train_devices", made))
+
+
+if __name__ == "__main__":
+    main()

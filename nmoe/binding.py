@@ -1,0 +1,143 @@
+"""Which calls of a schedule are generated kernels, and what each is launched with.
+
+    schedule ── kernels ──▶ groups that a template builds are calls; others are split into ops      lowered
+    call ── KernelSpec ──▶ Problem and Config; operands in call order ──▶ a Launcher's launch       bind
+
+A call without a kernel runs the reference math of its ops in torch, on the device. `by_torch` lists them, so that
+nobody takes them for kernels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nmoe import autotune
+from nmoe.codegen import families
+from nmoe.codegen.build import build
+from nmoe.codegen.cache import Cache, default_root
+from nmoe.codegen.launch import CudaLauncher, device_of
+from nmoe.codegen.problem import EXTENTS, Operand, Problem
+from nmoe.codegen.spec import KernelSpec, spec_of, specs
+from nmoe.config import Config
+from nmoe.errors import UserError
+from nmoe.formats import Quantized
+from nmoe.graph import Graph, Op, Spec
+from nmoe.schedule import Call, Kernels, Schedule, Workspace, lower
+
+Bound = Callable[[], None]
+Argument = torch.Tensor | float | int
+
+BUFFERS = {"mxfp8": 2, "nvfp4": 3}  # of a quantized value: data, scale, amax
+SYMBOLS = {extent: symbol for symbol, extent in EXTENTS.items()}
+
+
+class Launcher(Protocol):
+    """Makes kernels callable: on a CUDA device (codegen/launch.py), or on the emulator in tests. `root`: the cache
+    whose tuning chose the kernels' configs."""
+
+    root: Path | None
+
+    def bind(self, problem: Problem, config: Any, target: str, arguments: Sequence[Argument]) -> Bound:
+        """A launch of the kernel on these operands, which neither allocates nor waits for the device."""
+
+
+def kernels(target: str, root: Path | None = None) -> Kernels:
+    """The kernels that the templates build for a target, in the configs that the tuning in the cache `root` chose."""
+    found: dict[KernelSpec, Workspace | None] = {}
+
+    def workspace(graph: Graph, ops: tuple[Op, ...], fused: frozenset[str]) -> Workspace | None:
+        spec = spec_of(graph, target, ops, fused)
+        if spec not in found:
+            found[spec] = _workspace(spec, root)
+        return found[spec]
+
+    return workspace
+
+
+def _workspace(spec: KernelSpec, root: Path | None) -> Workspace | None:
+    problem = families.match(spec)
+    if isinstance(problem, str):
+        return None
+    config, _ = autotune.choose(problem, spec.target, root)
+    tensors = [o for o in problem.operands(config) if o.shape]
+    given = sum(BUFFERS.get(value.format, 1) for side in (spec.inputs, spec.outputs) for value in side)
+    return tuple(Spec(tuple(SYMBOLS.get(n, n) for n in o.shape), o.format) for o in tensors[given:])
+
+
+def lowered(config: Config, root: Path | None = None) -> Schedule:
+    """The schedule as this build executes it on the config's target, with the cache `root`, by default the user's."""
+    return lower(config, kernels=kernels(config.target.device, root or default_root()))
+
+
+def by_torch(schedule: Schedule) -> str:
+    """What has no kernel: "run by torch: attention 12x, …"."""
+    calls = (call for call in schedule.calls if call.workspace is None and call.phase != "init")
+    kinds = Counter(op.kind for call in calls for op in call.ops)
+    listed = ", ".join(f"{kind} {count}x" for kind, count in kinds.most_common())
+    return f"run by torch: {listed or 'nothing'}"
+
+
+def launcher(schedules: Sequence[Schedule], say: Callable[[str], None]) -> CudaLauncher:
+    """For the schedules of a GPU target; compiles the kernels that its cache lacks, and tells `say` of it.
+
+    Raises UserError when the device is another one or a kernel cannot be built.
+    """
+    device_of(schedules[0].target)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # references sum in FP32
+    root = default_root()
+    made = build(list(dict.fromkeys(spec for s in schedules for spec in specs(s))), root, progress=say)
+    if made.failed:
+        name, why = next((spec.name, why) for spec, why in made.failed.items())
+        raise UserError(f"{len(made.failed)} kernels could not be built, first {name}: {why}")
+    say(f"kernels: {len(made.warm)} from {root}, {len(made.built)} built, {made.seconds:.1f} s")
+    for note in dict.fromkeys(map(by_torch, schedules)):
+        say(note)
+    return CudaLauncher(Cache(root))
+
+
+def bind(
+    schedule: Schedule,
+    call: Call,
+    operand: Callable[[str], Any],
+    workspace: Sequence[torch.Tensor],
+    launcher: Launcher,
+) -> Bound:
+    """The launch of a call's kernel. `operand` gives a tensor's storage by its name."""
+    spec = spec_of(schedule.graph, schedule.target, call.ops, schedule.fused)
+    problem = families.match(spec)
+    assert isinstance(problem, Problem), f"{call.name} has no kernel: {problem}"
+    config, _ = autotune.choose(problem, schedule.target, launcher.root)
+    tensors = [t for name in _stored(schedule, call) for t in _buffers(operand(name))] + list(workspace)
+    operands = problem.operands(config)
+    scalars = [_scalar(call, o) for o in operands if not o.shape]
+    if len(operands) != len(tensors) + len(scalars):
+        raise ValueError(
+            f"{call.name}: {problem} takes {', '.join(o.name for o in operands)}, the schedule has "
+            f"{len(tensors)} tensors"
+        )
+    return launcher.bind(problem, config, schedule.target, [*tensors, *scalars])
+
+
+def _stored(schedule: Schedule, call: Call) -> Iterator[str]:
+    """The names of a kernel's operands: what it reads in the order of first use, then what it writes."""
+    made = set(call.outputs)
+    yield from dict.fromkeys(name for name in call.inputs if name not in made)
+    yield from dict.fromkeys(name for name in call.outputs if name not in schedule.fused)
+
+
+def _buffers(value: torch.Tensor | Quantized) -> list[torch.Tensor]:
+    if isinstance(value, Quantized):
+        return [part for part in (value.data, value.scale, value.amax) if part is not None]
+    return [value]
+
+
+def _scalar(call: Call, operand: Operand) -> float | int:
+    """A launch argument: the attribute of its name of the call's first op that has it; "seed.2" that of op 2."""
+    name, _, index = operand.name.partition(".")
+    ops = [call.ops[int(index)]] if index else [op for op in call.ops if name in op.attrs]
+    return ops[0].attrs[name]

@@ -1,0 +1,328 @@
+"""The MoE layer's kernels around its GEMMs (ops/moe.py): router, plan, dispatch and combine, as the templates see them.
+
+Says nothing of CuTeDSL. Counts of rows in `flops` and `bytes` are tokens; each has `topk` expert rows.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.problem import ROWS, TOKENS, Config, Operand, Problem
+from nmoe.codegen.spec import KernelSpec
+
+VECTOR = 8  # BF16 elements of a 16-byte access
+MAX_TOPK = 32  # a lane a choice
+MAX_EXPERTS = 512  # a token's scores are 16 registers a lane
+MAX_GROUPS = 32  # a lane a group
+STATIC_SHARED = 49_152  # bytes that a thread block has without asking for more
+
+# Tile and slice of the router's products, of which there are two stages (templates/products.py).
+PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 128, 64, 16
+PRODUCT_SHARED = 2 * PRODUCT_DEPTH * (PRODUCT_ROWS + PRODUCT_COLUMNS) * 4
+
+
+@dataclass(frozen=True)
+class RoutingConfig(Config):
+    """`warps` of a thread block; `blocks` a multiprocessor, of kernels that give a warp a token; `parts` that tokens
+    are cut into, one a thread block, where the order of sums or of rows depends on the cut."""
+
+    warps: int = 8
+    blocks: int = 4
+    parts: int = 128
+
+    def __str__(self) -> str:
+        return f"{self.warps} warps, {self.blocks} blocks an SM, {self.parts} parts"
+
+
+@dataclass(frozen=True)
+class RoutingProblem(Problem):
+    """What the kernels share: one config, a warp a token, sizes that are compiled in."""
+
+    experts: int
+    topk: int
+
+    @abstractmethod
+    def refusal(self) -> str:
+        """Why no template builds this; empty if one does."""
+
+    def configs(self, target: str) -> Sequence[RoutingConfig]:
+        return [RoutingConfig()]
+
+    def shared_bytes(self, config: RoutingConfig, target: str) -> int:
+        """Of the launch that uses the most."""
+        return 0
+
+    def violations(self, config: RoutingConfig, target: str) -> list[str]:
+        hardware, found = HARDWARE[target], []
+        if config.warps not in range(1, 33):
+            found.append(f"{config.warps} warps: a thread block has 1 to 32")
+        if config.blocks < 1 or config.parts not in range(32, 1025, 32):
+            found.append(
+                f"{config.blocks} blocks, {config.parts} parts: at least 1; a multiple of 32 up to 1024"
+            )
+        if (used := self.shared_bytes(config, target)) > STATIC_SHARED:
+            found.append(
+                f"{used} bytes of shared memory: {hardware.name} gives {STATIC_SHARED} without asking"
+            )
+        return found
+
+    def clusters(self, config: RoutingConfig, sms: int) -> int:
+        return sms * config.blocks
+
+    def bytes(self, rows: int) -> float:
+        extents = {TOKENS: rows, ROWS: rows * self.topk}
+        return float(sum(o.bytes(extents) for o in self.operands(RoutingConfig()) if o.shape))
+
+    def flops(self, rows: int) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class PlanProblem(RoutingProblem):
+    """indices → slots, row_source, offsets; load is added to. Expert segments start on multiples of `align` rows.
+
+    Where the rows do not fit R, offsets stop at the last multiple of `align` in R, choices without a row have slot −1
+    and every load is NaN.
+    """
+
+    align: int
+
+    family: ClassVar[str] = "moe_plan"
+
+    def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
+        choices = (TOKENS, self.topk)
+        return (Operand("indices", "i32", choices), Operand("slots", "i32", choices),
+                Operand("row_source", "i32", (ROWS,)), Operand("offsets", "i32", (self.experts + 1,)),
+                Operand("load", "f32", (self.experts,)),
+                Operand("counts", "i32", (self.experts, config.parts)))  # fmt: skip
+
+    def template(self, target: str) -> str:
+        return "plan.Plan"
+
+    def configs(self, target: str) -> Sequence[RoutingConfig]:
+        return [RoutingConfig(warps=16)]
+
+    def shared_bytes(self, config: RoutingConfig, target: str) -> int:
+        """Choices of each expert in each warp; before, count and start of each expert."""
+        return 4 * (self.experts * (config.warps + 3) + 1)
+
+    def small(self) -> PlanProblem:
+        return replace(self, experts=min(self.experts, 40))
+
+    def refusal(self) -> str:
+        return _too_many(self.experts, self.topk)
+
+
+@dataclass(frozen=True)
+class DispatchProblem(RoutingProblem):
+    """x[T, hidden], weights? → rows[R, hidden], row_weight?; padding rows become zero."""
+
+    hidden: int
+    weighted: bool
+
+    family: ClassVar[str] = "dispatch"
+
+    def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
+        choices = (TOKENS, self.topk)
+        weights = (Operand("weights", "f32", choices),) if self.weighted else ()
+        row_weight = (Operand("row_weight", "f32", (ROWS,)),) if self.weighted else ()
+        return (Operand("x", "bf16", (TOKENS, self.hidden)), *weights, Operand("slots", "i32", choices),
+                Operand("row_source", "i32", (ROWS,)), Operand("offsets", "i32", (self.experts + 1,)),
+                Operand("rows", "bf16", (ROWS, self.hidden)), *row_weight)  # fmt: skip
+
+    def template(self, target: str) -> str:
+        return "dispatch.Dispatch"
+
+    def configs(self, target: str) -> Sequence[RoutingConfig]:
+        return [RoutingConfig(blocks=blocks) for blocks in (4, 2, 8)]
+
+    def small(self) -> DispatchProblem:
+        return replace(self, experts=min(self.experts, 5), hidden=8 * 67)
+
+    def refusal(self) -> str:
+        return _too_many(self.experts, self.topk) or _uneven(self.hidden)
+
+
+@dataclass(frozen=True)
+class CombineProblem(RoutingProblem):
+    """rows[R, hidden], row_values?, addends → y[T, hidden], values?: y is the sum of a token's rows in FP32, in their
+    order; a choice without a row (slot −1) makes its token NaN. `addends` tensors are added to it, each sum rounded."""
+
+    hidden: int
+    valued: bool
+    addends: int = 0
+
+    family: ClassVar[str] = "combine"
+
+    @property
+    def addend_names(self) -> tuple[str, ...]:
+        return tuple(f"addend{i}" for i in range(self.addends))
+
+    def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
+        choices, row = (TOKENS, self.topk), (TOKENS, self.hidden)
+        row_values = (Operand("row_values", "f32", (ROWS,)),) if self.valued else ()
+        addends = (Operand(name, "bf16", row) for name in self.addend_names)
+        y = (Operand("y", "bf16", row),)
+        values = (Operand("values", "f32", choices),) if self.valued else ()
+        return (Operand("rows", "bf16", (ROWS, self.hidden)), *row_values, Operand("slots", "i32", choices),
+                Operand("row_source", "i32", (ROWS,)), Operand("offsets", "i32", (self.experts + 1,)), *addends,
+                *((*values, *y) if self.addends else (*y, *values)))  # fmt: skip
+
+    def template(self, target: str) -> str:
+        return "combine.Combine"
+
+    def configs(self, target: str) -> Sequence[RoutingConfig]:
+        return [RoutingConfig(blocks=blocks) for blocks in (4, 2, 8)]
+
+    def small(self) -> CombineProblem:
+        return replace(self, experts=min(self.experts, 5), hidden=8 * 67)
+
+    def refusal(self) -> str:
+        return _too_many(self.experts, self.topk) or _uneven(self.hidden)
+
+
+@dataclass(frozen=True)
+class ScoredProblem(RoutingProblem):
+    """What router and router_bwd share: how logits become weights, and the auxiliary losses."""
+
+    hidden: int
+    score: Literal["sigmoid", "softmax"]
+    normalize: bool
+    balance: bool
+    z: bool
+
+    def scalars(self) -> tuple[Operand, ...]:
+        """Attributes of the op that are launch arguments."""
+        auxiliary = (Operand("seq_len", "i32", ()), Operand("inverse_sequences", "f32", ()))
+        return (Operand("route_scale", "f32", ()), *(auxiliary if self.balance or self.z else ()),
+                *((Operand("balance", "f32", ()),) if self.balance else ()),
+                *((Operand("z", "f32", ()),) if self.z else ()))  # fmt: skip
+
+    def configs(self, target: str) -> Sequence[RoutingConfig]:
+        return [RoutingConfig(warps=16)]
+
+    def refusal(self) -> str:
+        if self.experts % 4:
+            return f"{self.experts} experts: logits are stored in whole 16 bytes"
+        return _too_many(self.experts, self.topk) or _uneven(self.hidden)
+
+
+@dataclass(frozen=True)
+class RouterProblem(ScoredProblem):
+    """x[T, hidden], w[experts, hidden], bias? → indices, weights, logits; balance_loss and z_loss are added to."""
+
+    groups: int
+    topk_groups: int
+    biased: bool
+
+    family: ClassVar[str] = "router"
+
+    def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
+        choices = (TOKENS, self.topk)
+        losses = [name for name in ("balance", "z") if getattr(self, name)]
+        bias = (Operand("bias", "f32", (self.experts,)),) if self.biased else ()
+        return (Operand("x", "bf16", (TOKENS, self.hidden)), Operand("w", "f32", (self.experts, self.hidden)), *bias,
+                Operand("indices", "i32", choices), Operand("weights", "f32", choices),
+                Operand("logits", "f32", (TOKENS, self.experts)),
+                *(Operand(f"{name}_loss", "f32", (1,)) for name in losses),
+                *((Operand("partial", "f32", (2, config.parts)),) if losses else ()), *self.scalars())  # fmt: skip
+
+    def template(self, target: str) -> str:
+        return "router.Router"
+
+    def shared_bytes(self, config: RoutingConfig, target: str) -> int:
+        """Each warp's scores; or the products' slices."""
+        return max(4 * self.experts * (config.warps + 1) + 256, PRODUCT_SHARED)
+
+    def flops(self, rows: int) -> float:
+        return 2.0 * rows * self.experts * self.hidden
+
+    def small(self) -> RouterProblem:
+        return replace(self, hidden=72)
+
+    def refusal(self) -> str:
+        if self.groups > MAX_GROUPS or self.experts % self.groups:
+            return f"{self.groups} groups of {self.experts} experts: at most {MAX_GROUPS} equal ones"
+        if self.topk_groups * (self.experts // self.groups) < self.topk:
+            return f"{self.topk_groups} groups hold fewer than {self.topk} experts"
+        return super().refusal()
+
+
+@dataclass(frozen=True)
+class RouterBwdProblem(ScoredProblem):
+    """dweights[T, topk], x, w, indices, logits → dx; dw is added to."""
+
+    family: ClassVar[str] = "router_bwd"
+
+    @property
+    def splits(self) -> int:
+        """Parts of the tokens that dw's tiles are summed over: enough thread blocks for any device."""
+        tiles = -(-self.experts // PRODUCT_COLUMNS) * -(-self.hidden // PRODUCT_ROWS)
+        return max(1, min(32, 512 // tiles))
+
+    def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
+        choices, matrix = (TOKENS, self.topk), (self.experts, self.hidden)
+        return (Operand("dweights", "f32", choices), Operand("x", "bf16", (TOKENS, self.hidden)),
+                Operand("w", "f32", matrix), Operand("indices", "i32", choices),
+                Operand("logits", "f32", (TOKENS, self.experts)), Operand("dx", "bf16", (TOKENS, self.hidden)),
+                Operand("dw", "f32", matrix), Operand("dlogits", "f32", (TOKENS, self.experts)),
+                Operand("partial", "f32", (self.splits, *matrix)), *self.scalars())  # fmt: skip
+
+    def template(self, target: str) -> str:
+        return "router_bwd.RouterBwd"
+
+    def shared_bytes(self, config: RoutingConfig, target: str) -> int:
+        return max(4 * self.experts + 256, PRODUCT_SHARED)
+
+    def flops(self, rows: int) -> float:
+        return 4.0 * rows * self.experts * self.hidden
+
+    def small(self) -> RouterBwdProblem:
+        return replace(self, hidden=72)
+
+
+def _too_many(experts: int, topk: int) -> str:
+    if experts > MAX_EXPERTS or topk > min(MAX_TOPK, experts):
+        return f"{topk} of {experts} experts: at most {MAX_TOPK} of {MAX_EXPERTS}"
+    return ""
+
+
+def _uneven(hidden: int) -> str:
+    return f"hidden {hidden}: rows are read in whole 16 bytes" if hidden % VECTOR else ""
+
+
+def match(spec: KernelSpec) -> RoutingProblem | str:
+    """The problem that a spec states, or why no template builds it."""
+    anchor, attrs = spec.parts[0], dict(spec.parts[0].attrs)
+    ins, outs = list(spec.inputs), list(spec.outputs)
+    addends = len(spec.parts) - 1
+    if addends and not (anchor.kind == "combine" and all(part.kind == "add" for part in spec.parts[1:])):
+        return f"no template for {' + '.join(map(str, spec.parts))} yet"
+    problem: RoutingProblem
+    if anchor.kind == "moe_plan":
+        problem = PlanProblem(attrs["experts"], int(ins[0].shape[1]), attrs["align"])
+        if attrs["ranks"] != 1:
+            return f"a plan of {attrs['ranks']} ranks is made by RDEP"
+    elif anchor.kind in ("dispatch", "combine"):
+        rows, given, slots, _, offsets = (None if i is None else spec.values[i] for i in anchor.inputs)
+        assert rows and slots and offsets
+        sizes = (int(offsets.shape[0]) - 1, int(slots.shape[1]), int(rows.shape[1]), given is not None)
+        problem = CombineProblem(*sizes, addends) if anchor.kind == "combine" else DispatchProblem(*sizes)
+    else:
+        scored = {k: attrs[k] for k in ("score", "normalize", "balance", "z")}
+        w = next(v for v in ins if v.format == "f32" and v.shape[0] != "T")
+        common = {"experts": int(w.shape[0]), "hidden": int(w.shape[1]), "topk": attrs["topk"], **scored}
+        if anchor.kind == "router":
+            groups = {k: attrs[k] for k in ("groups", "topk_groups")}
+            problem = RouterProblem(**common, **groups, biased=len(ins) == 3)
+        else:
+            problem = RouterBwdProblem(**common)
+    formats = [o.format for o in problem.operands(RoutingConfig()) if o.shape]
+    found = [v.format for v in (*ins, *outs)]
+    if found != formats[: len(found)]:
+        return f"no template for these formats: {' '.join(found)}"
+    return problem.refusal() or problem

@@ -1,0 +1,153 @@
+"""The plan on the device: how many choices fall on each expert, and the slot of each.
+
+A choice's slot is: its expert's segment, the rows of lower ranks, of the rank's earlier tiles, of the tile's earlier
+warps, chunks and lanes. Each of these counts is a sum over what comes before in one fixed order; nothing is counted in
+the order of arrival.
+
+count   a block a tile of 1024 choices; a warp 4 chunks of 32 in turn, equal lanes found by match.any
+          table[warp, expert] ─ bar.sync ─ sums over warps ─ tiles[tile, expert], slots[choice] (place in the tile)
+        the last block: sums over tiles, the rank's counts to all ranks, counts.full
+place   waits for counts.full; every block computes the segments for itself, then the slots of its tile
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Int32, Int64, Uint32, cute
+from cutlass.memory import SmemAllocator
+
+from nmoe.codegen.rdep import OVERFLOW, STATE, THREADS, TILE
+from nmoe.codegen.templates.rdep_link import Kernel
+
+WARPS = THREADS // 32
+CHUNKS = TILE // THREADS  # of 32 choices, a warp's part of a tile
+FULL = 0xFFFFFFFF
+
+
+def flat(tensor: cute.Tensor) -> cute.Tensor:
+    return cute.make_tensor(tensor.iterator, cute.make_layout(cute.size(tensor)))
+
+
+class Tiled(Kernel):
+    def blocks(self, named, clusters):  # type: ignore[no-untyped-def]
+        return named["tiles"].shape[0]
+
+
+class Count(Tiled):
+    @cute.kernel
+    def kernel(self, named):  # type: ignore[no-untyped-def]
+        experts, ranks = self.problem.experts, self.problem.ranks
+        link = self.link(named)
+        indices, slots, tiles = flat(named["indices"]), flat(named["slots"]), named["tiles"]
+        count = cute.size(indices)
+        thread, tile = Int32(cute.arch.thread_idx()[0]), Int32(cute.arch.block_idx()[0])
+        warp, lane = thread // 32, thread % 32
+        smem = SmemAllocator()
+        # One expert more than there are: what lanes past the last choice count.
+        table = smem.allocate_tensor(
+            Int32, cute.make_layout((WARPS, experts + 1), stride=(experts + 1, 1)), 16
+        )
+        for i in cutlass.range(thread, cute.size(table), THREADS):
+            table[i // (experts + 1), i % (experts + 1)] = Int32(0)
+        cute.arch.sync_threads()
+
+        first = tile * TILE + warp * (TILE // WARPS) + lane
+        chosen = cute.make_rmem_tensor(CHUNKS, Int32)
+        before = cute.make_rmem_tensor(CHUNKS, Int32)
+        for chunk in cutlass.range_constexpr(CHUNKS):
+            expert = Int32(experts)
+            if first + chunk * 32 < count:
+                expert = indices[first + chunk * 32]
+            equal = cute.arch.match_sync(FULL, expert)
+            earlier = Int32(cute.arch.popc(equal & ((Uint32(1) << Uint32(lane)) - 1)))
+            so_far = table[warp, expert]
+            cute.arch.sync_warp()
+            if earlier == 0:
+                table[warp, expert] = so_far + Int32(cute.arch.popc(equal))
+            cute.arch.sync_warp()
+            chosen[chunk], before[chunk] = expert, so_far + earlier
+        cute.arch.sync_threads()
+        for expert in cutlass.range(thread, experts, THREADS):
+            total = Int32(0)
+            for other in cutlass.range_constexpr(WARPS):
+                found = table[other, expert]
+                table[other, expert] = total
+                total += found
+            tiles[tile, expert] = total
+        cute.arch.sync_threads()
+        for chunk in cutlass.range_constexpr(CHUNKS):
+            if first + chunk * 32 < count:
+                slots[first + chunk * 32] = table[warp, chosen[chunk]] + before[chunk]
+
+        epoch = link.epoch("counts") + 1  # read before the last block writes it
+        if link.last(smem):
+            for expert in cutlass.range(thread, experts, THREADS):
+                total = Int32(0)
+                for other in cutlass.range(tiles.shape[0], unroll=8):
+                    found = tiles[other, expert]
+                    tiles[other, expert] = total
+                    total += found
+                for peer in cutlass.range_constexpr(ranks):
+                    counts = link.at(peer, "counts", Int32)
+                    cute.arch.store(counts + (link.rank * experts + expert), total)
+            cute.arch.sync_threads()
+            link.finish("counts", epoch)
+
+
+class Place(Tiled):
+    @cute.kernel
+    def kernel(self, named):  # type: ignore[no-untyped-def]
+        problem = self.problem
+        experts, ranks, align = problem.experts, problem.ranks, problem.align
+        local = experts // ranks
+        link, capacity = self.link(named), named["capacity"]
+        indices, slots, tiles = flat(named["indices"]), flat(named["slots"]), named["tiles"]
+        offsets, ends = named["offsets"], named["ends"]
+        thread, tile = Int32(cute.arch.thread_idx()[0]), Int32(cute.arch.block_idx()[0])
+        link.wait("counts.full", link.epoch("counts"))
+
+        smem = SmemAllocator()
+        rows = smem.allocate_tensor(Int32, cute.make_layout(experts), 16)  # of an expert
+        first = smem.allocate_tensor(Int32, cute.make_layout(experts), 16)  # slot of this rank's first row
+        full = smem.allocate_tensor(Int32, cute.make_layout(ranks), 4)  # whether a rank's rows do not fit
+        counts = link.own("counts", Int32, ranks * experts)
+        for expert in cutlass.range(thread, experts, THREADS):
+            total, lower = Int32(0), Int32(0)
+            for source in cutlass.range_constexpr(ranks):
+                if source == link.rank:
+                    lower = total
+                total += counts[source * experts + expert]
+            rows[expert], first[expert] = total, lower
+        cute.arch.sync_threads()
+
+        if thread < ranks:  # of this owner: the segments
+            slot = Int32(0)
+            for i in cutlass.range(local):
+                expert = thread * local + i
+                first[expert] = first[expert] + slot
+                if thread == link.rank and tile == 0:
+                    offsets[i] = slot
+                    ends[i] = slot + rows[expert]
+                slot += (rows[expert] + align - 1) // align * align
+            if thread == link.rank and tile == 0:
+                offsets[local] = slot
+            full[thread] = Int32(slot > capacity)
+            if slot > capacity and tile == 0:
+                link.report(OVERFLOW, thread, 0, Int64(slot), Int64(capacity))
+        cute.arch.sync_threads()
+        overflow = Int32(0)
+        for owner in cutlass.range_constexpr(ranks):
+            overflow |= full[owner]
+        if overflow != 0 and tile == 0:  # nothing is sent, and no kernel finds rows to work on
+            if thread == 0:
+                link.state[STATE.index("overflow")] = Int64(1)
+            for i in cutlass.range(thread, local + 1, THREADS):
+                offsets[i] = Int32(0)
+            for i in cutlass.range(thread, local, THREADS):
+                ends[i] = Int32(0)
+
+        for chunk in cutlass.range_constexpr(TILE // THREADS):
+            i = tile * TILE + chunk * THREADS + thread
+            if i < cute.size(indices):
+                expert = indices[i]
+                slots[i] = expert // local * capacity + first[expert] + tiles[tile, expert] + slots[i]

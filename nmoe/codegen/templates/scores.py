@@ -1,0 +1,123 @@
+"""What router and router_bwd share: a token's scores from its logits, held by a warp, and the choices of a sequence.
+
+Lane l holds experts l, l + 32, …; where there is none, the logit is −∞ and the score 0.
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Float32, Int32, cute
+
+from nmoe.codegen.routing import RoutingConfig, ScoredProblem
+from nmoe.codegen.templates.activation import LOG2_E, sigmoid
+from nmoe.codegen.templates.fixed import Fixed
+
+LN_2 = 0.6931471805599453
+EPSILON = 1e-20  # ops/moe.py's
+
+
+@cute.jit
+def warp_sum(x: Float32) -> Float32:
+    """Over the lanes, in a fixed order, in all of them."""
+    for step in cutlass.range_constexpr(5):
+        x += cute.arch.shuffle_sync_bfly(x, 16 >> step)
+    return x
+
+
+@cute.jit
+def warp_max(x: Float32) -> Float32:
+    for step in cutlass.range_constexpr(5):
+        x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, 16 >> step))
+    return x
+
+
+class Scores(Fixed):
+    def __init__(self, problem: ScoredProblem, config: RoutingConfig) -> None:
+        self.problem, self.config = problem, config
+        self.experts, self.threads = problem.experts, 32 * config.warps
+        self.held = -(-problem.experts // 32)
+
+    @cute.jit
+    def load(self, line: cute.Tensor) -> cute.Tensor:
+        """This lane's values of a row of `experts`; −∞ past its end."""
+        found = cute.make_rmem_tensor((self.held,), Float32)
+        for i in cutlass.range_constexpr(self.held):
+            expert = 32 * i + cute.arch.lane_idx()
+            found[i] = Float32(-float("inf"))
+            if expert < self.experts:
+                found[i] = line[expert]
+        return found
+
+    @cute.jit
+    def exponentials(self, logits: cute.Tensor):  # type: ignore[no-untyped-def]
+        """(exp(logit − top), the largest logit, the exponentials' sum); softmax is the quotient, and the logarithm of
+        Σ exp(logit) is top + log(sum)."""
+        top = logits[0]
+        for i in cutlass.range_constexpr(1, self.held):
+            top = cute.arch.fmax(top, logits[i])
+        top = warp_max(top)
+        found, total = cute.make_rmem_tensor((self.held,), Float32), Float32(0.0)
+        for i in cutlass.range_constexpr(self.held):
+            found[i] = cute.math.exp2((logits[i] - top) * LOG2_E, fastmath=True)
+            total += found[i]
+        return found, top, warp_sum(total)
+
+    @cute.jit
+    def scores(self, logits: cute.Tensor) -> cute.Tensor:
+        if cutlass.const_expr(self.problem.score == "sigmoid"):
+            found = cute.make_rmem_tensor((self.held,), Float32)
+            for i in cutlass.range_constexpr(self.held):
+                found[i] = sigmoid(logits[i])
+        else:
+            found, _, total = self.exponentials(logits)
+            for i in cutlass.range_constexpr(self.held):
+                found[i] = found[i] / total
+        return found
+
+    @cute.jit
+    def sum(self, values: cute.Tensor) -> Float32:
+        """Over a token's experts."""
+        total = values[0]
+        for i in cutlass.range_constexpr(1, self.held):
+            total += values[i]
+        return warp_sum(total)
+
+    @cute.jit
+    def part(self, tokens: Int32):  # type: ignore[no-untyped-def]
+        """The tokens [begin, end) of this thread block, one of `config.parts`."""
+        block, parts = cute.arch.block_idx()[0], self.config.parts
+        share = cute.ceil_div(tokens, parts)
+        begin = cutlass.min(block * share, tokens)
+        return begin, cutlass.min(begin + share, tokens)
+
+    @cute.jit
+    def stop(self, token: Int32, end: Int32, seq_len: Int32 | None) -> Int32:
+        """Where the tokens end that share a sequence with `token`, at most at `end`."""
+        if cutlass.const_expr(self.problem.balance):
+            end = cutlass.min(end, (token // seq_len + 1) * seq_len)
+        return end
+
+    @cute.jit
+    def frequency(
+        self, indices: cute.Tensor, token: Int32, seq_len: Int32, often: cute.Tensor
+    ) -> cute.Tensor:
+        """How often the token's sequence chose each expert of this lane. Counted by the whole thread block in `often`
+        [experts] of shared memory; every block that has tokens of a sequence counts all of it, which takes no launch
+        and no workspace."""
+        cute.arch.sync_threads()
+        for expert in cutlass.range(cute.arch.thread_idx()[0], self.experts, self.threads, unroll=1):
+            often[expert] = 0
+        cute.arch.sync_threads()
+        flat = cute.make_tensor(indices.iterator, cute.make_layout(cute.size(indices)))
+        choices = seq_len * self.problem.topk
+        first = token // seq_len * choices
+        for i in cutlass.range(first + cute.arch.thread_idx()[0], first + choices, self.threads, unroll=4):
+            cute.arch.atomic_add(often.iterator + flat[i], Int32(1), scope="cta")
+        cute.arch.sync_threads()
+        found = cute.make_rmem_tensor((self.held,), Float32)
+        for i in cutlass.range_constexpr(self.held):
+            expert = 32 * i + cute.arch.lane_idx()
+            found[i] = Float32(0.0)
+            if expert < self.experts:
+                found[i] = Float32(often[expert])
+        return found

@@ -1,0 +1,204 @@
+"""A rank's end of the protocol on a GPU: launches of generated kernels on symmetric memory, nothing else.
+
+Every transfer is two calls, so that other work of the step can lie between them: `send_…` puts rows to the peers and
+raises flags, `receive_…` waits for the peers' flags on the device. None waits on the host, allocates, or depends on a
+number that the host would have to read: a step of them can be captured in a CUDA graph and replayed.
+
+The same calls drive the emulator in tests: all that this module knows of memory is what it hands to `launch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from nmoe.codegen.rdep import (
+    COLUMNS,
+    FLAGS,
+    LINE,
+    OVERFLOW,
+    TILE,
+    TIMEOUT,
+    Channel,
+    CombineProblem,
+    CountProblem,
+    FlagProblem,
+    MoveProblem,
+    PlaceProblem,
+    RdepProblem,
+)
+from nmoe.rdep.plan import CapacityError
+from nmoe.rdep.transport import Buffer, Missing
+
+
+@dataclass(frozen=True)
+class Group:
+    """What all ranks of a group agree on. `experts`: of all ranks. `tokens`: of the fullest rank. `capacity`: slots of
+    a rank. `align`: rows that segments are padded to. `parts`: bytes of a dispatched row, in BF16 one part, quantized
+    the elements and their scales. `width`: elements of a returned row, BF16."""
+
+    ranks: int
+    experts: int
+    tokens: int
+    topk: int
+    capacity: int
+    align: int
+    parts: tuple[int, ...]
+    width: int
+
+    @property
+    def choices(self) -> int:
+        return self.tokens * self.topk
+
+    @property
+    def local(self) -> int:
+        return self.experts // self.ranks
+
+    def buffers(self) -> dict[str, Buffer]:
+        """The symmetric heap, a buffer for each of COLUMNS; all layers share it."""
+        parts = (*self.parts, 0)[:2]
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "flags": ((len(FLAGS), self.ranks, LINE), torch.int64),
+            "counts": ((self.ranks, self.experts), torch.int32),
+            "origin": ((self.capacity,), torch.int32),
+            "value": ((self.capacity,), torch.float32),
+            "data": ((self.capacity, parts[0]), torch.uint8),
+            "scale": ((self.capacity, parts[1]), torch.uint8),
+            "returned": ((self.choices, self.width), torch.bfloat16),
+            "returned value": ((self.choices,), torch.float32),
+        }
+        assert tuple(shapes) == COLUMNS
+        return {name: Buffer(*found) for name, found in shapes.items()}
+
+    def problems(self) -> dict[str, RdepProblem]:
+        """Every kernel of a layer's forward and backward, by the step of Exchange that launches it."""
+
+        def move(channel: Channel, parts: tuple[int, ...], describes: bool) -> MoveProblem:
+            return MoveProblem(self.ranks, channel, parts, self.topk, self.local, describes)
+
+        returned = (2 * self.width,)
+        return {
+            "send_counts": CountProblem(self.ranks, self.experts, self.topk),
+            "receive_counts": PlaceProblem(self.ranks, self.experts, self.topk, self.align),
+            "send_rows": move("rows", self.parts, True),
+            "resend_rows": move("rows", self.parts, False),
+            "receive_rows": FlagProblem(self.ranks, "await"),
+            "release_rows": FlagProblem(self.ranks, "raise"),
+            "send_returns": move("returns", returned, False),
+            "send_returns_values": move("returns", returned, True),
+            "receive_returns": CombineProblem(self.ranks, self.topk, self.width),
+        }
+
+    def routing(self, tokens: int) -> dict[str, Buffer]:
+        """What Routing holds of a layer for `tokens` tokens of this rank."""
+        choices = tokens * self.topk
+        return {
+            "slots": Buffer((tokens, self.topk), torch.int32),
+            "tiles": Buffer((-(-choices // TILE), self.experts), torch.int32),
+            "offsets": Buffer((self.local + 1,), torch.int32),
+            "ends": Buffer((self.local,), torch.int32),
+        }
+
+
+class Routing(NamedTuple):
+    """A layer's plan on this rank, kept for its backward: slots int32[T, k], owner · capacity + slot of each choice;
+    offsets int32[local + 1] and ends int32[local] of its experts' segments; tiles is workspace. With the origins that
+    the first dispatch leaves in the heap, copied to origins int32[capacity], backward can follow other layers."""
+
+    slots: Any
+    tiles: Any
+    offsets: Any
+    ends: Any
+
+
+class Launch(Protocol):
+    def __call__(self, problem: RdepProblem, *arguments: Any) -> None:
+        """Launches a problem's kernel, in the order of the stream, with its operands."""
+
+
+class Exchange:
+    """`heap` int64 tables: see nmoe.codegen.rdep. All ranks make the same calls in the same order."""
+
+    def __init__(self, group: Group, rank: int, addresses: Any, state: Any, launch: Launch) -> None:
+        self.group, self.rank = group, rank
+        self._problems = group.problems()
+        self._addresses, self._state, self._launch = addresses, state, launch
+
+    def send_counts(self, indices: Any, routing: Routing, layer: int) -> None:
+        """indices int32[T, k]: the experts that each token chose."""
+        self._run("send_counts", layer, indices, routing.slots, routing.tiles)
+
+    def receive_counts(self, indices: Any, routing: Routing, layer: int) -> None:
+        """Fills the routing. Too many rows for a rank set `overflow` on all: what follows moves nothing."""
+        self._run("receive_counts", layer, indices, *routing, self.group.capacity)
+
+    def send_rows(self, rows: tuple[Any, ...], values: Any | None, routing: Routing, layer: int) -> None:
+        """rows u8[T, bytes] of each part to all slots of each token; zero to this rank's padding. The first dispatch
+        of a layer brings values f32[T, k], the router weights, and tells the slots whose rows they hold."""
+        step = "resend_rows" if values is None else "send_rows"
+        values = () if values is None else (values,)
+        self._run(step, layer, *rows, *values, routing.slots, *self._segments(routing))
+
+    def receive_rows(self, layer: int) -> None:
+        """Until all rows are in the heap's data, scale, value and origin."""
+        self._run("receive_rows", layer)
+
+    def release_rows(self, layer: int) -> None:
+        """The rows received last have been consumed: the peers may overwrite them."""
+        self._run("release_rows", layer)
+
+    def send_returns(self, rows: Any, values: Any | None, origins: Any, routing: Routing, layer: int) -> None:
+        """rows u8[slots, 2 · width], BF16, and values f32[slots, 1]? back to their origins int32[slots, 1]."""
+        step = "send_returns" if values is None else "send_returns_values"
+        values = () if values is None else (values,)
+        self._run(step, layer, rows, *values, origins, *self._segments(routing))
+
+    def receive_returns(self, y: Any, layer: int) -> None:
+        """y bf16[T, width] = each token's rows, summed in FP32 in the order of its choices; the values are in the
+        heap's `returned value`, [T · k]."""
+        self._run("receive_returns", layer, y)
+
+    def _segments(self, routing: Routing) -> tuple[Any, ...]:
+        return routing.offsets, routing.ends, self.group.capacity, self.group.choices
+
+    def _run(self, step: str, layer: int, *arguments: Any) -> None:
+        self._launch(self._problems[step], *arguments, self._addresses, self._state, self.rank, layer)
+
+
+def check(report: torch.Tensor, timeout: float) -> None:
+    """Raises what a kernel reported, int64[ranks, len(REPORT)] in host memory: Missing or CapacityError."""
+    for kind, rank, peer, layer, flag, expected, seen in report.tolist():
+        if kind == TIMEOUT:
+            raise Missing(
+                f"rank {rank} waited {timeout:g} s for {FLAGS[flag]} {expected} (seen {seen}) of rank {peer} in layer "
+                f"{layer}. Look for the first error in rank {peer}'s log, then continue with --resume"
+            )
+        if kind == OVERFLOW:
+            raise CapacityError(
+                f"layer {layer}: rank {peer} of {len(report)} would receive {expected} expert rows, the capacity is "
+                f"{seen}: raise [rdep] capacity to at least {expected}, or set it to 0 for the worst case"
+            )
+
+
+def offsets(buffers: Mapping[str, Buffer], align: int = 1024) -> tuple[dict[str, int], int]:
+    """Where each buffer lies in a heap, in bytes, and the size of all."""
+    at, found = 0, {}
+    for name, buffer in buffers.items():
+        found[name] = at
+        at += -(-buffer.bytes // align) * align
+    return found, at
+
+
+class Launcher:
+    """Launches compiled kernels with torch tensors on the current stream."""
+
+    def __init__(self, kernels: Mapping[RdepProblem, tuple[Any, int]]) -> None:
+        """Of each problem the loaded kernel (nmoe.codegen.launch) and the thread blocks of its config."""
+        self._kernels = kernels
+
+    def __call__(self, problem: RdepProblem, *arguments: Any) -> None:
+        kernel, blocks = self._kernels[problem]
+        kernel(*arguments, blocks, torch.cuda.current_stream().cuda_stream)
