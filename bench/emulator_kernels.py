@@ -38,7 +38,7 @@ LARGE = {
     "accumulate": GemmProblem("wgrad", 3, 512, 512, "accumulate"),
 }
 COUNTS = [300, 0, 200]  # rows of each expert
-CLUSTERS = 1  # of a launch: it works on several tiles, so that every buffer is used again
+CLUSTERS = (1, 9)  # of a launch: one works on several tiles, of nine some start beyond the first expert
 LIMIT = 2_000_000
 SCHEDULES = [Options(seed=seed, limit=LIMIT) for seed in range(4)]
 
@@ -52,7 +52,9 @@ class Kernel:
         self.oracle = verify.ORACLES[problem.family]
         self.tensors: Tensors = self.oracle.case(problem, config, seed, COUNTS)
 
-    def launch(self, module: ptx.Module, options: Options) -> tuple[Device, Tensors, float]:
+    def launch(
+        self, module: ptx.Module, options: Options, clusters: int = 1
+    ) -> tuple[Device, Tensors, float]:
         """The device afterwards, results, and CPU seconds. Raises EmulationError."""
         device = Device(options)
         held = {
@@ -62,7 +64,7 @@ class Kernel:
         operands = [held[o.name] for o in self.problem.operands(self.config)]
         start = time.process_time()
         try:
-            self.host(device, *operands, CLUSTERS, 0)
+            self.host(device, *operands, clusters, 0)
         finally:
             self.host.module = original
         seconds = time.process_time() - start
@@ -118,13 +120,25 @@ def mutate(pattern: str) -> int:
 
 def numbers(pattern: str) -> None:
     for label, kernel in kernels(pattern, PROBLEMS):
-        device, results, _ = kernel.launch(kernel.host.module, Options())
-        for report in device.reports:
-            record: dict[str, Any] = {"kernel": label, "entry": report.kernel, "right": kernel.right(results)}
-            record |= {"grid": report.grid, "cluster": report.cluster, "counters": report.counters}
-            record |= {"opcodes": dict(report.by_opcode().most_common()), "roles": report.roles.tolist()}
-            record["uncovered"] = [f"{i.line}: {i.text}" for i in report.uncovered()]
-            print(json.dumps(record), flush=True)
+        executed: Counter[tuple[str, int]] = Counter()
+        for clusters in CLUSTERS:
+            device, results, _ = kernel.launch(kernel.host.module, Options(), clusters)
+            for report in device.reports:
+                record: dict[str, Any] = {
+                    "kernel": label,
+                    "entry": report.kernel,
+                    "right": kernel.right(results),
+                }
+                record |= {"grid": report.grid, "cluster": report.cluster, "counters": report.counters}
+                record |= {"opcodes": dict(report.by_opcode().most_common()), "roles": report.roles.tolist()}
+                print(json.dumps(record), flush=True)
+                executed.update({(report.kernel, i): int(n) for i, n in enumerate(report.executed)})
+        missed = [key for key, n in executed.items() if n == 0]
+        lines = [kernel.host.module.entries[name].instructions[i] for name, i in missed]
+        print(json.dumps({
+            "kernel": label, "instructions": len(executed), "covered": len(executed) - len(missed),
+            "uncovered": [f"{i.line}: {i.text}" for i in lines],
+        }), flush=True)  # fmt: skip
 
 
 def speed(pattern: str) -> None:

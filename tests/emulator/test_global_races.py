@@ -7,6 +7,7 @@ import torch
 from snippets import Device, Options, module, run
 
 from nmoe.codegen.emulator import EmulationError, together
+from nmoe.codegen.emulator.mutate import mutants, survey
 
 RACE = "race on global memory"
 SEEDS = [Options(seed=seed) for seed in range(4)]
@@ -302,6 +303,23 @@ def test_everyone_polling_what_nobody_writes_is_a_deadlock():
         run(body, device, words(device, 0, 0), grid=2)
 
 
+@pytest.mark.parametrize("seed", range(9))
+def test_all_who_poll_let_the_last_cta_start(seed):
+    device = Device(Options(seed=seed, limit=10**6))
+    body = """
+    mov.u32 %r1, %ctaid.x;
+    setp.eq.u32 %p1, %r1, 7;
+    setp.eq.and.u32 %p2, %r0, 0, %p1;
+    @%p2 st.release.gpu.global.b32 [%rd0], 1;
+    L: ld.acquire.gpu.global.b32 %r2, [%rd0];
+    add.u32 %r3, %r3, %r2;
+    xor.b32 %r4, %r3, %r2;
+    setp.eq.u32 %p3, %r2, 0;
+    @%p3 bra L;
+    """
+    run("mov.u32 %r3, 0;\n" + body, device, words(device, 0), grid=8, threads=96)
+
+
 def test_polling_takes_time():
     device = Device()
     out = words(device, 0, 0)
@@ -369,6 +387,27 @@ def test_a_flag_between_devices_without(missing):
     with pytest.raises(EmulationError, match=RACE), together(*ranks):
         start(ranks[0], write, data, flag)
         start(ranks[1], read, data, flag)
+
+
+@pytest.mark.parametrize(
+    ("form", "count"), [("plain", 5), ("fences", 7), ("atomics", 5), ("membar", 5)], ids=lambda x: str(x)
+)
+def test_every_mutation_of_a_flag_between_devices_is_noticed(form, count):
+    write, read = rank_bodies(RIGHT[form], "sys")
+
+    def both(first, second, options):
+        ranks = Device(options), Device(options)
+        data, flag = words(ranks[1], *[0] * 64), words(ranks[1], 0)
+        with together(*ranks):
+            reports = start(ranks[0], first, data, flag), start(ranks[1], second, data, flag)
+        return reports
+
+    options = [Options(seed=seed, limit=10**6) for seed in range(2)]
+    reports = both(write, read, options[0])
+    verdicts = survey(mutants(write, reports[:1]), lambda m, o: bool(both(m, read, o)), options)
+    verdicts += survey(mutants(read, reports[1:]), lambda m, o: bool(both(write, m, o)), options)
+    assert len(verdicts) == count
+    assert [v.mutant for v in verdicts if not v.noticed] == []
 
 
 def test_a_device_runs_its_launches_in_order_and_tells_what_it_heard():

@@ -15,7 +15,8 @@ import numpy as np
 from nmoe.codegen.emulator import ptx
 from nmoe.codegen.emulator.execution import EmulationError, Options, Report
 
-# What is broken, and how: `delete` leaves nothing, `true` answers a wait at once, `bytes` counts 16 bytes too many.
+# What is broken, and how: `delete` leaves nothing, `true` answers a wait at once, `bytes` counts 16 bytes too many,
+# `relaxed` takes acquire and release away, `narrow` takes the next smaller scope.
 ACTIONS: tuple[tuple[str, str], ...] = (
     (r"mbarrier\.(try|test)_wait\b.*", "true"),
     (r"mbarrier\.arrive(_drop)?(?!.*expect_tx)\b.*", "delete"),
@@ -25,7 +26,10 @@ ACTIONS: tuple[tuple[str, str], ...] = (
     (r"barrier\.cluster\.wait\b.*", "delete"),
     (r"(fence|membar)\b.*", "delete"),
     (r"tcgen05\.(commit|cp|wait|fence|dealloc)\b.*", "delete"),
-    (r"cp\.async\.bulk\.(commit|wait)_group\b.*", "delete"),
+    (r"cp\.async\.(bulk\.)?(commit|wait)_(group|all)\b.*", "delete"),
+    (r"cp\.async\.mbarrier\b.*", "delete"),
+    (r"(ld|st|atom|red)\..*\b(acquire|release|acq_rel)\b.*", "relaxed"),
+    (r"(ld|st|atom|red|fence|membar)\b.*\.(sys|gpu|gl)\b.*", "narrow"),
     (r"wgmma\.(wait_group|commit_group|fence)\b.*", "delete"),
 )
 
@@ -62,12 +66,8 @@ def mutants(module: ptx.Module, reports: Sequence[Report]) -> list[Mutant]:
             instruction = entry.instructions[index]
             for pattern, action in ACTIONS:
                 if re.fullmatch(pattern, instruction.opcode):
-                    found.append(
-                        Mutant(
-                            name, int(index), action, instruction, _broken(module, name, int(index), action)
-                        )
-                    )
-                    break
+                    broken = _broken(module, name, int(index), action)
+                    found.append(Mutant(name, int(index), action, instruction, broken))
     return found
 
 
@@ -90,6 +90,13 @@ def _broken(module: ptx.Module, kernel: str, index: int, action: str) -> ptx.Mod
             [*entry.instructions[:index], add, new, *entry.instructions[index + 1 :]],
             {name: at + (at > index) for name, at in entry.labels.items()},
         )
+    elif action == "relaxed":
+        opcode = re.sub(r"\b(acquire|release|acq_rel)\b", "relaxed", old.opcode)
+        new = dataclasses.replace(old, opcode=opcode)
+    elif action == "narrow":
+        smaller = {"sys": "gl" if old.opcode.startswith("membar") else "gpu", "gpu": "cta", "gl": "cta"}
+        opcode = re.sub(r"(?<=\.)(sys|gpu|gl)\b", lambda m: smaller[m[0]], old.opcode)
+        new = dataclasses.replace(old, opcode=opcode)
     else:
         new = dataclasses.replace(old, opcode="nanosleep.u32", operands=())
     return _with(

@@ -7,9 +7,9 @@
 #include <string.h>
 
 #define QUANTUM 64
-#define PATIENCE 64       /* passes in which warps only poll before another cluster starts */
-#define POLLS 100000      /* passes in which warps only poll before that is a deadlock */
-#define POLL_TIME 1000000 /* nanoseconds that such a pass takes, so that waits with a time limit end */
+#define PATIENCE 64       /* fruitless polls before another cluster starts */
+#define POLLS 100000      /* fruitless polls before that is a deadlock */
+#define POLL_TIME 1000000 /* nanoseconds that a pass with such polls takes, so that waits with a time limit end */
 
 static const char *const opcode_names[] = {
 #define UN(name, D, A, expr) #name,
@@ -446,7 +446,10 @@ static uint32_t run_warp(Machine *m, Warp *w, uint32_t quantum) {
     w->entered = false;
     completed++;
     if (outcome != JUMPED) p->pc = at + 1;
-    if (outcome == YIELD) break;
+    if (outcome == YIELD) {
+      w->priority >>= 14; /* below all who may have what it polls for */
+      break;
+    }
   }
   m->current = NULL;
   return completed;
@@ -561,17 +564,17 @@ static void expire_waits(Machine *m) {
 
 static void run_all(Machine *m, Warp **warps) {
   uint32_t together = m->mode == MODE_EAGER ? 1 : 2; /* clusters of a launch that interleave */
-  uint64_t expired_at = ~0ull, progress = 0, polls = 0, idle = 0;
+  uint64_t expired_at = ~0ull, progress = 0, polls = 0, before = 0; /* `polls` at the last progress, and a pass ago */
   while (admit(m, together), m->n_resident > 0) {
     if (!run_pass(m, warps) && !relieve(m)) {
       if (expired_at == m->progress) deadlock(m, "no warp can go on and no asynchronous operation is under way");
       expired_at = m->progress;
       expire_waits(m);
     }
-    bool polling = m->polls != polls && m->progress == progress; /* loads alone: flags that others must set */
-    idle = polling ? idle + 1 : 0;
-    if (idle >= PATIENCE && !relieve(m) && idle > POLLS) deadlock(m, "all who run poll memory that nobody writes");
-    polls = m->polls;
+    if (m->progress != progress) polls = m->polls;
+    bool fruitless = m->polls != before && m->polls - polls >= PATIENCE;
+    if (fruitless && !relieve(m) && m->polls - polls > POLLS) deadlock(m, "all who run poll memory that nobody writes");
+    before = m->polls;
     progress = m->progress;
     for (uint32_t i = m->n_resident; i-- > 0;)
       if (m->resident[i]->live_warps == 0) finish_cluster(m, i);
