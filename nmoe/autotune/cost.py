@@ -62,7 +62,7 @@ def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: i
         slices = max(1, rows // problem.groups // problem.slice)
     multiply = 2.0 * ROW_TILE * config.tile_n * problem.slice / rate
     load = problem.stage_bytes(config, config.tile_n // config.cluster) / L2_BYTES_PER_CLOCK
-    epilogue = problem.pieces(config) * PIECE_CLOCKS * (2 / config.buffers if config.buffers else 1)
+    epilogue = problem.pieces(config) * PIECE_CLOCKS * 2 / config.buffers
     if problem.epilogue == "dswiglu":
         epilogue *= 4  # each piece is read, computed and stored twice over
     if hardware.tensor_columns:  # two accumulators: hidden behind the next tile's products

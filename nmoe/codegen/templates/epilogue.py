@@ -76,23 +76,22 @@ class Epilogue(Fixed):
         self.steps = self.pieces // 2 if gemm.paired else self.pieces
         self.units = 128 // fragment.rows
         self.tile = buffers
-        if self.problem.copies:
-            layout = copy_layout(fragment.rows, 2 * gemm.config.buffers)
-            start = cute.recast_ptr(buffers.iterator, layout.inner, Float8E4M3FN)
-            self.halves = cute.make_tensor(start, layout.outer)
+        layout = copy_layout(fragment.rows, 2 * gemm.config.buffers)
+        start = cute.recast_ptr(buffers.iterator, layout.inner, Float8E4M3FN)
+        self.halves = cute.make_tensor(start, layout.outer)
+
+        def partition(copy, held):  # type: ignore[no-untyped-def]
+            tile = (cute.size(held, mode=[0]), cute.size(held, mode=[1]))
+            tiled = cute.local_tile(copy.tensor, tile, (None,) * cute.rank(copy.tensor))
+            return (copy.atom, *cpasync.tma_partition(
+                copy.atom, 0, cute.make_layout(1), cute.group_modes(held, 0, 2), cute.group_modes(tiled, 0, 2)
+            ))  # fmt: skip
+
         self.stores = {
-            name: self._partition(copy, self.halves if name in self.problem.copies else buffers)
+            name: partition(copy, self.halves if name in self.problem.copies else buffers)
             for name, copy in zip(self.problem.stored, stores, strict=True)
         }
-        self.reads = [self._partition(copy, buffers) for copy in reads]
-
-    def _partition(self, copy, held):  # type: ignore[no-untyped-def]
-        """A copy's atom, and its two sides in boxes: shared memory `held`, [rows, width, count], and the operand."""
-        tile = (cute.size(held, mode=[0]), cute.size(held, mode=[1]))
-        tiled = cute.local_tile(copy.tensor, tile, (None,) * cute.rank(copy.tensor))
-        return (copy.atom, *cpasync.tma_partition(
-            copy.atom, 0, cute.make_layout(1), cute.group_modes(held, 0, 2), cute.group_modes(tiled, 0, 2)
-        ))  # fmt: skip
+        self.reads = [partition(copy, buffers) for copy in reads]
 
     @cute.jit
     def prefetch(self, place, flip=0) -> None:  # type: ignore[no-untyped-def]
@@ -276,14 +275,20 @@ class Epilogue(Fixed):
         """Results in place of what was read in the buffers, and for dSwiGLU this tile's part of d weight."""
         weights = self._weights(plain.weight, place)
         sums = [Float32(0.0) for _ in self.fragment.mine]
-        for pair in cutlass.range(self.pieces // 2, unroll=1):
-            for slot in cutlass.range_constexpr(2):
-                sums = self._read_piece(
-                    acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn, flip
-                )
-                if cutlass.const_expr(slot == 0):
-                    self._release(free, pair)
-            turn ^= 1
+        if cutlass.const_expr(self.fragment.parts > 0):
+            for pair in cutlass.range(self.pieces // 2, unroll=1):
+                for slot in cutlass.range_constexpr(2):
+                    sums = self._read_piece(
+                        acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn, flip
+                    )
+                    if cutlass.const_expr(slot == 0):
+                        self._release(free, pair)
+                turn ^= 1
+        else:
+            for p in cutlass.range_constexpr(self.pieces):
+                sums = self._read_piece(acc, place, plain, factor, weights, sums, p, p % 2, turn, flip)
+                if cutlass.const_expr(p % 2 == 1):
+                    turn ^= 1
         if cutlass.const_expr(plain.partial is not None):
             self._partial(sums, place, plain.partial)
         return turn
@@ -296,8 +301,11 @@ class Epilogue(Fixed):
         row, at = self._row(place), place.column * self.pieces + piece
         cute.arch.mbarrier_wait(self.arrived + slot, turn)
         if cutlass.const_expr(self.problem.epilogue == "dswiglu"):
-            for part in cutlass.range(self.fragment.parts, unroll=1):
-                sums = self._dswiglu(acc, piece, factor, weights, sums, slot, part)
+            if cutlass.const_expr(self.fragment.parts > 0):
+                for part in cutlass.range(self.fragment.parts, unroll=1):
+                    sums = self._dswiglu(acc, piece, factor, weights, sums, slot, part)
+            else:
+                sums = self._dswiglu(acc, piece, factor, weights, sums, slot, None)
             self._store_dh((row, at), place, plain, slot)
         else:
             self._add(self._piece(acc, piece, factor), (row, at, 0), slot)
@@ -309,32 +317,27 @@ class Epilogue(Fixed):
 
     @cute.jit
     def _add(self, values, at, slot: cutlass.Constexpr) -> None:  # type: ignore[no-untyped-def]
+        """y, its sum with the first addend, that with the second: each rounded, as ops of their own would."""
         count = len(self.reads)
-        total = self._sum(values, [self._spot(count * slot + i) for i in range(count)])
+        total = cute.make_rmem_tensor(values.shape, BFloat16)
+        total.store(values.load().to(BFloat16))
+        addend = cute.make_rmem_tensor(values.shape, BFloat16)
+        for i in cutlass.range_constexpr(count):
+            cute.autovec_copy(self._spot(count * slot + i), addend)
+            total.store((total.load().to(Float32) + addend.load().to(Float32)).to(BFloat16))
         cute.autovec_copy(total, self._spot(count * slot))
         self._send((("y", count * slot),), at)
 
     @cute.jit
-    def _sum(self, values, spots) -> cute.Tensor:  # type: ignore[no-untyped-def]
-        """y, its sum with the first addend, that with the second: each rounded, as ops of their own would."""
-        total = cute.make_rmem_tensor(values.shape, BFloat16)
-        total.store(values.load().to(BFloat16))
-        addend = cute.make_rmem_tensor(values.shape, BFloat16)
-        for spot in spots:
-            cute.autovec_copy(spot, addend)
-            total.store((total.load().to(Float32) + addend.load().to(Float32)).to(BFloat16))
-        return total
-
-    @cute.jit
     def _dswiglu(self, acc, p, factor, weights, sums, slot: cutlass.Constexpr, part):  # type: ignore[no-untyped-def]
-        parts = self.fragment.parts
-        halves = [cute.flat_divide(self._spot(2 * slot + i), (self.width // parts,)) for i in range(2)]
-        grad = self._piece(acc, parts * p + part, factor, parts)
-        return self._gradients(grad, [half[None, part] for half in halves], weights, sums)
-
-    @cute.jit
-    def _gradients(self, grad, spots, weights, sums):  # type: ignore[no-untyped-def]
         """d gate and d up in place of gate and up: of a piece, or a part of it."""
+        spots = [self._spot(2 * slot), self._spot(2 * slot + 1)]
+        parts = 1
+        if cutlass.const_expr(part is not None):
+            parts = self.fragment.parts
+            spots = [cute.flat_divide(spot, (self.width // parts,))[None, part] for spot in spots]
+            p = parts * p + part
+        grad = self._piece(acc, p, factor, parts)
         gate, up = (cute.make_rmem_tensor(grad.shape, BFloat16) for _ in range(2))
         cute.autovec_copy(spots[0], gate)
         cute.autovec_copy(spots[1], up)

@@ -41,16 +41,11 @@ class GroupedGemm(Fixed):
 
     threads: int
     unit_rows: int  # rows of the tile that one epilogue unit stores
-    read_rows: int  # rows of the boxes in which the epilogue's operands are read
-    narrows = False  # may the last column tile be half as wide
 
     def __init__(self, problem: GemmProblem, config: GemmConfig) -> None:
         self.problem, self.config, self.cluster = problem, config, config.cluster
         self.paired = problem.epilogue == "swiglu"  # a column tile is tile_n / 2 pairs of gate and up
         self.columns = -(-problem.columns // (config.tile_n // 2 if self.paired else config.tile_n))
-        # The last column tile may be narrow: where the columns leave half of it empty, only its first half is computed.
-        self.narrow = not self.paired and self.narrows and 0 < problem.columns % config.tile_n <= config.tile_n // 2
-        self.whole = self.columns - self.narrow
         self.tiles: RaggedRows | RaggedDepth
         if problem.ragged == "rows":
             slices = -(-problem.depth // problem.slice)
@@ -60,8 +55,6 @@ class GroupedGemm(Fixed):
         self.plain = [o.name for o in problem.operands(config) if o.name in Plain.NAMES]
         self.element = ELEMENTS[problem.multiplied]
         self.out_type = Float32 if problem.epilogue == "accumulate" else BFloat16
-        self.pieces = config.tile_n * self.out_type.width // (8 * layouts.PIECE_BYTES)
-        self.least = self.pieces // 2 if self.narrow else self.pieces  # pieces of the last column tile
 
     @property
     def b_rows(self) -> int:
@@ -97,7 +90,7 @@ class GroupedGemm(Fixed):
         # The box is half of B whether a thread block loads one half or both.
         half = layouts.operand(self.element, problem.b_mn_major, self.config.tile_n // 2, problem.slice, 1)
         units = ROW_TILE // self.unit_rows
-        buffers = layouts.buffers(self.out_type, self.unit_rows, max(1, units * self.config.buffers))
+        buffers = layouts.buffers(self.out_type, self.unit_rows, units * self.config.buffers)
         load_a, load_b = self.load_operations()
         adds = problem.epilogue == "accumulate"
         store = cpasync.CopyReduceBulkTensorTileS2GOp() if adds else cpasync.CopyBulkTensorTileS2GOp()
@@ -117,8 +110,7 @@ class GroupedGemm(Fixed):
 
         stores = [result(name) for name in problem.stored]
         read = cpasync.CopyBulkTensorTileG2SOp()
-        landing = layouts.buffers(BFloat16, self.read_rows, 1)
-        reads = [copy(read, name, BFloat16, landing) for name in problem.read]
+        reads = [copy(read, name, BFloat16, buffers) for name in problem.read]
         a = copy(load_a, "a", self.element, a_layout)
         b = copy(load_b, "b", self.element, half)
         plain = [named[name] for name in self.plain]

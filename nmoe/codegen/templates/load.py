@@ -8,7 +8,6 @@ from cutlass.cute.nvgpu import cpasync
 
 from nmoe.codegen.gemm import ROW_TILE
 from nmoe.codegen.templates.fixed import Fixed
-from nmoe.codegen.templates.layouts import PIECE_BYTES
 from nmoe.codegen.templates.ring import Ring
 from nmoe.codegen.templates.tiles import Segments
 
@@ -19,15 +18,11 @@ class Loader(Fixed):
     B comes in two boxes of tile_n / 2 rows: the left and right columns of a tile, or its gate and up columns. Alone, a
     thread block loads both. In a cluster of two each loads one of them: `shared` B is multicast to both (Hopper);
     otherwise B stays split between the pair, whose MMA reads both parts (Blackwell), and the bytes of both thread
-    blocks are counted by the first one's barrier. With B shared, a thread block without rows of its own loads no A.
-
-    On Hopper it also loads what the epilogue reads, 128 rows of a piece at a time: `reads`, each a copy and where its
-    pieces land in the ring's stages. They follow the slices of a tile, a stage for each piece.
+    blocks are counted by the first one's barrier.
     """
 
-    def __init__(self, gemm, ring: Ring, a, b, a_stages, b_stages, shared: bool, scales=None, reads=()) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, gemm, ring: Ring, a, b, a_stages, b_stages, shared: bool, scales=None) -> None:  # type: ignore[no-untyped-def]
         self.gemm, self.ring, self.shared, self.scales = gemm, ring, shared, scales
-        self.reads = [self._partition(*read) for read in reads]
         self.a_atom, a_tensor = a
         self.b_atom, b_tensor = b
         half, depth = gemm.config.tile_n // 2, gemm.problem.slice
@@ -42,15 +37,7 @@ class Loader(Fixed):
             self.b_atom, 0, one, cute.group_modes(halves, 0, 2), cute.group_modes(gb, 0, 2)
         )
         per_block = gemm.problem.stage_bytes(gemm.config, cute.size(b_stages, mode=[0]))
-        self.a_bytes = 2 * cute.size(a_stages, mode=[0]) * depth
         self.stage_bytes = per_block if shared or gemm.cluster == 1 else 2 * per_block
-
-    def _partition(self, copy, landing):  # type: ignore[no-untyped-def]
-        box = (ROW_TILE, cute.size(landing, mode=[1]))
-        tiled = cute.local_tile(copy.tensor, box, (None,) * cute.rank(copy.tensor))
-        return (copy.atom, *cpasync.tma_partition(
-            copy.atom, 0, cute.make_layout(1), cute.group_modes(landing, 0, 2), cute.group_modes(tiled, 0, 2)
-        ))  # fmt: skip
 
     @cute.jit
     def run(self, segments: Segments, cluster: Int32, clusters: Int32, rank: Int32) -> None:
@@ -62,25 +49,19 @@ class Loader(Fixed):
             for k in cutlass.range(place.begin, place.begin + place.slices, unroll=1):
                 self._fill(place, k, rank, stage, phase)
                 stage, phase = self.ring.after(stage, phase)
-            if cutlass.const_expr(len(self.gemm.problem.read) > 0):
-                count = Int32(self.gemm.pieces if place.column < self.gemm.whole else self.gemm.least)
-                for p in cutlass.range(count, unroll=1):
-                    self._read(place, p, stage, phase)
-                    stage, phase = self.ring.after(stage, phase)
             tile, expert, first = tiles.seek(segments, tile + clusters, expert, first)
 
     @cute.jit
     def _fill(self, place, k: Int32, rank: Int32, stage: Int32, phase: Int32) -> None:  # type: ignore[no-untyped-def]
         full = self.ring.full + stage
         cute.arch.mbarrier_wait(self.ring.empty + stage, phase)
-        if cutlass.const_expr(self.shared):
-            self._expect(full, Int32(self.stage_bytes if place.exists else self.stage_bytes - self.a_bytes))
-            if place.exists:
-                self._rows(place, k, stage)
-        else:
-            if rank == 0:  # of a pair the first counts for both
-                self._expect(full, self.stage_bytes)
-            self._rows(place, k, stage)
+        if cutlass.const_expr(self.shared or self.gemm.cluster == 1):
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
+        elif rank == 0:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
+        cute.copy(self.a_atom, self.ga[None, place.row, k], self.sa[None, stage], tma_bar_ptr=full)
         if cutlass.const_expr(self.scales is not None):
             self.scales.load(place, k, stage, full)
         if cutlass.const_expr(self.gemm.cluster == 1):
@@ -90,16 +71,6 @@ class Loader(Fixed):
             self._half(place, k, rank, rank, stage)
         else:
             self._half(place, k, rank, 0, stage)
-
-    @cute.jit
-    def _expect(self, full, size) -> None:  # type: ignore[no-untyped-def]
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full, size)
-
-    @cute.jit
-    def _rows(self, place, k: Int32, stage: Int32) -> None:  # type: ignore[no-untyped-def]
-        box, target = self.ga[None, place.row, k], self.sa[None, stage]
-        cute.copy(self.a_atom, box, target, tma_bar_ptr=self.ring.full + stage)
 
     @cute.jit
     def _half(self, place, k: Int32, half, slot, stage: Int32) -> None:  # type: ignore[no-untyped-def]
@@ -113,18 +84,3 @@ class Loader(Fixed):
         cute.copy(
             self.b_atom, box, self.sb[None, slot, stage], tma_bar_ptr=self.ring.full + stage, mcast_mask=mask
         )
-
-    @cute.jit
-    def _read(self, place, p: Int32, stage: Int32, phase: Int32) -> None:  # type: ignore[no-untyped-def]
-        """What the epilogue reads for piece `p`; nothing where it stores nothing."""
-        full = self.ring.full + stage
-        cute.arch.mbarrier_wait(self.ring.empty + stage, phase)
-        at = place.column * self.gemm.pieces + p
-        if place.exists:
-            self._expect(full, len(self.reads) * ROW_TILE * PIECE_BYTES)
-            for i in cutlass.range_constexpr(len(self.reads)):
-                atom, landing, origin = self.reads[i]
-                half = i if cutlass.const_expr(self.gemm.problem.epilogue == "dswiglu") else 0
-                cute.copy(atom, origin[None, place.row, at, half], landing[None, stage], tma_bar_ptr=full)
-        else:
-            self._expect(full, 0)

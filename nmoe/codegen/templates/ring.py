@@ -11,7 +11,6 @@ at once, so a producer starts at (0, 1) and finds all stages empty, a consumer a
 
 from __future__ import annotations
 
-import cutlass
 from cutlass import Int32, cute
 
 from nmoe.codegen.templates.fixed import Fixed
@@ -35,10 +34,3 @@ class Ring(Fixed):
             stage = Int32(0)
             phase ^= 1
         return stage, phase
-
-    @cute.jit
-    def release(self, stage: Int32, cluster: cutlass.Constexpr) -> None:
-        """By every warp of a consumer that has read a stage, to the producers of all thread blocks of its cluster."""
-        lane = cute.arch.lane_idx()
-        if lane < cluster:
-            cute.arch.mbarrier_arrive(self.empty + stage, lane)

@@ -46,7 +46,7 @@ ACCUMULATORS = 2
 
 class Sm100GroupedGemm(GroupedGemm):
     threads = 6 * 32
-    unit_rows = read_rows = 32
+    unit_rows = 32
 
     @property
     def b_rows(self) -> int:

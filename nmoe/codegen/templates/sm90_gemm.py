@@ -22,10 +22,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
-from nmoe.codegen.gemm import ROW_TILE
-from nmoe.codegen.templates import layouts
 from nmoe.codegen.templates.epilogue import Epilogue, Fragment
-from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.grouped import GroupedGemm, Plain
 from nmoe.codegen.templates.layouts import major
 from nmoe.codegen.templates.load import Loader
@@ -33,18 +30,12 @@ from nmoe.codegen.templates.ring import Ring
 from nmoe.codegen.templates.tiles import Segments
 
 GROUP = 128  # threads of a warpgroup
-# What a thread of 3 · GROUP has at the start, the most that a consumer may have, and what that leaves: registers change
-# hands only within a thread block, so one too many and the consumers wait for ever.
-ENTRY_REGISTERS = 65536 // (3 * GROUP) // 8 * 8
-MATH_REGISTERS = 240
-LOAD_REGISTERS = 3 * ENTRY_REGISTERS - 2 * MATH_REGISTERS
+LOAD_REGISTERS, MATH_REGISTERS = 40, 232
 
 
 class Sm90GroupedGemm(GroupedGemm):
     threads = 3 * GROUP
     unit_rows = 64
-    read_rows = ROW_TILE
-    narrows = True
 
     @property
     def b_rows(self) -> int:
@@ -75,210 +66,83 @@ class Sm90GroupedGemm(GroupedGemm):
         smem = SmemAllocator()
         a_stages = smem.allocate_tensor(BFloat16, a_layout.outer, 1024, swizzle=a_layout.inner)
         b_stages = smem.allocate_tensor(BFloat16, b_layout.outer, 1024, swizzle=b_layout.inner)
-        buffers = None
-        if cutlass.const_expr(self.config.buffers > 0):
-            buffers = smem.allocate_tensor(self.out_type, buffer_layout.outer, 1024, swizzle=buffer_layout.inner)
+        buffers = smem.allocate_tensor(self.out_type, buffer_layout.outer, 1024, swizzle=buffer_layout.inner)
         ring = Ring(smem.allocate_array(Int64, 2 * self.config.stages), self.config.stages)
+        arrived = smem.allocate_array(Int64, 4)
 
         if warp == 0:
             cpasync.prefetch_descriptor(a.atom)
             cpasync.prefetch_descriptor(b.atom)
             with cute.arch.elect_one():
                 ring.init(arrivals=8 * self.cluster)
+                for i in cutlass.range_constexpr(4):
+                    cute.arch.mbarrier_init(arrived + i, 1)
             cute.arch.mbarrier_init_fence()
         self.sync_cluster()
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
             if warp == 0:
-                loader = Loader(self, ring, a, b, a_stages, b_stages, shared=self.cluster > 1,
-                                reads=[*zip(reads, self._landings(a_stages, b_stages))])  # fmt: skip
+                loader = Loader(self, ring, a, b, a_stages, b_stages, shared=self.cluster > 1)
                 loader.run(segments, cluster, clusters, rank)
         else:
             cute.arch.setmaxregister_increase(MATH_REGISTERS)
-            self._math(ring, a_stages, b_stages, buffers, stores, segments, plain, cluster, clusters, rank)
+            self._math(ring, a_stages, b_stages, buffers, stores, reads, arrived,
+                       segments, plain, cluster, clusters, rank)  # fmt: skip
         self.sync_cluster()  # a thread block stays until its neighbour has sent and signalled all that it will
-
-    def _landings(self, a_stages: cute.Tensor, b_stages: cute.Tensor) -> list[cute.Tensor]:
-        """Where a stage holds each of the pieces that the epilogue reads, [128, 64, stage]: the first in place of A, the
-        second of B."""
-
-        def pieces(stages: cute.Tensor, each: int) -> cute.Tensor:
-            layout = layouts.buffers(BFloat16, ROW_TILE, each * self.config.stages)
-            start = cute.recast_ptr(stages.iterator, layout.inner, BFloat16)
-            held = cute.make_tensor(start, layout.outer)
-            box = (ROW_TILE, cute.size(held, mode=[1]), each)
-            return cute.flat_divide(held, box)[None, None, 0, 0, 0, None]
-
-        operands = ((a_stages, 1), (b_stages, self.config.tile_n // ROW_TILE))
-        return [pieces(*operand) for operand in operands[: len(self.problem.read)]]
 
     @cute.jit
     def _math(  # type: ignore[no-untyped-def]
-        self, ring, a_stages, b_stages, buffers, stores, segments, plain, cluster, clusters, rank,
+        self, ring, a_stages, b_stages, buffers, stores, reads, arrived,
+        segments, plain, cluster, clusters, rank,
     ):  # fmt: skip
         thread = cute.arch.thread_idx()[0] % GROUP
         group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // GROUP) - 1
-        acc = cute.make_rmem_tensor(self.mma(self.config.tile_n).partition_shape_C((64, self.config.tile_n)), Float32)
+        mma = self.mma(self.config.tile_n)
+        part = mma.get_slice(thread)
         rows = cute.flat_divide(a_stages, (64, self.problem.slice))[None, None, group, 0, None]
-        full = Products(self, self.config.tile_n, acc, rows, b_stages, thread)
-        half = Products(self, self.config.tile_n // 2, acc, rows, b_stages, thread)
-        landings = [
-            cute.flat_divide(landing, (64, cute.size(landing, mode=[1])))[None, None, group, 0, None]
-            for landing in self._landings(a_stages, b_stages)
-        ]
-        if cutlass.const_expr(self.config.buffers > 0):
-            own = cute.flat_divide(buffers, (64, buffers.shape[1], self.config.buffers))
-            own = own[None, None, None, 0, 0, group]
-        else:
-            own = landings[0]
+        fa = mma.make_fragment_A(part.partition_A(rows))
+        fb = mma.make_fragment_B(part.partition_B(b_stages))
+        acc = cute.make_rmem_tensor(mma.partition_shape_C((64, self.config.tile_n)), Float32)
+        own = cute.flat_divide(buffers, (64, buffers.shape[1], self.config.buffers))
+        own = own[None, None, None, 0, 0, group]
         fragment = WgmmaFragment(self, own, thread, group)
-        epilogue = RingEpilogue(self, fragment, own, stores, group, ring, landings)
+        epilogue = Epilogue(self, fragment, own, stores, reads, arrived + 2 * group, group)
 
-        stage, phase = Int32(0), Int32(0)
+        stage, phase, turn = Int32(0), Int32(0), Int32(0)
         tile, expert, first = self.tiles.begin(segments, cluster)
         while self.tiles.live(tile, expert):
             place = self.tiles.place(segments, tile, expert, first, rank)
             if place.exists:
-                if place.column < self.whole:
-                    stage, phase = self._multiply(ring, full, place.slices, stage, phase)
-                if cutlass.const_expr(self.narrow):
-                    if place.column == self.whole:
-                        stage, phase = self._multiply(ring, half, place.slices, stage, phase)
-                if cutlass.const_expr(len(self.problem.read) > 0):
-                    stage, phase = epilogue.read(acc, place, plain, stage, phase)
-                else:
-                    epilogue.store(acc, place, plain)
-            else:
-                stage, phase = self._skip(ring, place, stage, phase)
+                epilogue.prefetch(place)
+            stage, phase = self._multiply(ring, mma, fa, fb, acc, place.slices, stage, phase)
+            if place.exists:
+                turn = epilogue.run(acc, place, plain, turn)
             tile, expert, first = self.tiles.seek(segments, tile + clusters, expert, first)
         epilogue.finish()
 
     @cute.jit
-    def _multiply(self, ring, products, slices, stage, phase):  # type: ignore[no-untyped-def]
-        """The accumulators are A·Bᵀ over `slices` stages, one slice of wgmma in flight while the next is issued."""
-        products.acc.fill(0.0)
+    def _multiply(self, ring, mma, fa, fb, acc, slices, stage, phase):  # type: ignore[no-untyped-def]
+        """acc = A·Bᵀ over `slices` stages, one slice of wgmma in flight while the next is issued."""
+        lane = cute.arch.lane_idx()
+        acc.fill(0.0)
+        mma.set(warpgroup.Field.ACCUMULATE, True)
         done = Int32(-1)  # the stage that the wgmma in flight reads
-        warpgroup.fence()
         for _ in cutlass.range(slices, unroll=1):
             cute.arch.mbarrier_wait(ring.full + stage, phase)
+            warpgroup.fence()  # each slice: with one before the loop ptxas runs the stores' products one by one
             for k in cutlass.range_constexpr(self.problem.slice // 16):
-                products.add(k, stage)
+                cute.gemm(mma, acc, fa[None, None, k, stage], fb[None, None, k, stage], acc)
             warpgroup.commit_group()
             warpgroup.wait_group(1)
-            if done >= 0:
-                ring.release(done, self.cluster)
+            if done >= 0 and lane < self.cluster:
+                cute.arch.mbarrier_arrive(ring.empty + done, lane)
             done = stage
             stage, phase = ring.after(stage, phase)
         warpgroup.wait_group(0)
-        if done >= 0:
-            ring.release(done, self.cluster)
+        if done >= 0 and lane < self.cluster:
+            cute.arch.mbarrier_arrive(ring.empty + done, lane)
         return stage, phase
-
-    @cute.jit
-    def _skip(self, ring, place, stage, phase):  # type: ignore[no-untyped-def]
-        """A thread block without rows takes part in the loads of B."""
-        slices = place.slices
-        if cutlass.const_expr(len(self.problem.read) > 0):
-            slices += self.pieces if place.column < self.whole else self.least
-        for _ in cutlass.range(slices, unroll=1):
-            cute.arch.mbarrier_wait(ring.full + stage, phase)
-            ring.release(stage, self.cluster)
-            stage, phase = ring.after(stage, phase)
-        return stage, phase
-
-
-class Products(Fixed):
-    """wgmma of a warpgroup's 64 rows with the first `width` rows of B, into the first `width` columns of `acc`."""
-
-    def __init__(self, gemm: Sm90GroupedGemm, width: int, acc, rows, b_stages, thread: Int32) -> None:  # type: ignore[no-untyped-def]
-        self.mma = gemm.mma(width)
-        self.mma.set(warpgroup.Field.ACCUMULATE, True)
-        part = self.mma.get_slice(thread)
-        columns = cute.flat_divide(b_stages, (width, gemm.problem.slice))[None, None, 0, 0, None]
-        self.a = self.mma.make_fragment_A(part.partition_A(rows))
-        self.b = self.mma.make_fragment_B(part.partition_B(columns))
-        self.acc = cute.make_tensor(acc.iterator, cute.make_layout(self.mma.partition_shape_C((64, width))))
-
-    def add(self, k: int, stage: Int32) -> None:
-        cute.gemm(self.mma, self.acc, self.a[None, None, k, stage], self.b[None, None, k, stage], self.acc)
-
-
-class RingEpilogue(Epilogue):
-    """An epilogue that finds what it reads in the ring's stages, where the loader puts it while the slices before it are
-    still multiplied. Results take its place there, and the stage is free when the copy engine has read them."""
-
-    def __init__(self, gemm, fragment, buffers, stores, unit: Int32, ring, landings) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(gemm, fragment, buffers, stores, (), None, unit)
-        self.ring, self.landings = ring, landings
-        if landings:
-            self.results = [self._partition(stores[0], landing) for landing in landings]
-
-    @cute.jit
-    def store(self, acc, place, plain) -> None:  # type: ignore[no-untyped-def]
-        """Finishes a tile for which nothing is read."""
-        if cutlass.const_expr(self.problem.epilogue == "swiglu"):
-            self._swiglu(acc, place, plain, None, 0, None)
-        else:
-            self._store_pieces(acc, place, 0, self.gemm.least)
-            if place.column < self.gemm.whole:
-                self._store_pieces(acc, place, self.gemm.least, self.pieces)
-
-    @cute.jit
-    def _store_pieces(self, acc, place, begin: cutlass.Constexpr, end: cutlass.Constexpr) -> None:  # type: ignore[no-untyped-def]
-        batch = place.expert if cutlass.const_expr(self.problem.epilogue == "accumulate") else 0
-        for p in cutlass.range_constexpr(begin, end):
-            at = (self._row(place), place.column * self.pieces + p, batch)
-            self._put(self.fragment.piece(acc, p), p % self.buffers, self.problem.stored[0], at)
-
-    @cute.jit
-    def read(self, acc, place, plain, stage, phase):  # type: ignore[no-untyped-def]
-        """Finishes a tile whose pieces begin at this position of the ring; returns the position after them."""
-        weights = self._weights(plain.weight, place)
-        sums = [Float32(0.0) for _ in self.fragment.mine]
-        done = Int32(-1)  # the stage that the copy engine still reads
-        for p in cutlass.range_constexpr(self.gemm.least):
-            sums, done, stage, phase = self._read(acc, place, weights, sums, p, done, stage, phase)
-        if place.column < self.gemm.whole:
-            for p in cutlass.range_constexpr(self.gemm.least, self.pieces):
-                sums, done, stage, phase = self._read(acc, place, weights, sums, p, done, stage, phase)
-        self._stored()
-        self.ring.release(done, self.gemm.cluster)
-        if cutlass.const_expr(plain.partial is not None):
-            self._partial(sums, place, plain.partial)
-        return stage, phase
-
-    @cute.jit
-    def _read(self, acc, place, weights, sums, p: cutlass.Constexpr, done, stage, phase):  # type: ignore[no-untyped-def]
-        values = self.fragment.piece(acc, p)
-        spots = [self.fragment.stored(landing[None, None, stage]) for landing in self.landings]
-        cute.arch.mbarrier_wait(self.ring.full + stage, phase)
-        results = 1
-        if cutlass.const_expr(self.problem.epilogue == "dswiglu"):
-            results = 2
-            sums = self._gradients(values, spots, weights, sums)
-        else:
-            cute.autovec_copy(self._sum(values, spots), spots[0])
-        cute.arch.fence_proxy("async.shared", space="cta")
-        self._stored()
-        if cutlass.const_expr(p > 0):
-            self.ring.release(done, self.gemm.cluster)
-        if self.fragment.leads:
-            for i in cutlass.range_constexpr(results):
-                atom, source, target = self.results[i]
-                at = place.column * self.pieces + p
-                cute.copy(atom, source[None, stage], target[None, self._row(place), at, i])
-            cute.arch.cp_async_bulk_commit_group()
-        done = stage
-        stage, phase = self.ring.after(stage, phase)
-        return sums, done, stage, phase
-
-    @cute.jit
-    def _stored(self) -> None:
-        """Waits until the copy engine has read the piece before, and for the other threads."""
-        if self.fragment.leads:
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
-        self.fragment.sync()
 
 
 class WgmmaFragment(Fragment):
