@@ -59,13 +59,13 @@ CASES: list[tuple[RowProblem, int]] = [  # moonlet's, and rows of the dynamic ex
 def tried(problem: RowProblem) -> list[RowConfig]:
     """Configs to compare with the chosen one."""
     if problem.statistic and problem.columns:
-        sizes = [(8, 8, 1, 8, 2), (8, 8, 1, 8, 3), (8, 8, 1, 16, 1), (8, 8, 1, 4, 4), (8, 8, 1, 32, 1)]
+        sizes = [(8, 8, 1, 16, 1), (8, 8, 1, 4, 4)]
     elif problem.columns:
-        sizes = [(8, 8, 4, 2, 3), (8, 8, 4, 2, 4), (8, 8, 1, 8, 3), (8, 8, 4, 4, 1)]
+        sizes = [(8, 8, 4, 2, 3), (8, 8, 1, 8, 2)]
     elif problem.statistic:
-        sizes = [(32, 4, 1, 8, 2), (32, 4, 1, 8, 3), (32, 2, 1, 8, 4), (32, 1, 1, 8, 6), (32, 2, 1, 14, 2)]
+        sizes = [(32, 2, 1, 8, 4), (32, 1, 1, 8, 6), (32, 2, 1, 14, 2)]
     else:
-        sizes = [(32, 1, 1, 8, 8), (32, 2, 1, 8, 4), (32, 8, 1, 4, 3)]
+        sizes = [(32, 1, 1, 8, 8), (32, 2, 1, 8, 4)]
     return [RowConfig(*size) for size in sizes]
 
 

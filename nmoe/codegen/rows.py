@@ -192,7 +192,7 @@ class RowProblem(Problem):
         if self.two_passes:
             return [RowConfig(8, 16, 1 if self.statistic else 2, 4, 2)]
         if self.columns:
-            return [RowConfig(8, 8, 1, 8, 2) if self.statistic else RowConfig(8, 8, 4, 2, 3)]
+            return [RowConfig(8, 8, 1, 8, 2) if self.statistic else RowConfig(8, 8, 4, 2, 2)]
         across = min(8, per(self.width, 32 * VECTOR))
         return [RowConfig(32, 4, 1 if self.statistic else 8 // across, across, 2)]
 

@@ -191,8 +191,6 @@ def float_operation(asm: Assembler, ins: ptx.Instr, mods: Modifiers, head: str, 
         emit_typed(
             asm, f"{'fma' if head == 'mad' else head}_f32x2", ins, ["f32x2"] * count, flags, (rounding,)
         )
-    elif kind in ("f16", "bf16") and mods.flag("f32"):
-        emit_typed(asm, f"{head}_f32_{kind}", ins, ["f32", *[kind] * (count - 2), "f32"], flags)
     elif kind in ("f16", "bf16") and head == "fma":
         emit_typed(asm, "fma_16", ins, ["b16"] * count, flags, (TYPE[kind], 4))
     elif kind == "f32" and rounding != 0:

@@ -28,7 +28,7 @@ from cutlass.memory import SmemAllocator
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.rows import ATOM_ROWS, STRIPES, VECTOR, RowConfig, RowProblem
 from nmoe.codegen.templates.fixed import Fixed
-from nmoe.codegen.templates.rows_body import RowBody, Spot, vector
+from nmoe.codegen.templates.rows_body import RowBody, Spot, line, vector
 from nmoe.codegen.templates.rows_copy import copies
 
 RESERVED = 1024  # bytes of shared memory that every thread block takes beside its own
@@ -211,8 +211,6 @@ class Tile(Fixed):
     def finish(self, found, first: Int32, chunk: Int32, statistics) -> None:  # type: ignore[no-untyped-def]
         """Body, addends, stores and copies of what has been loaded."""
         problem, spot = self.problem, found.spot
-        for a in cutlass.range_constexpr(problem.addends):
-            found.row(f"addend{a}", self.named[f"addend{a}"])
         result = cute.make_rmem_tensor((VECTOR, self.config.vectors), BFloat16)
         for i in cutlass.range_constexpr(self.config.vectors):
             result[None, i].store(self.body.value(found, i, statistics[i]).to(BFloat16))
@@ -223,6 +221,7 @@ class Tile(Fixed):
         if cutlass.const_expr(self.sums):
             self.collect(found, chunk)
         for a in cutlass.range_constexpr(problem.addends):
+            found.row(f"addend{a}", self.named[f"addend{a}"])
             for i in cutlass.range_constexpr(self.config.vectors):
                 total = result[None, i].load().to(Float32) + found.floats(f"addend{a}", i)
                 result[None, i].store(total.to(BFloat16))
@@ -255,7 +254,7 @@ class Tile(Fixed):
     def store(self, values, tensor, spot) -> None:  # type: ignore[no-untyped-def]
         for i in cutlass.range_constexpr(self.config.vectors):
             if spot.alive[i]:
-                cute.autovec_copy(values[None, i], vector(tensor, spot.source[i], spot.column))
+                cute.autovec_copy(values[None, i], line(tensor, spot, i))
 
     @cute.jit
     def split(self, values, spot) -> None:  # type: ignore[no-untyped-def]
@@ -263,11 +262,9 @@ class Tile(Fixed):
         for i in cutlass.range_constexpr(self.config.vectors):
             if spot.alive[i]:
                 if spot.column < at:
-                    cute.autovec_copy(values[None, i], vector(self.named["a"], spot.source[i], spot.column))
+                    cute.autovec_copy(values[None, i], line(self.named["a"], spot, i))
                 else:
-                    cute.autovec_copy(
-                        values[None, i], vector(self.named["b"], spot.source[i], spot.column - at)
-                    )
+                    cute.autovec_copy(values[None, i], line(self.named["b"], spot, i, -at))
 
     @cute.jit
     def clear(self) -> None:

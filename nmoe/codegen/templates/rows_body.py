@@ -20,6 +20,12 @@ def vector(tensor: cute.Tensor, row: Int32, column: Int32, size: int = VECTOR) -
     return cute.make_tensor(tensor.iterator + offset, cute.make_layout(size))
 
 
+def line(tensor: cute.Tensor, spot: Spot, i: int, shift: int = 0) -> cute.Tensor:
+    """The thread's vector of its row i, `shift` columns on. All rows are offsets from one address."""
+    first = vector(tensor, spot.row, spot.column + shift)
+    return cute.make_tensor(first.iterator + i * tensor.shape[-1], first.layout)
+
+
 class Spot(Fixed):
     """Where a thread works: `vectors` rows from `row` on, and 8 columns from `column` on. Of a tensor of `exists` rows
     the first `live` are read, the others are zero. `source` and `column` never lie past the end, so that what belongs
@@ -63,7 +69,7 @@ class Loaded(Fixed):
         self.rotates = False  # rope: are these rotary columns?
 
     def row(self, name: str, tensor: cute.Tensor, shift: int = 0) -> None:
-        self.put(name, [vector(tensor, row, self.spot.column + shift) for row in self.spot.source])
+        self.put(name, [line(tensor, self.spot, i, shift) for i in range(self.spot.vectors)])
 
     def put(self, name: str, sources: list[cute.Tensor]) -> None:
         held = cute.make_rmem_tensor((VECTOR, len(sources)), sources[0].element_type)
@@ -117,9 +123,9 @@ class RowBody(Fixed):
         spot, at = found.spot, self.problem.at
         held = cute.make_rmem_tensor((VECTOR, spot.vectors), BFloat16)
         if spot.column < at:
-            gather(held, [vector(self.named["a"], row, spot.column) for row in spot.source], spot)
+            gather(held, [line(self.named["a"], spot, i) for i in range(spot.vectors)], spot)
         else:
-            gather(held, [vector(self.named["b"], row, spot.column - at) for row in spot.source], spot)
+            gather(held, [line(self.named["b"], spot, i, -at) for i in range(spot.vectors)], spot)
         found.rows["x"] = held
 
     def _table(self, found: Loaded) -> None:

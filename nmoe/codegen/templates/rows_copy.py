@@ -15,7 +15,7 @@ from cutlass.memory import SmemAllocator
 from nmoe.codegen.rows import ATOM_ROWS, ATOM_SCALES, VECTOR, Copy
 from nmoe.codegen.templates import nvfp4, quantize
 from nmoe.codegen.templates.fixed import Fixed
-from nmoe.codegen.templates.rows_body import vector
+from nmoe.codegen.templates.rows_body import line
 
 PAIRS = VECTOR // 2
 UNSIGNED = 0x7FFF_7FFF  # a pair of BF16 without signs
@@ -117,7 +117,7 @@ class Mxfp8(Fixed):
         codes = cute.make_rmem_tensor(VECTOR, Float8E4M3FN)
         codes.store((values[None, i].load().to(Float32) * factor).to(Float8E4M3FN))
         if spot.exists[i]:
-            cute.autovec_copy(cute.recast_tensor(codes, Uint8), vector(self.data, spot.row + i, spot.column))
+            cute.autovec_copy(cute.recast_tensor(codes, Uint8), line(self.data, spot, i))
 
 
 class RowMxfp8(Mxfp8):
