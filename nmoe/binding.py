@@ -21,7 +21,7 @@ from nmoe.codegen import families
 from nmoe.codegen.build import build
 from nmoe.codegen.cache import Cache, default_root
 from nmoe.codegen.launch import CudaLauncher, device_of
-from nmoe.codegen.problem import EXTENTS, Operand, Problem
+from nmoe.codegen.problem import EXTENTS, PARTS, Operand, Problem, resolve
 from nmoe.codegen.spec import KernelSpec, spec_of, specs
 from nmoe.config import Config
 from nmoe.errors import UserError
@@ -121,7 +121,28 @@ def bind(
             f"{call.name}: {problem} takes {', '.join(o.name for o in operands)}, the schedule has "
             f"{len(tensors)} tensors"
         )
+    _check_shapes(call, problem, [o for o in operands if o.shape], tensors)
     return launcher.bind(problem, config, schedule.target, [*tensors, *scalars])
+
+
+def _check_shapes(
+    call: Call, problem: Problem, operands: Sequence[Operand], tensors: Sequence[torch.Tensor]
+) -> None:
+    """Raises UserError where a tensor is not as the kernel will read it."""
+    extents: dict[int, int] = {}
+    for operand, tensor in zip(operands, tensors, strict=True):
+        for code, size in zip(operand.shape, tensor.shape, strict=False):
+            if -PARTS < code < 0:
+                extents.setdefault(code, size)
+        expected = tuple(resolve(n, extents) for n in operand.shape)
+        if tuple(tensor.shape) != expected:
+            why = " (scale factors are stored in rows, its product wants them in atoms)" * (
+                "_scale" in operand.name
+            )
+            raise UserError(
+                f"{call.name}: {operand.name} has the shape {tuple(tensor.shape)}, the kernel of {problem} takes "
+                f'{expected}{why}: this build cannot execute it; set [schedule] precision = "bf16"'
+            )
 
 
 def _stored(schedule: Schedule, call: Call) -> Iterator[str]:

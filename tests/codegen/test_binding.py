@@ -10,6 +10,7 @@ from tiny import tiny_config
 
 from nmoe import binding
 from nmoe.config import Config, LayerGroup
+from nmoe.errors import UserError
 from nmoe.executor import Executor, allocate
 from nmoe.graph import Spec
 from nmoe.schedule import Schedule, lower, no_kernel
@@ -62,6 +63,24 @@ def test_a_moe_layer_of_generated_kernels(target: str) -> None:
     for name, want in exact.items():
         ours, theirs = ((x[name] - want).norm() / want.norm() for x in (found, reference))
         assert ours <= 1.5 * theirs + 1e-6, f"{name}: {ours:.2e} from float64, the reference {theirs:.2e}"
+
+
+def test_a_tensor_that_is_not_as_the_kernel_reads_it() -> None:
+    """Scale factors in rows, where Blackwell's products want atoms."""
+    parts = tiny_config(target={"device": "sm_100a"}, model={"layers": (LayerGroup("moe"),)},
+                        schedule={"precision": "mxfp8"})  # fmt: skip
+    schedule = binding.lowered(parts)
+    with pytest.raises(UserError) as error:
+        Executor(schedule, allocate(schedule), None, NoLauncher())
+    assert "_scale has the shape (" in str(error.value)
+    assert "scale factors are stored in rows, its product wants them in atoms" in str(error.value)
+
+
+class NoLauncher:
+    root = None
+
+    def bind(self, *arguments: object) -> binding.Bound:
+        return lambda: None
 
 
 def test_a_group_without_a_kernel_is_split_and_its_values_exist() -> None:
