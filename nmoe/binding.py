@@ -21,7 +21,7 @@ from nmoe.codegen import families
 from nmoe.codegen.build import build
 from nmoe.codegen.cache import Cache, default_root
 from nmoe.codegen.launch import CudaLauncher, device_of
-from nmoe.codegen.problem import EXTENTS, PARTS, Operand, Problem, resolve
+from nmoe.codegen.problem import EXTENTS, PARTS, ROWS, Operand, Problem, resolve
 from nmoe.codegen.spec import KernelSpec, spec_of, specs
 from nmoe.config import Config
 from nmoe.errors import UserError
@@ -66,7 +66,9 @@ def _workspace(spec: KernelSpec, root: Path | None) -> Workspace | None:
     config, _ = autotune.choose(problem, spec.target, root)
     tensors = [o for o in problem.operands(config) if o.shape]
     given = sum(BUFFERS.get(value.format, 1) for side in (spec.inputs, spec.outputs) for value in side)
-    return tuple(Spec(tuple(SYMBOLS.get(n, n) for n in o.shape), o.format) for o in tensors[given:])
+    # Without experts a GEMM's rows are tokens.
+    symbols = SYMBOLS | ({} if any("R" in value.shape for value in spec.values) else {ROWS: "T"})
+    return tuple(Spec(tuple(symbols.get(n, n) for n in o.shape), o.format) for o in tensors[given:])
 
 
 def lowered(config: Config, sequences: int = 0, root: Path | None = None) -> Schedule:
@@ -134,6 +136,7 @@ def _check_shapes(
         for code, size in zip(operand.shape, tensor.shape, strict=False):
             if -PARTS < code < 0:
                 extents.setdefault(code, size)
+    for operand, tensor in zip(operands, tensors, strict=True):
         expected = tuple(resolve(n, extents) for n in operand.shape)
         if tuple(tensor.shape) != expected:
             why = " (scale factors are stored in rows, its product wants them in atoms)" * (

@@ -96,6 +96,11 @@ class Executor:
             return [(call.name, binding.bind(schedule, call, self.operand, scratch, launcher))]
         bound: list[tuple[str, Bound]] = []
         for op in call.ops:
+            if any(schedule.graph.tensors[n].spec.atoms for n in (*op.inputs, *op.outputs) if n is not None):
+                raise UserError(
+                    f"{op.name}: no kernel for these sizes on {schedule.target} (nmoe compile names those that are), "
+                    "and torch cannot read scale factors in atoms: change the size, or set [schedule] precision"
+                )
             ins, outs = ([self.operand(name) for name in side] for side in (op.inputs, op.outputs))
             scratch = self._scratch(op.name, schedule.scratch_specs(op))
             bound.append((op.name, partial(self._references[op.kind], op.attrs, ins, outs, scratch)))
@@ -135,6 +140,7 @@ class Executor:
             parts,
             segments=segments,
             hadamard=hadamard,
+            atoms=spec.atoms,
         )
 
     def _plain(self, offset: int, shape: tuple, dtype: torch.dtype) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from emulated import EmulatedLauncher
@@ -10,7 +12,6 @@ from tiny import tiny_config
 
 from nmoe import binding
 from nmoe.config import Config, LayerGroup
-from nmoe.errors import UserError
 from nmoe.executor import Executor, allocate
 from nmoe.graph import Spec
 from nmoe.schedule import Schedule, lower, no_kernel
@@ -65,22 +66,26 @@ def test_a_moe_layer_of_generated_kernels(target: str) -> None:
         assert ours <= 1.5 * theirs + 1e-6, f"{name}: {ours:.2e} from float64, the reference {theirs:.2e}"
 
 
-def test_a_tensor_that_is_not_as_the_kernel_reads_it() -> None:
-    """Scale factors in rows, where Blackwell's products want atoms."""
-    parts = tiny_config(target={"device": "sm_100a"}, model={"layers": (LayerGroup("moe"),)},
-                        schedule={"precision": "mxfp8"})  # fmt: skip
-    schedule = binding.lowered(parts)
-    with pytest.raises(UserError) as error:
-        Executor(schedule, allocate(schedule), None, NoLauncher())
-    assert "_scale has the shape (" in str(error.value)
-    assert "scale factors are stored in rows, its product wants them in atoms" in str(error.value)
-
-
-class NoLauncher:
-    root = None
-
-    def bind(self, *arguments: object) -> binding.Bound:
-        return lambda: None
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
+def test_a_moe_layer_in_few_bits(target: str, precision: str) -> None:
+    """Copies, their scale factors in the target's layout and products: as far from float64 as the CPU's numerics."""
+    wide = {"hidden_size": 128, "layers": (LayerGroup("moe"),)}
+    latent = {"kv_lora_rank": 128, "qk_nope_head_dim": 32, "v_head_dim": 64}
+    ours, cpu = (tiny_config(target={"device": t}, model=wide, attention=latent, moe={"intermediate_size": 128},
+                             schedule={"precision": precision}) for t in (target, "cpu"))  # fmt: skip
+    schedule = lower(ours, kernels=binding.kernels(target))
+    launcher = EmulatedLauncher()
+    tensors = launcher.tensors(schedule, "param", "grad", "state", "input", "const")
+    arena = launcher.memory(Spec((schedule.arena_bytes,), "u8"), 0xFF)
+    found = run(Executor(schedule, tensors, arena, launcher))
+    reference = by_torch(lower(cpu))
+    exact = by_torch(lower(replace(cpu, schedule=replace(cpu.schedule, precision="fp32")), activation="f64"))
+    for name, want in exact.items():
+        error, theirs = ((x[name] - want).norm() / want.norm() for x in (found, reference))
+        assert error <= 1.5 * theirs + 1e-6, f"{name}: {error:.2e} from float64, the reference {theirs:.2e}"
 
 
 def test_a_group_without_a_kernel_is_split_and_its_values_exist() -> None:
