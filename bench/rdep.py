@@ -182,7 +182,7 @@ class Rank:
             entry = cache.get(compiler.problem_key(problem, config, TARGET), TARGET)
             if entry is None:
                 raise SystemExit(f"no kernel for {problem} {config}: run the build first")
-            kernels[problem] = (Kernel(entry, torch.device("cuda")), config.blocks)
+            kernels[problem] = (Kernel(entry), config.blocks)
         return Exchange(self.shape, self.rank, self.heap.addresses, self.heap.state, Launcher(kernels))
 
     def routing(self, tokens: int) -> Routing:

@@ -130,7 +130,7 @@ def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, ev
         entry = Cache(folder).get(compiler.problem_key(problem, config, TARGET), TARGET)
         if entry is None:
             raise SystemExit(f"no kernel for {problem} {config} in {folder}: run the build first")
-        kernel, operands = Kernel(entry, device), problem.operands(config)
+        kernel, operands = Kernel(entry), problem.operands(config)
         stream = torch.cuda.current_stream().cuda_stream
 
         def launch(tensors: dict[str, Any]) -> None:
