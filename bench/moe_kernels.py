@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from timing import median
 
 from nmoe import autotune
 from nmoe.codegen import compiler
@@ -135,19 +136,6 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
         operands = [held[o.name] for o in problem.operands(config)]
         return [*operands, problem.clusters(config, sms), torch.cuda.current_stream().cuda_stream]
 
-    def median(call: Any, repeats: int = 11) -> float:
-        for _ in range(3):
-            call()
-        times = []
-        for _ in range(repeats):
-            a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            a.record()
-            call()
-            b.record()
-            b.synchronize()
-            times.append(a.elapsed_time(b))
-        return statistics.median(times)
-
     def cublas() -> float:
         a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
         return 2 * 8192**3 / median(lambda: a @ b) / 1e9
@@ -223,7 +211,7 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
                 del tensors, ready
             best = min(times, key=times.__getitem__)
             chosen, _ = autotune.choose(problem, TARGET)
-            reference = _torch_time(problem, before, median)
+            reference = _torch_time(problem, before)
             total["ours"] += times[best]
             total["torch"] += reference
             flops += work_flops
@@ -254,7 +242,7 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
         save.write_text(json.dumps(results, indent=1))
 
 
-def _torch_time(problem: GemmProblem, tensors: dict[str, Any], median: Any) -> float:
+def _torch_time(problem: GemmProblem, tensors: dict[str, Any]) -> float:
     """The same products by torch._grouped_mm, BF16 results, no epilogue."""
     import torch
 

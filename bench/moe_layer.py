@@ -15,14 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import median
 
 from nmoe import binding, model
 from nmoe.codegen.build import build as build_kernels
@@ -258,21 +258,6 @@ def check(shape: Shape, precision: str, runner: Runner, seed: int, repeats: int)
 
 
 # ---- time ---------------------------------------------------------------------------------------------------
-
-
-def median(call: Callable[[], None], repeats: int = 11) -> float:
-    """Milliseconds."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record()
-        call()
-        b.record()
-        b.synchronize()
-        times.append(a.elapsed_time(b))
-    return statistics.median(times)
 
 
 def profile(runner: Runner) -> dict[str, float]:

@@ -83,28 +83,20 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         import torch
 
-        self.torch, self.cache, self.device = torch, Cache(folder), torch.device("cuda")
-        self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        from nmoe.codegen.launch import CudaLauncher
+
+        self.torch, self.device = torch, torch.device("cuda")
+        self.launcher = CudaLauncher(Cache(folder))
         name = torch.cuda.get_device_name()
-        self.kernels: dict[str, Any] = {}
         self.results: dict[str, Any] = {"device": name, "torch": torch.__version__}
-        print(f"{name}, {self.sms} SMs, torch {torch.__version__}")
+        sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        print(f"{name}, {sms} SMs, torch {torch.__version__}")
 
     def launch(
         self, problem: RoutingProblem, config: RoutingConfig, tensors: dict[str, Any]
     ) -> Callable[[], None]:
-        from nmoe.codegen.launch import Kernel
-
-        key = compiler.problem_key(problem, config, TARGET)
-        if key not in self.kernels:
-            entry = self.cache.get(key, TARGET)
-            if entry is None:
-                raise LookupError(f"no kernel for {problem} {config}: run the build first")
-            self.kernels[key] = Kernel(entry)
-        kernel = self.kernels[key]
         operands = [tensors[o.name] for o in problem.operands(config)]
-        blocks = problem.clusters(config, self.sms)
-        return lambda: kernel(*operands, blocks, self.torch.cuda.current_stream().cuda_stream)
+        return self.launcher.bind(problem, config, TARGET, operands)
 
     def microseconds(self, call: Callable[[], Any]) -> float:
         torch = self.torch

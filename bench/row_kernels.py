@@ -97,10 +97,10 @@ def main() -> None:
 def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, every: bool) -> None:
     import torch
 
-    from nmoe.codegen.launch import Kernel
+    from nmoe.codegen.launch import CudaLauncher
     from nmoe.codegen.verify import rows as verify
 
-    device = torch.device("cuda")
+    device, launcher = torch.device("cuda"), CudaLauncher(Cache(folder))
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}")
     results: dict[str, Any] = {"device": name, "torch": torch.__version__}
@@ -127,27 +127,21 @@ def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, ev
         return milliseconds([lambda x=x, y=y: y.copy_(x) for x, y in pairs])
 
     def one(problem: RowProblem, rows: int, config: RowConfig, checks: bool) -> None:
-        entry = Cache(folder).get(compiler.problem_key(problem, config, TARGET), TARGET)
-        if entry is None:
-            raise SystemExit(f"no kernel for {problem} {config} in {folder}: run the build first")
-        kernel, operands = Kernel(entry), problem.operands(config)
-        stream = torch.cuda.current_stream().cuda_stream
-
-        def launch(tensors: dict[str, Any]) -> None:
-            kernel(*(tensors[o.name] for o in operands), 1, stream)
+        def launch(tensors: dict[str, Any]) -> Callable[[], None]:
+            return launcher.bind(problem, config, TARGET, [tensors[o.name] for o in problem.operands(config)])
 
         share = float("nan")
         if checks and problem.rows < 0:
             before = verify.case(problem, config, 0, 128 * max(3, problem.segments) + 64)
             after = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in before.items()}
-            launch(after)
+            launch(after)()
             after = {n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in after.items()}
             share = max(verify.check(problem, before, after).values())
         count = rows or problem.rows
         turns = [verify.case(problem, config, 0, count, device="cuda") for _ in range(2)]
-        ms = milliseconds([lambda t=t: launch(t) for t in turns])
+        ms = milliseconds([launch(t) for t in turns])
         bits = {o.name: turns[0][o.name].clone() for o in problem._outputs() if o.name != "dw"}
-        launch(turns[0])
+        launch(turns[0])()
         same = all(torch.equal(turns[0][n].view(torch.uint8), x.view(torch.uint8)) for n, x in bits.items())
         size = problem.bytes(count)
         copy = copied(size)
