@@ -21,7 +21,7 @@ from nmoe.codegen import families
 from nmoe.codegen.build import build
 from nmoe.codegen.cache import Cache, default_root
 from nmoe.codegen.launch import CudaLauncher, device_of
-from nmoe.codegen.problem import EXTENTS, PARTS, ROWS, Operand, Problem, resolve
+from nmoe.codegen.problem import EXTENTS, PARTS, ROWS, Operand, Problem, resolve, stored_formats
 from nmoe.codegen.spec import KernelSpec, spec_of, specs
 from nmoe.config import Config
 from nmoe.errors import UserError
@@ -32,7 +32,6 @@ from nmoe.schedule import Call, Kernels, Schedule, Workspace, lower
 Bound = Callable[[], None]
 Argument = torch.Tensor | float | int
 
-BUFFERS = {"mxfp8": 2, "nvfp4": 3}  # of a quantized value: data, scale, amax
 SYMBOLS = {extent: symbol for symbol, extent in EXTENTS.items()}
 
 
@@ -65,7 +64,7 @@ def _workspace(spec: KernelSpec, root: Path | None) -> Workspace | None:
         return None
     config, _ = autotune.choose(problem, spec.target, root)
     tensors = [o for o in problem.operands(config) if o.shape]
-    given = sum(BUFFERS.get(value.format, 1) for side in (spec.inputs, spec.outputs) for value in side)
+    given = sum(len(stored_formats(value.format)) for value in (*spec.inputs, *spec.outputs))
     # Without experts a GEMM's rows are tokens.
     symbols = SYMBOLS | ({} if any("R" in value.shape for value in spec.values) else {ROWS: "T"})
     return tuple(Spec(tuple(symbols.get(n, n) for n in o.shape), o.format) for o in tensors[given:])
@@ -137,12 +136,10 @@ def _check_shapes(
             if -PARTS < code < 0:
                 extents.setdefault(code, size)
     for operand, tensor in zip(operands, tensors, strict=True):
-        bases = {-1 - (-1 - code) % PARTS for code in operand.shape if code < 0}
-        if (
-            not bases <= extents.keys()
-        ):  # an extent of which only parts are stored: the kernel reads it elsewhere
+        try:
+            expected = tuple(resolve(code, extents) for code in operand.shape)
+        except KeyError:  # parts of an extent that no operand states whole: the kernel reads it elsewhere
             continue
-        expected = tuple(resolve(code, extents) for code in operand.shape)
         if tuple(tensor.shape) != expected:
             raise UserError(
                 f"{call.name}: {operand.name} has the shape {tuple(tensor.shape)}, the kernel of {problem} takes "

@@ -8,6 +8,7 @@ full waves of tiles.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TypedDict
 
 from nmoe.codegen.gemm import BITS, ROW_TILE, GemmConfig, GemmProblem
@@ -72,6 +73,7 @@ def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: i
     return (waves * (slices * max(multiply, load) + epilogue) + SETUP_CLOCKS) / clock
 
 
+@cache  # a schedule asks for a kernel's config at each of its calls
 def choose(problem: Problem, target: str) -> Config:
     """The fastest legal config by prediction; of equals the one with the least shared memory."""
     return min(

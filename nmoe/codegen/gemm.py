@@ -11,9 +11,9 @@ from itertools import product
 from typing import ClassVar, Literal
 
 from nmoe.codegen.hardware import HARDWARE
-from nmoe.codegen.problem import ROWS, Config, Operand, Problem, per
+from nmoe.codegen.problem import ROWS, Config, Operand, Problem, per, quantized
 from nmoe.codegen.spec import KernelSpec
-from nmoe.formats import BLOCK
+from nmoe.formats import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES, BLOCK
 
 Role = Literal["fprop", "dgrad", "wgrad"]
 Epilogue = Literal["store", "swiglu", "dswiglu", "accumulate"]
@@ -25,7 +25,6 @@ Modes = tuple[tuple[int, int], ...]
 ROW_TILE = 128  # rows to which expert segments are padded
 MAX_EXPERTS = 1024
 BITS: dict[Precision, int] = {"bf16": 16, "mxfp8": 8, "nvfp4": 4}
-ATOM_ROWS, ATOM_SCALES, ATOM_BYTES = 128, 4, 512  # of blocked scale factors (formats.to_blocked)
 TENSOR_COLUMNS = HARDWARE["sm_100a"].tensor_columns
 BARRIER_BYTES = 1024
 
@@ -132,21 +131,10 @@ class GemmProblem(Problem):
         return stores[self.epilogue]
 
     def _quantized(self, name: str, shape: tuple[int, ...], axis: int) -> tuple[Operand, ...]:
-        """An operand of the product [*lead, m, k] in the buffers of formats.storage, its scales as `scales` says."""
+        """An operand of the product [..., m, k], its scales as `scales` says."""
         if self.precision == "bf16":
             return (Operand(name, "bf16", shape),)
-        *lead, m, k = shape
-        lines, length = (m, k) if axis else (k, m)
-        nibbles = self.precision == "nvfp4"
-        data = (*lead, lines, per(length, 2)) if nibbles else shape
-        factors = (Operand(f"{name}_amax", "f32", (self.groups,)),) if nibbles else ()
-        scale = self._scale(lines, length, BLOCK[self.precision], self.scales)
-        return (Operand(name, "u8", data), Operand(f"{name}_scale", "u8", (*lead, *scale)), *factors)
-
-    def _scale(self, lines: int, length: int, block: int, scales: Scales) -> tuple[int, ...]:
-        if scales == "rows":
-            return (lines, per(length, block))
-        return per(lines, ATOM_ROWS), per(length, block * ATOM_SCALES), ATOM_BYTES
+        return quantized(name, self.precision, shape, axis, (self.groups,), self.scales == "blocked")
 
     def operands(self, config: GemmConfig) -> tuple[Operand, ...]:
         n, k = self.n, self.k
@@ -174,12 +162,8 @@ class GemmProblem(Problem):
         """What is stored of act or dh: itself, or its copies."""
         if not self.copies:
             return (Operand(name, "bf16", (ROWS, width)),)
-        found: list[Operand] = []
-        for copy in self.copies:
-            lines, length = (ROWS, width) if copy == "row" else (width, ROWS)
-            scale = self._scale(lines, length, BLOCK["mxfp8"], "blocked")
-            found += (Operand(copy, "u8", (ROWS, width)), Operand(f"{copy}_scale", "u8", scale))
-        return tuple(found)
+        parts = (quantized(c, "mxfp8", (ROWS, width), int(c == "row"), (), True) for c in self.copies)
+        return tuple(operand for part in parts for operand in part)
 
     def _wide(self) -> tuple[Operand, ...]:
         """Workspace: the BF16 operands that quantized ones are dequantized to, in the order of their data."""

@@ -14,11 +14,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from nmoe.errors import UserError
+from nmoe.formats import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES, BLOCK
 
 # Dynamic extents, known at launch: expert rows of the rank (spec.py's "R"), its tokens ("T"), positions of the rotary
 # table ("S").
 ROWS, TOKENS, POSITIONS = -1, -2, -3
 EXTENTS = {"R": ROWS, "T": TOKENS, "S": POSITIONS}
+
+VECTOR = 8  # BF16 in the 16 bytes that a thread loads at once
 
 PARTS = 8  # codes of whole extents end above -PARTS; `per` puts a divisor below
 
@@ -29,7 +32,8 @@ def per(extent: int, size: int) -> int:
 
 
 def resolve(extent: int, extents: dict[int, int]) -> int:
-    """The number that an extent stands for where ROWS and the others are `extents`."""
+    """The number that an extent stands for where ROWS and the others are `extents`. Raises KeyError when the dynamic
+    extent that it is a part of is not among them."""
     if extent >= 0:
         return extent
     size, base = divmod(-extent - 1, PARTS)
@@ -52,6 +56,29 @@ class Operand:
     def bytes(self, extents: dict[int, int]) -> int:
         """Of a tensor whose dynamic extents are `extents`."""
         return math.prod(resolve(n, extents) for n in self.shape) * BYTES[self.format]
+
+
+# What a value of a format is stored in: its own, or a quantized one's data, scale and amax.
+BUFFERS: dict[str, tuple[Format, ...]] = {"mxfp8": ("u8", "u8"), "nvfp4": ("u8", "u8", "f32")}
+
+
+def stored_formats(format: str) -> tuple[str, ...]:
+    return BUFFERS.get(format, (format,))
+
+
+def quantized(
+    name: str, format: str, shape: tuple[int, ...], axis: int, amax: tuple[int, ...], atoms: bool
+) -> tuple[Operand, ...]:
+    """The buffers of a value [..., M, K] quantized along `axis`: formats.storage, for shapes with dynamic extents."""
+    *lead, m, k = shape
+    lines, length = (m, k) if axis else (k, m)
+    block = BLOCK[format]
+    scale: tuple[int, ...] = (lines, per(length, block))
+    if atoms:
+        scale = (per(lines, ATOM_ROWS), per(length, block * ATOM_SCALES), ATOM_BYTES)
+    data = shape if format == "mxfp8" else (*lead, lines, per(length, 2))
+    parts = (Operand(name, "u8", data), Operand(f"{name}_scale", "u8", (*lead, *scale)))
+    return parts if format == "mxfp8" else (*parts, Operand(f"{name}_amax", "f32", amax))
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,6 @@ class RdepProblem(Problem):
     def shared_bytes(self, config: RdepConfig, target: str) -> int:
         return 1024
 
-    def template(self, target: str) -> str:
-        raise NotImplementedError
-
     def clusters(self, config: RdepConfig, sms: int) -> int:
         return config.blocks
 

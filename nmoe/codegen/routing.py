@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from nmoe.codegen.hardware import HARDWARE
-from nmoe.codegen.problem import ROWS, TOKENS, Config, Operand, Problem
+from nmoe.codegen.problem import ROWS, TOKENS, VECTOR, Config, Operand, Problem
 from nmoe.codegen.spec import KernelSpec
 
-VECTOR = 8  # BF16 elements of a 16-byte access
 MAX_TOPK = 32  # a lane a choice
 MAX_EXPERTS = 512  # a token's scores are 16 registers a lane
 MAX_GROUPS = 32  # a lane a group

@@ -11,9 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from nmoe.codegen.hardware import HARDWARE
-from nmoe.codegen.problem import EXTENTS, POSITIONS, Config, Operand, Problem, per
+from nmoe.codegen.problem import (
+    EXTENTS,
+    POSITIONS,
+    VECTOR,
+    Config,
+    Operand,
+    Problem,
+    per,
+    quantized,
+    stored_formats,
+)
 from nmoe.codegen.spec import KernelSpec, Part, Value
-from nmoe.formats import BLOCK
+from nmoe.formats import ATOM_ROWS, BLOCK
 
 Body = Literal["load", "swiglu", "rms_norm", "rms_norm_bwd", "rope", "concat", "split", "embedding"]
 BODIES: dict[str, Body] = {
@@ -21,8 +31,6 @@ BODIES: dict[str, Body] = {
     "rope": "rope", "concat": "concat", "split": "split", "embedding": "embedding",
 }  # fmt: skip
 
-VECTOR = 8  # BF16 in the 16 bytes that a thread loads at once
-ATOM_ROWS, ATOM_SCALES, ATOM_BYTES = 128, 4, 512  # of blocked scale factors (formats.to_blocked)
 STRIPES = 256  # thread blocks that sum a norm's weight gradient, on every device, so that the sum's order is the same
 
 
@@ -145,25 +153,10 @@ class RowProblem(Problem):
             found.append(Operand("dw", "f32", (self.width,)))
         if self.keeps_sum:
             found.append(Operand("sum", "bf16", result))
-        for copy in self.copies:
-            found += self._buffers(copy)
-        return tuple(found)
-
-    def _buffers(self, copy: Copy) -> tuple[Operand, ...]:
-        """formats.storage, with scales in the target's layout."""
-        lead = (self.batch,) if self.batch else ()
-        lines, length = (self.rows, self.width) if copy.axis else (self.width, self.rows)
-        block, fp4 = BLOCK[copy.format], copy.format == "nvfp4"
-        scale: tuple[int, ...] = (lines, per(length, block))
-        if copy.scales == "blocked":
-            scale = (per(lines, ATOM_ROWS), per(length, block * ATOM_SCALES), ATOM_BYTES)
-        data = (lines, per(length, 2)) if fp4 else (self.rows, self.width)
         amax = (self.segments,) if self.segments else lead or (1,)
-        return (
-            Operand(copy.name, "u8", (*lead, *data)),
-            Operand(f"{copy.name}_scale", "u8", (*lead, *scale)),
-            *((Operand(f"{copy.name}_amax", "f32", amax),) if fp4 else ()),
-        )
+        for copy in self.copies:
+            found += quantized(copy.name, copy.format, result, copy.axis, amax, copy.scales == "blocked")
+        return tuple(found)
 
     def flops(self, rows: int) -> float:
         return 0.0
@@ -332,7 +325,7 @@ def match(spec: KernelSpec) -> RowProblem | str:
         vocabulary=int(values[1].shape[0]) if body == "embedding" else 0,
     )  # fmt: skip
     expected = [o.format for o in (*problem._inputs(), *problem._outputs())]
-    found = [name for value in (*spec.inputs, *spec.outputs) for name in _formats(value)]
+    found = [name for value in (*spec.inputs, *spec.outputs) for name in stored_formats(value.format)]
     if found != expected:
         return f"its operands are {', '.join(found)}, a row kernel's {', '.join(expected)}"
     if problem.width % VECTOR or problem.at % VECTOR:
@@ -350,8 +343,3 @@ def _copy(part: Part, values: tuple[Value, ...]) -> Copy:
     q: Any = values[_first(part.outputs)]
     attrs: Any = dict(part.attrs)
     return Copy(q.format, q.axis, q.scales, attrs["rounding"], attrs["hadamard"], attrs["square"])
-
-
-def _formats(value: Value) -> list[str]:
-    """Of the buffers of a value."""
-    return {"mxfp8": ["u8", "u8"], "nvfp4": ["u8", "u8", "f32"]}.get(value.format, [value.format])

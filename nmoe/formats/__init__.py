@@ -36,10 +36,13 @@ from nmoe.formats.elements import (
     pack_e2m1,
     unpack_e2m1,
 )
-from nmoe.formats.layout import from_blocked, to_blocked
+from nmoe.formats.layout import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES, from_blocked, to_blocked
 from nmoe.formats.philox import philox, random_bits
 
 __all__ = [
+    "ATOM_BYTES",
+    "ATOM_ROWS",
+    "ATOM_SCALES",
     "BLOCK",
     "Axis",
     "ErrorBound",

@@ -27,6 +27,7 @@ from nmoe.formats.elements import (
     pack_e2m1,
     unpack_e2m1,
 )
+from nmoe.formats.layout import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES
 from nmoe.formats.philox import random_bits
 
 Format = Literal["mxfp8", "nvfp4"]
@@ -166,7 +167,9 @@ def storage(
     *batch, m, k = shape
     lines, length = (m, k) if axis == 1 else (k, m)
     blocks = length // BLOCK[format]
-    scale = (*batch, -(-lines // 128), -(-blocks // 4), 512) if atoms else (*batch, lines, blocks)
+    scale = (*batch, lines, blocks)
+    if atoms:
+        scale = (*batch, -(-lines // ATOM_ROWS), -(-blocks // ATOM_SCALES), ATOM_BYTES)
     if format == "mxfp8":
         return {"data": (tuple(shape), torch.uint8), "scale": (scale, torch.uint8)}
     data = (*batch, lines, length // 2)

@@ -20,9 +20,9 @@ from cutlass import Float8E4M3FN, Float8E8M0FNU, Int32, Int64, cute
 from cutlass._mlir.dialects import llvm, nvvm
 from cutlass.cute.nvgpu import cpasync, tcgen05
 
-from nmoe.codegen.gemm import ATOM_BYTES, ATOM_ROWS
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.layouts import major
+from nmoe.formats import ATOM_BYTES, ATOM_ROWS
 
 WORDS = ATOM_BYTES // 4  # TMA's boxes are at most 256 elements wide: atoms are 128 words
 COLUMNS = 4  # of tensor memory, an atom

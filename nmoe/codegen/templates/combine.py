@@ -10,7 +10,8 @@ from __future__ import annotations
 import cutlass
 from cutlass import BFloat16, Float32, cute
 
-from nmoe.codegen.routing import VECTOR, CombineProblem, RoutingConfig
+from nmoe.codegen.problem import VECTOR
+from nmoe.codegen.routing import CombineProblem, RoutingConfig
 from nmoe.codegen.templates import vectors
 from nmoe.codegen.templates.fixed import Fixed
 

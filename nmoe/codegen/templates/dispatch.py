@@ -11,7 +11,8 @@ from __future__ import annotations
 import cutlass
 from cutlass import BFloat16, Float32, cute
 
-from nmoe.codegen.routing import VECTOR, DispatchProblem, RoutingConfig
+from nmoe.codegen.problem import VECTOR
+from nmoe.codegen.routing import DispatchProblem, RoutingConfig
 from nmoe.codegen.templates import vectors
 from nmoe.codegen.templates.fixed import Fixed
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
 
+from nmoe.codegen.problem import VECTOR
 from nmoe.codegen.rdep import THREADS
 from nmoe.codegen.templates.rdep_link import Kernel
-
-VECTOR = 8  # BF16 of 16 bytes
 
 
 class Combine(Kernel):

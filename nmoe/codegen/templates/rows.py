@@ -26,10 +26,12 @@ from cutlass import BFloat16, Float32, Int32, Int64, cute
 from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.hardware import HARDWARE
-from nmoe.codegen.rows import ATOM_ROWS, STRIPES, VECTOR, RowConfig, RowProblem
+from nmoe.codegen.problem import VECTOR
+from nmoe.codegen.rows import STRIPES, RowConfig, RowProblem
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.rows_body import RowBody, Spot, line, vector
 from nmoe.codegen.templates.rows_copy import copies
+from nmoe.formats import ATOM_ROWS
 
 RESERVED = 1024  # bytes of shared memory that every thread block takes beside its own
 CLEARING = 128  # threads that set the amaxes to zero

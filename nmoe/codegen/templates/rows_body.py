@@ -8,7 +8,8 @@ from __future__ import annotations
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
 
-from nmoe.codegen.rows import VECTOR, RowProblem
+from nmoe.codegen.problem import VECTOR
+from nmoe.codegen.rows import RowProblem
 from nmoe.codegen.templates import activation
 from nmoe.codegen.templates.fixed import Fixed
 

@@ -12,10 +12,12 @@ import cutlass
 from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint8, cute
 from cutlass.memory import SmemAllocator
 
-from nmoe.codegen.rows import ATOM_ROWS, ATOM_SCALES, VECTOR, Copy
+from nmoe.codegen.problem import VECTOR
+from nmoe.codegen.rows import Copy
 from nmoe.codegen.templates import nvfp4, quantize
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.rows_body import line
+from nmoe.formats import ATOM_ROWS, ATOM_SCALES
 
 PAIRS = VECTOR // 2
 UNSIGNED = 0x7FFF_7FFF  # a pair of BF16 without signs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cutlass
 from cutlass import Int64, cute
 
-from nmoe.codegen.routing import VECTOR
+from nmoe.codegen.problem import VECTOR
 
 IN_FLIGHT = 8  # pieces that a lane loads before it uses the first
 

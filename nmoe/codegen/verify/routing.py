@@ -100,14 +100,10 @@ def _plan(problem: RoutingProblem, indices: torch.Tensor, rows: int) -> Tensors:
     return dict(zip(("indices", "slots", "row_source", "offsets"), [indices, *outs[:3]], strict=True))
 
 
+@singledispatch
 def check(problem: RoutingProblem, before: Tensors, after: Tensors) -> dict[str, float]:
     """The largest error of each result as a share of its bound; raises Mismatch where that is above 1."""
-    return _check(problem, before, after)
-
-
-@singledispatch
-def _check(problem: RoutingProblem, before: Tensors, after: Tensors) -> dict[str, float]:
-    raise NotImplementedError
+    raise NotImplementedError(f"no oracle for {type(problem).__name__}")
 
 
 def _exact(names: tuple[str, ...], wanted: list[torch.Tensor], after: Tensors) -> dict[str, float]:
@@ -139,7 +135,7 @@ def _within(name: str, got: torch.Tensor, want: torch.Tensor, bound: torch.Tenso
     return {name: worst}
 
 
-@_check.register
+@check.register
 def _(problem: PlanProblem, before: Tensors, after: Tensors) -> dict[str, float]:
     names = ("slots", "row_source", "offsets", "load")
     outs = [before[name].clone() for name in names]
@@ -148,7 +144,7 @@ def _(problem: PlanProblem, before: Tensors, after: Tensors) -> dict[str, float]
     return _exact(names, outs, after)
 
 
-@_check.register
+@check.register
 def _(problem: DispatchProblem, before: Tensors, after: Tensors) -> dict[str, float]:
     names = ("rows", "row_weight") if problem.weighted else ("rows",)
     outs = [before[name].clone() for name in names]
@@ -157,7 +153,7 @@ def _(problem: DispatchProblem, before: Tensors, after: Tensors) -> dict[str, fl
     return _exact(names, outs, after)
 
 
-@_check.register
+@check.register
 def _(problem: CombineProblem, before: Tensors, after: Tensors) -> dict[str, float]:
     chosen = before["rows"][before["slots"].long()].double()
     want, size = chosen.sum(1), chosen.abs().sum(1)
@@ -208,7 +204,7 @@ def _clear(problem: RouterProblem, choice: torch.Tensor, slack: torch.Tensor) ->
     return found
 
 
-@_check.register
+@check.register
 def _(problem: RouterProblem, before: Tensors, after: Tensors) -> dict[str, float]:
     x, w, bias = before["x"].double(), before["w"].double(), before.get("bias")
     logits = x @ w.T
@@ -271,7 +267,7 @@ def _loss(
     return _within(f"{name}_loss", after[f"{name}_loss"], want, bound)
 
 
-@_check.register
+@check.register
 def _(problem: RouterBwdProblem, before: Tensors, after: Tensors) -> dict[str, float]:
     x, w = before["x"].double(), before["w"].double()
     logits, indices = before["logits"].double(), before["indices"]
