@@ -13,7 +13,10 @@ from pathlib import Path
 import nmoe
 from nmoe.errors import UserError
 
-EXIT_CODES = "exit codes: 0 done, 1 a bug in nmoe, 2 your input, 3 the run diverged, 130 interrupted"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 a bug in nmoe, 2 your input, 3 the run diverged, 4 a rank is missing, "
+    + "130 interrupted"
+)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -152,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--list",
         action="store_true",
-        help="print those of a schedule that lacks none, with their keys; build nothing",
+        help="print the kernels with their keys; build nothing",
     )
     sub.add_argument(
         "--emit", type=Path, metavar="DIR", help="also write each kernel's PTX, SASS and report there"

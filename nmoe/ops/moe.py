@@ -288,9 +288,6 @@ class MoePlan(OpDef):
         load.add_(counts_wide.copy_(counts))
 
 
-PLAN = ("slots", "row_source", "offsets")
-
-
 @register
 class Dispatch(OpDef):
     """Puts each token's row, and its router weight, into the slots of its experts.
