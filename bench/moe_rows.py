@@ -100,7 +100,7 @@ class Bench:
             entry = self.cache.get(key, TARGET)
             if entry is None:
                 raise LookupError(f"no kernel for {problem} {config}: run the build first")
-            self.kernels[key] = Kernel(entry, self.device)
+            self.kernels[key] = Kernel(entry)
         kernel = self.kernels[key]
         operands = [tensors[o.name] for o in problem.operands(config)]
         blocks = problem.clusters(config, self.sms)
