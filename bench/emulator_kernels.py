@@ -32,6 +32,12 @@ PROBLEMS = {
     "swiglu": GemmProblem("fprop", 3, 400, 192, "swiglu"),
     "dswiglu": GemmProblem("dgrad", 3, 200, 264, "dswiglu"),
     "accumulate": GemmProblem("wgrad", 3, 192, 328, "accumulate"),
+    "mxfp8-add": GemmProblem("fprop", 3, 400, 192, "store", "mxfp8", "blocked", addends=1),
+    "mxfp8-swiglu": GemmProblem("fprop", 3, 512, 192, "swiglu", "mxfp8", "blocked", copies=("row", "col")),
+    "mxfp8-dswiglu": GemmProblem("dgrad", 3, 192, 320, "dswiglu", "mxfp8", "blocked", copies=("col", "row")),
+    "mxfp8-accumulate": GemmProblem("wgrad", 3, 192, 336, "accumulate", "mxfp8", "blocked"),
+    "nvfp4-store": GemmProblem("fprop", 3, 400, 192, "store", "nvfp4", "blocked"),
+    "nvfp4-accumulate": GemmProblem("wgrad", 3, 192, 336, "accumulate", "nvfp4", "blocked"),
 }
 LARGE = {
     "store": GemmProblem("fprop", 3, 512, 2048, "store"),
@@ -85,7 +91,7 @@ class Kernel:
 def kernels(pattern: str, problems: dict[str, GemmProblem]) -> Iterator[tuple[str, Kernel]]:
     for target in ("sm_90a", "sm_100a"):
         for name, problem in problems.items():
-            for cluster in (1, 2):
+            for cluster in (1, 2) if problem.scales != "blocked" or target == "sm_100a" else ():
                 label = f"{target}/{name}/{cluster}"
                 config = next((c for c in problem.configs(target) if c.cluster == cluster), None)
                 if config is not None and re.search(pattern, label):

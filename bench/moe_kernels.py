@@ -28,6 +28,7 @@ SHAPES = {  # tokens, hidden, intermediate, experts of the rank, topk
 ODD = [  # experts (0: dense), n, k: sizes that fill no tile
     (3, 272, 136), (5, 1040, 264), (1, 144, 520), (8, 400, 1032), (0, 272, 264),
 ]  # fmt: skip
+QUANTIZED = [(3, 288, 160), (8, 416, 1056), (0, 544, 288)]  # the same, in MXFP8 and NVFP4
 COUNTS = [  # rows of each expert, repeated to the number of experts
     [1], [0, 1], [128], [129, 0], [0, 0, 1000], [7, 500, 3], [255, 256, 257], [0],
 ]  # fmt: skip
@@ -46,11 +47,21 @@ def layer(hidden: int, inter: int, experts: int) -> dict[str, GemmProblem]:
 
 
 def odd_problems() -> list[GemmProblem]:
-    found = []
-    for experts, n, k in ODD:
-        found += [GemmProblem("fprop", experts, n, k, "swiglu"), GemmProblem("fprop", experts, n, k, "store"),
-                  GemmProblem("dgrad", experts, n, k, "dswiglu"), GemmProblem("dgrad", experts, n, k, "store"),
-                  GemmProblem("wgrad", experts, n, k, "accumulate")]  # fmt: skip
+    found = [
+        GemmProblem("fprop", 0, 272, 264, "store", addends=1),
+        GemmProblem("dgrad", 0, 272, 264, "store", addends=2),
+    ]
+    shapes = [(shape, "bf16", "") for shape in ODD]
+    shapes += [(shape, precision, "rows") for precision in ("mxfp8", "nvfp4") for shape in QUANTIZED]
+    kinds = (
+        ("fprop", "swiglu"),
+        ("fprop", "store"),
+        ("dgrad", "dswiglu"),
+        ("dgrad", "store"),
+        ("wgrad", "accumulate"),
+    )
+    for shape, *how in shapes:
+        found += [GemmProblem(role, *shape, epilogue, *how) for role, epilogue in kinds]
     return found
 
 

@@ -21,7 +21,7 @@ from nmoe.codegen import families
 from nmoe.codegen.build import build
 from nmoe.codegen.cache import Cache, default_root
 from nmoe.codegen.launch import CudaLauncher, device_of
-from nmoe.codegen.problem import EXTENTS, Operand, Problem
+from nmoe.codegen.problem import EXTENTS, PARTS, ROWS, Operand, Problem, resolve
 from nmoe.codegen.spec import KernelSpec, spec_of, specs
 from nmoe.config import Config
 from nmoe.errors import UserError
@@ -66,12 +66,15 @@ def _workspace(spec: KernelSpec, root: Path | None) -> Workspace | None:
     config, _ = autotune.choose(problem, spec.target, root)
     tensors = [o for o in problem.operands(config) if o.shape]
     given = sum(BUFFERS.get(value.format, 1) for side in (spec.inputs, spec.outputs) for value in side)
-    return tuple(Spec(tuple(SYMBOLS.get(n, n) for n in o.shape), o.format) for o in tensors[given:])
+    # Without experts a GEMM's rows are tokens.
+    symbols = SYMBOLS | ({} if any("R" in value.shape for value in spec.values) else {ROWS: "T"})
+    return tuple(Spec(tuple(symbols.get(n, n) for n in o.shape), o.format) for o in tensors[given:])
 
 
-def lowered(config: Config, root: Path | None = None) -> Schedule:
-    """The schedule as this build executes it on the config's target, with the cache `root`, by default the user's."""
-    return lower(config, kernels=kernels(config.target.device, root or default_root()))
+def lowered(config: Config, sequences: int = 0, root: Path | None = None) -> Schedule:
+    """The schedule of `sequences` at once (0: as `lower` does) as this build executes it on the config's target, with
+    the cache `root`, by default the user's."""
+    return lower(config, sequences=sequences, kernels=kernels(config.target.device, root or default_root()))
 
 
 def by_torch(schedule: Schedule) -> str:
@@ -120,7 +123,31 @@ def bind(
             f"{call.name}: {problem} takes {', '.join(o.name for o in operands)}, the schedule has "
             f"{len(tensors)} tensors"
         )
+    _check_shapes(call, problem, [o for o in operands if o.shape], tensors)
     return launcher.bind(problem, config, schedule.target, [*tensors, *scalars])
+
+
+def _check_shapes(
+    call: Call, problem: Problem, operands: Sequence[Operand], tensors: Sequence[torch.Tensor]
+) -> None:
+    """Raises UserError where a tensor is not as the kernel will read it."""
+    extents: dict[int, int] = {}
+    for operand, tensor in zip(operands, tensors, strict=True):
+        for code, size in zip(operand.shape, tensor.shape, strict=False):
+            if -PARTS < code < 0:
+                extents.setdefault(code, size)
+    for operand, tensor in zip(operands, tensors, strict=True):
+        bases = {-1 - (-1 - code) % PARTS for code in operand.shape if code < 0}
+        if (
+            not bases <= extents.keys()
+        ):  # an extent of which only parts are stored: the kernel reads it elsewhere
+            continue
+        expected = tuple(resolve(code, extents) for code in operand.shape)
+        if tuple(tensor.shape) != expected:
+            raise UserError(
+                f"{call.name}: {operand.name} has the shape {tuple(tensor.shape)}, the kernel of {problem} takes "
+                f"{expected}: this build cannot execute it; report the config"
+            )
 
 
 def _stored(schedule: Schedule, call: Call) -> Iterator[str]:
@@ -132,7 +159,8 @@ def _stored(schedule: Schedule, call: Call) -> Iterator[str]:
 
 def _buffers(value: torch.Tensor | Quantized) -> list[torch.Tensor]:
     if isinstance(value, Quantized):
-        return [part for part in (value.data, value.scale, value.amax) if part is not None]
+        amax = [] if value.amax is None else [value.amax.view(-1)]  # of a tensor without segments: one number
+        return [value.data, value.scale, *amax]
     return [value]
 
 

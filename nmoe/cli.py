@@ -58,7 +58,7 @@ def _compile(args: argparse.Namespace) -> int:
     from nmoe.codegen.spec import format_specs, specs
 
     config, root = args.load(), args.cache or default_root()
-    schedule = lowered(config, root)
+    schedule = lowered(config, root=root)
     uses = specs(schedule)
     if args.list or not uses:
         _line(format_specs(config, uses))

@@ -69,10 +69,13 @@ def _key(dotted: str) -> Key:
 # ---- identity of a run's trajectory -----------------------------------------------------------------
 
 # Keys that leave losses and weights bit for bit as they are. `train.steps` is free as well while nothing
-# counts from the end of the run. `rdep.capacity` bounds buffers: exceeding it stops the run.
+# counts from the end of the run. `rdep.capacity` bounds buffers: exceeding it stops the run. `rdep.ranks` is as free as
+# the number of processes; a run that is resumed says what either does to the bits.
 TRAJECTORY_FREE = (
     "run.name",
+    "rdep.ranks",
     "rdep.capacity",
+    "rdep.timeout",
     "schedule.recompute",
     "train.log_every",
     "data.dir",

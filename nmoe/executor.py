@@ -36,8 +36,9 @@ Observe = Callable[[str], AbstractContextManager]
 class Executor:
     """`tensors` holds everything that outlives a step, by name: parameters in their working format, gradients,
     state and inputs. `allocate` makes those that the caller does not bring. A GPU target needs a `launcher`; the arena,
-    whose device is that of the executor, defaults to one on the CPU. `observe`, when set, is called with the name of
-    each op or kernel that runs and returns what surrounds it."""
+    whose device is that of the executor, defaults to one on the CPU. `implementations` replace the references of op
+    kinds, with their signature. `observe`, when set, is called with the name of each op or kernel that runs and returns
+    what surrounds it."""
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class Executor:
         tensors: Mapping[str, torch.Tensor],
         arena: torch.Tensor | None = None,
         launcher: Launcher | None = None,
+        implementations: Mapping[str, Callable[..., None]] | None = None,
     ) -> None:
         self.schedule = schedule
         self.observe: Observe | None = None
@@ -64,6 +66,8 @@ class Executor:
         for tensor in schedule.graph.of_kind("const"):
             if tensor.name not in self.tensors and tensor.format not in QUANTIZED:
                 self.tensors[tensor.name] = empty(schedule.spec(tensor.name), self.arena.device)
+        self._references = {kind: definition.reference for kind, definition in OPS.items()}
+        self._references |= implementations or {}
         self._views: dict[str, Any] = {}
         self._quantizers = {op.outputs[0]: op for op in schedule.graph.ops if op.kind == "quantize"}
         self._streams = Streams(schedule.calls, self.arena.device)
@@ -92,9 +96,14 @@ class Executor:
             return [(call.name, binding.bind(schedule, call, self.operand, scratch, launcher))]
         bound: list[tuple[str, Bound]] = []
         for op in call.ops:
+            if any(schedule.graph.tensors[n].spec.atoms for n in (*op.inputs, *op.outputs) if n is not None):
+                raise UserError(
+                    f"{op.name}: no kernel for these sizes on {schedule.target} (nmoe compile names those that are), "
+                    "and torch cannot read scale factors in atoms: change the size, or set [schedule] precision"
+                )
             ins, outs = ([self.operand(name) for name in side] for side in (op.inputs, op.outputs))
             scratch = self._scratch(op.name, schedule.scratch_specs(op))
-            bound.append((op.name, partial(OPS[op.kind].reference, op.attrs, ins, outs, scratch)))
+            bound.append((op.name, partial(self._references[op.kind], op.attrs, ins, outs, scratch)))
         return bound
 
     def _scratch(self, owner: str, specs: list[Spec]) -> list[torch.Tensor]:
@@ -131,6 +140,7 @@ class Executor:
             parts,
             segments=segments,
             hadamard=hadamard,
+            atoms=spec.atoms,
         )
 
     def _plain(self, offset: int, shape: tuple, dtype: torch.dtype) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from nmoe import config as configuration
 from nmoe import hf, model
 from nmoe.checkpoint import Checkpointer
-from nmoe.config import Config
+from nmoe.config import Config, Rdep
 from nmoe.errors import CheckpointError
 from nmoe.executor import empty
 from nmoe.optim import AdamW
@@ -22,7 +23,7 @@ def export(config: Config, folder: Path) -> str:
 
     Raises CheckpointError when the run has no checkpoint or holds another model.
     """
-    graph = model.build(config)
+    graph = model.build(replace(config, rdep=Rdep()))  # with all experts
     parameters = Parameters(graph)
     biases = {t.name: empty(t.spec) for t in graph.of_kind("state") if t.name.endswith(".router_bias")}
     runs = Path(config.checkpoint.dir) / config.run.name

@@ -26,13 +26,15 @@ QUANTIZED = ("mxfp8", "nvfp4")
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Shape and format of a value. Of a quantized format, `axis` is the blocked axis and `segments` the number
-    of row segments (experts) that have a global scale of their own, 0 for one."""
+    """Shape and format of a value. Of a quantized format, `axis` is the blocked axis, `segments` the number of row
+    segments (experts) that have a global scale of their own, 0 for one, and `atoms` says that scale factors lie in
+    atoms of 128 x 4 (formats.to_blocked), not in rows."""
 
     shape: Shape
     format: str
     axis: int | None = None
     segments: int = 0
+    atoms: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,14 +50,15 @@ def row_align(config: Config) -> int:
 def bind_dims(config: Config, sequences: int) -> dict[str, int]:
     """The two symbols of the graph for a micro-batch of so many sequences: T tokens and R expert rows.
 
-    Without a stated capacity R is the worst case, which no routing exceeds.
+    R is the stated capacity, rounded up to whole row tiles, or the worst case, which no routing exceeds.
     """
     tokens = sequences * config.train.seq_len
     moe, rdep = config.moe, config.rdep
     if moe is None:
         return {"T": tokens, "R": 0}
-    worst = worst_case(rdep.ranks, tokens, moe.topk, moe.experts, row_align(config))
-    return {"T": tokens, "R": rdep.capacity or worst}
+    align = row_align(config)
+    stated = -(-rdep.capacity // align) * align
+    return {"T": tokens, "R": stated or worst_case(rdep.ranks, tokens, moe.topk, moe.experts, align)}
 
 
 class Builder:
@@ -204,15 +205,17 @@ class Builder:
         indices, weights, *_ = g.emit("router", f"{path}.route", [h, router, bias], attrs, into=into)
         attrs = {"experts": moe.experts, "ranks": self.config.rdep.ranks, "align": row_align(self.config),
                  "format": self.wide}  # fmt: skip
-        *plan, _ = g.emit("moe_plan", f"{path}.plan", [indices], attrs,
-                          into={"load": self.state(f"{path}.load", moe.experts)})  # fmt: skip
+        if self.config.rdep.ranks > 1 and attrs["align"] == 1:  # the CPU's BF16 and FP32
+            attrs["runs"] = True
+        *plan, _, runs = g.emit("moe_plan", f"{path}.plan", [indices], attrs,
+                                into={"load": self.state(f"{path}.load", moe.experts)})  # fmt: skip
         rows, row_weight = g.emit("dispatch", f"{path}.dispatch", [h, weights, *plan])
         w1 = self.param(f"{path}.experts.gate_up", local, 2 * n, d)
         w2 = self.param(f"{path}.experts.down", local, d, n)
-        offsets = plan[2]
-        gate_up, _ = g.emit("grouped_gemm", f"{path}.gemm1", [rows, w1, offsets], self.gemm_attrs(layer))
+        segments = runs or plan[2]
+        gate_up, _ = g.emit("grouped_gemm", f"{path}.gemm1", [rows, w1, segments], self.gemm_attrs(layer))
         (a,) = g.emit("swiglu", f"{path}.swiglu", [gate_up, row_weight])
-        y, _ = g.emit("grouped_gemm", f"{path}.gemm2", [a, w2, offsets], self.gemm_attrs(layer))
+        y, _ = g.emit("grouped_gemm", f"{path}.gemm2", [a, w2, segments], self.gemm_attrs(layer))
         combined, _ = g.emit("combine", f"{path}.combine", [y, None, *plan])
         if not moe.shared_experts:
             return [combined]

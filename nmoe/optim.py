@@ -36,10 +36,6 @@ class AdamW:
         self._chunk = CHUNK[parameters.master.device.type]
         self._scratch = parameters.master.new_empty(3, min(self._chunk, parameters.master.numel()))
 
-    def grad_norm(self) -> float:
-        """Global L2 norm of the gradients; NaN or Inf when any of them is."""
-        return float(torch.linalg.vector_norm(self.parameters.grad))
-
     @torch.no_grad()
     def step(self, factor: float, grad_norm: float) -> None:
         """One update with `factor` of each group's peak learning rate, the gradients clipped to `clip_norm`."""
@@ -74,6 +70,6 @@ class AdamW:
         p.refresh()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The moments by parameter, for a checkpoint."""
+        """The moments by parameter and expert, for a checkpoint."""
         return {f"{label}.{name}": view for label, flat in (("m", self.m), ("v", self.v))
-                for name, view in self.parameters.views(flat).items()}  # fmt: skip
+                for name, view in self.parameters.pieces(flat).items()}  # fmt: skip

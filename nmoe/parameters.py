@@ -30,10 +30,11 @@ class Parameters:
     """`master`, `grad`: one flat tensor each; `masters`, `grads`, `working`: views of them by parameter name.
 
     A parameter whose working format is the master's own has no copy: its working view is the master's. The padding
-    between parameters is zero and stays zero.
+    between parameters is zero and stays zero. Experts come last, from element `experts` on; `share` says which of
+    `[rdep] ranks` equal shares of them the graph holds.
     """
 
-    def __init__(self, graph: Graph, device: torch.device | str = "cpu") -> None:
+    def __init__(self, graph: Graph, device: torch.device | str = "cpu", share: int = 0) -> None:
         def key(name: str) -> tuple:
             spec = graph.tensors[name].spec
             return GROUPS.index(group_of(name)), is_norm(name), spec.format != "bf16"
@@ -54,6 +55,8 @@ class Parameters:
             else:
                 self.segments.append(Segment(GROUPS[group], not norm, not is_wide, size, end))
             size = end
+        self.experts = next((s.start for s in self.segments if s.group == "expert"), size)
+        self._share = share
         self.master, self.grad = (torch.zeros(size, dtype=wide, device=device) for _ in range(2))
         narrow_size = size if any(s.narrow for s in self.segments) else 0
         self.narrow = torch.zeros(narrow_size, dtype=torch.bfloat16, device=device)
@@ -66,6 +69,17 @@ class Parameters:
         """Each parameter's part of a flat buffer of this layout."""
         return {n: flat[at : at + _count(shape)].view(shape) for n, (at, shape) in self._places.items()}
 
+    def pieces(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same, each expert's part by itself under `<name>.<expert>`, the expert's number among all ranks'."""
+        parts: dict[str, torch.Tensor] = {}
+        for name, view in self.views(flat).items():
+            if group_of(name) == "expert":
+                first = self._share * len(view)
+                parts |= {f"{name}.{first + i}": weight for i, weight in enumerate(view)}
+            else:
+                parts[name] = view
+        return parts
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What an executor binds: working copies by name, gradients as `<name>.grad`."""
         return self.working | {f"{name}.grad": grad for name, grad in self.grads.items()}
@@ -73,12 +87,9 @@ class Parameters:
     def initialise(self, seed: int, std: float) -> None:
         """Normal(0, std) matrices and unit norms. Each parameter, and each expert, draws from a generator of its
         own, so that the values depend on the seed and the name alone, not on who else holds what."""
-        for name, master in self.masters.items():
+        for name, master in self.pieces(self.master).items():
             if is_norm(name):
                 master.fill_(1.0)
-            elif group_of(name) == "expert":
-                for expert, weight in enumerate(master):
-                    _normal(weight, seed, f"{name}.{expert}", std)
             else:
                 _normal(master, seed, name, std)
         self.refresh()

@@ -22,6 +22,7 @@ from nmoe.errors import UserError
 from nmoe.model import group_of
 from nmoe.ops import nbytes, numel
 from nmoe.predict import Wire
+from nmoe.rdep.sums import depth
 from nmoe.schedule import Schedule, lower, memory
 
 GRADIENT_BYTES = MASTER_BYTES = 4
@@ -156,7 +157,7 @@ def micro_batch(config: Config, world: int) -> int:
     if world % ranks:
         raise PlanError(
             f"{at}: [rdep] ranks = {ranks}, expected a divisor of the number of ranks; use "
-            f"--world {-(-world // ranks) * ranks} or [rdep] ranks = {math.gcd(world, ranks)}"
+            f"{-(-world // ranks) * ranks} ranks or [rdep] ranks = {math.gcd(world, ranks)}"
         )
     if batch % world:
         raise PlanError(
@@ -210,6 +211,10 @@ def memory_plan(config: Config, world: int, schedule: Schedule) -> dict[str, int
         shard = -(-count // _owners(config, world, expert))
         masters += shard * MASTER_BYTES if working < count * MASTER_BYTES else 0
         moments += 2 * shard * MOMENT_BYTES[config.optim.state_precision]
+    partial = 0
+    if config.target.device == "cpu":  # micro-batches are added in a tree's order: nmoe/accumulate.py
+        turns = config.train.batch_size * config.train.seq_len // world // schedule.dims["T"]
+        partial = (depth(turns) - 1) * fixed["grad"]
     step_made = {
         out for op in schedule.graph.ops if op.phase == "step" for out in op.outputs if out is not None
     }
@@ -221,7 +226,7 @@ def memory_plan(config: Config, world: int, schedule: Schedule) -> dict[str, int
     return {
         "working weights": fixed["param"],
         "FP32 masters": masters,
-        "FP32 gradients": fixed["grad"],
+        "FP32 gradients": fixed["grad"] + partial,
         "moments": moments,
         "state, inputs, tables": fixed.get("state", 0) + fixed["input"] + fixed.get("const", 0),
         "quantized weights": quantized,

@@ -31,10 +31,12 @@ def banner(config: Config, step: Step, run_id: str, begin: int) -> str:
         else ""
     )
     flops = step.micro_batches * model_flops(config, schedule)
+    ranks = step.ranks
+    together = f", {ranks.world} ranks, {ranks.group} to a set of experts" if ranks.world > 1 else ""
     return "\n".join(
         [
             f"run {run_id}",
-            f"target {target}{note}, {torch.get_num_threads()} threads",
+            f"target {target}{note}, {torch.get_num_threads()} threads{together}",
             f"model {amount(counts.total)} parameters, {amount(counts.active)} active; "
             f"precision {config.schedule.precision}, recompute {config.schedule.recompute}",
             f"step {config.train.batch_size} x {config.train.seq_len} tokens in {step.micro_batches} micro-batch(es), "

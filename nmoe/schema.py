@@ -135,6 +135,7 @@ class Rdep:
 
     ranks: Count = 1  # ranks that share one set of experts
     capacity: Amount = 0  # expert rows a rank can take in a micro-batch; 0: the worst case, never exceeded
+    timeout: Positive = 300.0  # seconds that a rank waits for another, which may be busy writing a checkpoint
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,18 @@ import numpy as np
 import torch
 
 from nmoe import binding, model
+from nmoe.accumulate import Accumulator
 from nmoe.codegen.launch import device_of
 from nmoe.config import Config
 from nmoe.data.loader import Batch
 from nmoe.errors import UserError
 from nmoe.executor import Executor, allocate
+from nmoe.model import group_of
 from nmoe.optim import AdamW, lr_factor
 from nmoe.parameters import Parameters
+from nmoe.plan import micro_batch
+from nmoe.ranks import Ranks
+from nmoe.rdep.sums import ROW
 
 Range = Callable[[str], AbstractContextManager]
 
@@ -51,9 +56,15 @@ def high_precision(config: Config) -> Config:
 def checkpoint_state(
     parameters: Parameters, optimizer: AdamW, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Everything that the next step depends on beside the step's number: masters, moments and routing biases."""
-    masters = {f"master.{name}": t for name, t in parameters.masters.items()}
+    """Everything that the next step depends on beside the step's number: masters, moments and routing biases. Each
+    expert has tensors of its own, so that any number of ranks may share them out."""
+    masters = {f"master.{name}": t for name, t in parameters.pieces(parameters.master).items()}
     return masters | optimizer.state() | {n: t for n, t in state.items() if n.endswith(".router_bias")}
+
+
+def _rows(elements: int) -> torch.Tensor:
+    """Zeros that ranks can add up: at least so many."""
+    return torch.zeros(-(-elements // ROW) * ROW)
 
 
 class Step:
@@ -65,23 +76,33 @@ class Step:
         config: Config,
         ranges: Range = lambda name: nullcontext(),
         say: Callable[[str], None] = lambda text: None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.config, self._range = config, ranges
-        self.sequences = config.train.micro_batch_size or config.train.batch_size
-        self.micro_batches = config.train.batch_size // self.sequences
-        late = config.schedule.bf16_last_tokens
-        self.schedules = [binding.lowered(config)] + (
-            [binding.lowered(high_precision(config))] if late else []
-        )
+        self.config, self.ranks, self._range = config, ranks or Ranks(), ranges
+        self.sequences = micro_batch(config, self.ranks.world)
+        self.micro_batches = config.train.batch_size // self.ranks.world // self.sequences
+        late = [high_precision(config)] if config.schedule.bf16_last_tokens else []
+        self.schedules = [binding.lowered(c, self.sequences) for c in (config, *late)]
         self.schedule = self.schedules[0]
         launcher, device = None, torch.device("cpu")
         if config.target.device != "cpu":
             launcher, device = binding.launcher(self.schedules, say), device_of(config.target.device)
-        self.parameters = Parameters(self.schedule.graph, device)
+        self.parameters = Parameters(self.schedule.graph, device, self.ranks.share)
         self.optimizer = AdamW(self.parameters, config.optim)
         self.tensors = allocate(self.schedule, "state", "input", device=device) | self.parameters.tensors()
+        counted = [n for n in self.tensors if n.startswith("loss.") or n.endswith(".load")]
+        sizes = [self.tensors[n].numel() for n in counted]
+        sums = _rows(sum(sizes)).to(device)
+        self.tensors |= dict(zip(counted, sums.split([*sizes, len(sums) - sum(sizes)]), strict=False))
+        self._replicated = (self.parameters.grad[: self.parameters.experts], sums)
+        self._experts = self.parameters.grad[self.parameters.experts :]
+        # A GPU adds its micro-batches in place: it has no room for partial sums.
+        terms = self.micro_batches if device.type == "cpu" else 1
+        self._sums = Accumulator((self.parameters.grad, sums), terms)
         arena = torch.empty(max(s.arena_bytes for s in self.schedules), dtype=torch.uint8, device=device)
-        self.executors = [Executor(s, self.tensors, arena, launcher) for s in self.schedules]
+        self.executors = [
+            Executor(s, self.tensors, arena, launcher, self.ranks.implementations) for s in self.schedules
+        ]
         self._losses = {n: t for n, t in self.tensors.items() if n.startswith("loss.")}
         self._loads = {n.removesuffix(".load"): t for n, t in self.tensors.items() if n.endswith(".load")}
         self._biases = {
@@ -99,22 +120,23 @@ class Step:
         """Raises NonFinite before the optimizer touches anything."""
         executor = self.executor(step)
         with self._range("zero"):
-            self.parameters.grad.zero_()
-            for tensor in (*self._losses.values(), *self._loads.values()):
-                tensor.zero_()
+            self._sums.begin()
         with self._range("weights"):
             executor.run("step")
         with self._range("forward_backward"):
             self.tensors[model.SCALE].fill_(1.0 / max(batch.valid, 1))
             for micro in range(self.micro_batches):
-                self.tensors[model.COUNTER].fill_(step * self.micro_batches + micro)
+                turn = (step * self.micro_batches + micro) * self.ranks.world + self.ranks.rank
+                self.tensors[model.COUNTER].fill_(turn)
                 self._feed(batch, slice(micro * self.sequences, (micro + 1) * self.sequences))
                 executor.run("micro")
+                self._add_up()
         with self._range("optimizer"):
             losses = {name.removeprefix("loss."): float(t) for name, t in self._losses.items()}
-            norm = self.optimizer.grad_norm()
+            norms = self._grad_norms()
+            norm = math.sqrt(math.fsum(value * value for value in norms.values()))
             if not all(map(math.isfinite, (norm, *losses.values()))):
-                raise self._non_finite(step, losses, norm)
+                raise self._non_finite(step, losses, norm, norms)
             factor = lr_factor(self.config.optim, (step + 1) * self._tokens_per_step, self._total)
             self.optimizer.step(factor, norm)
             self._balance_experts()
@@ -136,6 +158,32 @@ class Step:
         for name, array in arrays.items():
             self.tensors[name].copy_(torch.from_numpy(array[rows].reshape(-1)))
 
+    def _add_up(self) -> None:
+        """Adds a micro-batch's gradients, losses and loads to those of the other ranks and of the step's others. Each
+        gradient is of the loss over the global batch, so that sums need no scale."""
+        for tensor in self._replicated:
+            self.ranks.add_everywhere(tensor)
+        self.ranks.add_replicas(self._experts)
+        self._sums.add()
+
+    def _grad_norms(self) -> dict[str, float]:
+        """The norm of each parameter's gradient, and of each expert's, on whichever rank it lies. The same on all."""
+        pieces = self.parameters.pieces(self.parameters.grad)
+        values = torch.stack([torch.linalg.vector_norm(piece) for piece in pieces.values()])
+        norms = dict(zip(pieces, values.tolist(), strict=True))
+        if self.ranks.group == 1:
+            return norms
+        experts = [
+            f"{name}.{i}"
+            for name, grad in self.parameters.grads.items()
+            if group_of(name) == "expert"
+            for i in range(len(grad) * self.ranks.group)
+        ]
+        table = _rows(len(experts))
+        table[: len(experts)] = torch.tensor([norms.get(name, 0.0) for name in experts])
+        self.ranks.add_group(table)  # one rank of the group has each, the others 0
+        return norms | dict(zip(experts, table.tolist(), strict=False))
+
     def _balance_experts(self) -> None:
         """Auxiliary-loss-free balancing (arXiv 2408.15664 alg. 1): overloaded experts lose, idle ones gain."""
         rate = self.config.moe.bias_rate if self.config.moe else 0.0
@@ -143,8 +191,10 @@ class Step:
             load = self._loads[layer]
             bias.add_(torch.sign(load.mean() - load), alpha=rate)
 
-    def _non_finite(self, step: int, losses: dict[str, float], norm: float) -> NonFinite:
-        bad = [name for name, grad in self.parameters.grads.items() if not bool(torch.isfinite(grad).all())]
+    def _non_finite(
+        self, step: int, losses: dict[str, float], norm: float, norms: dict[str, float]
+    ) -> NonFinite:
+        bad = [name for name, value in norms.items() if not math.isfinite(value)]
         where = f"; non-finite gradients in {len(bad)} parameters, first {bad[0]}" if bad else ""
         shown = ", ".join(f"{name} {value}" for name, value in losses.items())
         return NonFinite(

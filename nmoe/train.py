@@ -26,7 +26,9 @@ from nmoe.data.loader import Loader
 from nmoe.errors import CheckpointError, UserError
 from nmoe.experiments import Ended, Experiments, git_state
 from nmoe.metrics import Metrics
+from nmoe.model import group_of, row_align
 from nmoe.progress import Progress, banner
+from nmoe.ranks import Ranks, launched
 from nmoe.sample import Sampler
 from nmoe.step import NonFinite, Step
 
@@ -49,17 +51,27 @@ def train(config: Config, *, resume: bool = False, out: Print = print) -> Outcom
     Raises UserError for anything the user can mend, NonFinite when the run diverges: then nothing was updated and
     the run is recorded as failed.
     """
-    if config.rdep.ranks > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"[rdep] ranks = {config.rdep.ranks}, {os.environ.get('WORLD_SIZE', '1')} processes: this build trains on "
-            "one rank; set [rdep] ranks = 1 and start one process"
-        )
+    with launched(config) as ranks:
+        try:
+            return _train(config, ranks, resume, out if ranks.rank == 0 else lambda text: None)
+        except Exception as error:
+            cause = ranks.explain(error)
+            if cause is error:
+                raise
+            raise cause from error
+
+
+def _train(config: Config, ranks: Ranks, resume: bool, out: Print) -> Outcome:
     torch.set_num_threads(
         torch.get_num_threads()
     )  # fixes MKL's thread count, and with it the order of its sums
     folder = Path(config.checkpoint.dir) / config.run.name
     with Checkpointer(
-        folder, config.checkpoint.keep, on_warning=lambda text: out(f"warning: {text}")
+        folder,
+        config.checkpoint.keep,
+        rank=ranks.rank,
+        world=ranks.world,
+        on_warning=lambda text: out(f"warning: {text}"),
     ) as checkpoints:
         if checkpoints.steps() and not resume:
             raise UserError(
@@ -68,17 +80,17 @@ def train(config: Config, *, resume: bool = False, out: Print = print) -> Outcom
             )
         data = Loader(
             config.data, seed=config.run.seed, seq_len=config.train.seq_len, batch_size=config.train.batch_size,
-            vocab_size=config.model.vocab_size, depth=config.model.mtp_depth,
+            vocab_size=config.model.vocab_size, depth=config.model.mtp_depth, rank=ranks.rank, world=ranks.world,
+            micro_batch_size=config.train.micro_batch_size,
         )  # fmt: skip
-        step = Step(config, say=out)
+        step = Step(config, say=out, ranks=ranks)
         begin, meta = _start(config, step, checkpoints, out)
         run_id = meta["run_id"]
-        path = Path(config.metrics.dir) / run_id / "rank_0.duckdb"
+        path = Path(config.metrics.dir) / run_id / f"rank_{ranks.rank}.duckdb"
         if begin >= config.train.steps:
             out(f"{run_id} has done its {begin} steps; to train longer, raise [train] steps")
             return Outcome(run_id, "finished", begin, float("nan"), folder / f"step_{begin:08d}", path)
-        experiments = Experiments(Path(config.metrics.experiments))
-        experiments.start(run_id, json.dumps(config.to_dict()), meta["fingerprint"], meta["git"])
+        record = _record(config, meta) if ranks.rank == 0 else lambda status, summary: None
         out(banner(config, step, run_id, begin))
         progress = Progress(config, step)
         loss, done = float("nan"), begin
@@ -97,7 +109,7 @@ def train(config: Config, *, resume: bool = False, out: Print = print) -> Outcom
                     metrics.log(index, progress.values(result, batch.valid, seconds, waited))
                     if done % config.train.log_every == 0 or done == config.train.steps:
                         out(progress.line(done, result))
-                    stop = bool(interrupted)
+                    stop = ranks.any(bool(interrupted))
                     if done % config.checkpoint.every == 0 or stop or done == config.train.steps:
                         metrics.flush()  # a resumed run does not repeat these steps: their rows must be on disk
                         checkpoints.save(
@@ -108,7 +120,7 @@ def train(config: Config, *, resume: bool = False, out: Print = print) -> Outcom
             checkpoints.close()
         except BaseException as error:
             status: Ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            experiments.finish(run_id, status, {"step": done, "loss": _number(loss), "error": str(error)})
+            record(status, {"step": done, "loss": _number(loss), "error": str(ranks.explain(error))})
             if isinstance(error, NonFinite):
                 kept = checkpoints.steps()
                 raise NonFinite(
@@ -116,9 +128,16 @@ def train(config: Config, *, resume: bool = False, out: Print = print) -> Outcom
                 ) from None
             raise
         status = "finished" if done >= config.train.steps else "interrupted"
-        experiments.finish(run_id, status, {"step": done, "loss": _number(loss), **progress.summary()})
+        record(status, {"step": done, "loss": _number(loss), **progress.summary()})
         _farewell(config, step, run_id, status, path, folder, out)
         return Outcome(run_id, status, done, loss, folder / f"step_{done:08d}", path)
+
+
+def _record(config: Config, meta: dict[str, Any]) -> Callable[[Ended, dict[str, Any]], None]:
+    """Records that the run has started; call what it returns when the run has ended."""
+    experiments = Experiments(Path(config.metrics.experiments))
+    experiments.start(meta["run_id"], json.dumps(config.to_dict()), meta["fingerprint"], meta["git"])
+    return lambda status, summary: experiments.finish(meta["run_id"], status, summary)
 
 
 def _number(value: float) -> float | None:
@@ -133,12 +152,14 @@ def _start(config: Config, step: Step, checkpoints: Checkpointer, out: Print) ->
         "fingerprint": configuration.fingerprint(config),
         "git": git_state(Path(__file__).parent),
         "threads": torch.get_num_threads(),
+        "sums": _order(config, step),
         "versions": {
             "nmoe": nmoe.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
     }
+    meta = step.ranks.from_first(meta)
 
     def check(saved: dict[str, Any]) -> None:
         changed = configuration.differences(saved["config"], config)
@@ -149,7 +170,7 @@ def _start(config: Config, step: Step, checkpoints: Checkpointer, out: Print) ->
                 + "\n  ".join(changed)
                 + "\nrestore them, or start a run of another [run] name"
             )
-        for key in ("threads", "versions"):
+        for key in ("threads", "sums", "versions"):
             if saved[key] != meta[key]:
                 out(
                     f"warning: {key} were {saved[key]}, are {meta[key]}: the losses may differ in their last bits"
@@ -167,12 +188,23 @@ def _start(config: Config, step: Step, checkpoints: Checkpointer, out: Print) ->
     return begin, {**meta, "run_id": saved["run_id"]}
 
 
+def _order(config: Config, step: Step) -> dict[str, int]:
+    """What the order of a step's sums depends on. Not on the ranks when they are 2^n and expert rows are not padded."""
+    order, world = {"sequences at once": step.sequences}, step.ranks.world
+    if world & (world - 1) or row_align(config) > 1:
+        order |= {"ranks": world, "ranks of a group": config.rdep.ranks}
+    return order
+
+
 def _load_pretrained(config: Config, step: Step) -> None:
     from nmoe import hf
 
     params, biases = hf.load(config, Path(config.checkpoint.init_from))
     for name, value in params.items():
-        step.parameters.masters[name].copy_(value)
+        master = step.parameters.masters[name]
+        if group_of(name) == "expert":
+            value = value[step.ranks.share * len(master) :][: len(master)]
+        master.copy_(value)
     for name, value in biases.items():
         step.tensors[name].copy_(value)
     step.parameters.refresh()
@@ -200,9 +232,11 @@ def _interruptible() -> Iterator[list[int]]:
 def _farewell(
     config: Config, step: Step, run_id: str, status: str, metrics: Path, folder: Path, out: Print
 ) -> None:
+    if step.ranks.rank > 0:
+        return
     picture = metrics.with_name("loss.png")
     drawn = report.plot_loss(metrics, picture, run_id)
-    if status == "finished":
+    if status == "finished" and step.ranks.group == 1:  # one rank does not hold all experts
         text = tokenizer.load(config.data.tokenizer, config.data.dir)
         tokens = Loader(
             config.data, seed=config.run.seed, seq_len=min(32, config.train.seq_len), batch_size=1,

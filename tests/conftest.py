@@ -9,9 +9,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, on
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
 from tiny import tiny_config
 
 from nmoe.config import Config
+
+settings.register_profile("nmoe", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("nmoe")
 
 
 @pytest.fixture(scope="session")

@@ -167,6 +167,11 @@ DAMAGED = {
         {"batch_size": 6, "world": 4},
         "[train] batch_size = 6 is not a multiple of the 4 ranks",
     ),
+    "batch does not divide into turns": (
+        lambda a: None,
+        {"batch_size": 8, "world": 4, "micro_batch_size": 4},
+        "[train] batch_size = 8 is not a multiple of the 4 ranks x micro_batch_size = 4",
+    ),
     "another text field": (
         lambda a: edit(a / "manifest.json", lambda m: m["source"].update(text_field="body")),
         {},

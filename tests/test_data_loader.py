@@ -101,6 +101,14 @@ def test_the_global_batch_does_not_depend_on_the_world_size(mixed, world, step):
     assert valid == (targets[0] >= 0).sum()
 
 
+def test_ranks_take_turns_of_a_micro_batch(mixed):
+    tokens, *_ = snapshot(make_loader(mixed).batch(7))
+    turns = {"world": 4, "micro_batch_size": 2}
+    parts = [snapshot(make_loader(mixed, rank=r, **turns).batch(7))[0] for r in range(4)]
+    expected = [tokens[[2 * rank, 2 * rank + 1, 8 + 2 * rank, 9 + 2 * rank]] for rank in range(4)]
+    np.testing.assert_array_equal(parts, expected)
+
+
 def test_a_resumed_run_reads_what_the_uninterrupted_one_does(mixed):
     loader = make_loader(mixed)
     run = [snapshot(loader.batch(step)) for step in range(600)]  # crosses epochs and plans

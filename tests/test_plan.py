@@ -158,18 +158,25 @@ def test_quantized_weights_are_two_copies_of_every_layer_matrix(shipped) -> None
 def test_a_rank_allocates_what_is_planned(tiny) -> None:
     """All that the trainer's step holds, less the padding between parameters in its flat buffers."""
     from nmoe.parameters import ALIGNMENT
+    from nmoe.rdep.sums import ROW
     from nmoe.step import Step
 
     for schedule in ({"precision": "fp32"}, {"precision": "mxfp8", "recompute": "full"}):
         sizes = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32}
-        config = tiny(schedule=schedule, attention=sizes, optim={"state_precision": "bf16"})
+        turns = {"batch_size": 6, "micro_batch_size": 2}
+        config = tiny(schedule=schedule, attention=sizes, optim={"state_precision": "bf16"}, train=turns)
         step = Step(config)
+        partial = [tensor for tensors in step._sums._partial for tensor in tensors]
         tensors = [*step.tensors.values(), *step.executors[0].tensors.values(), step.executors[0].arena,
-                   step.optimizer.m, step.optimizer.v, step.parameters.master]  # fmt: skip
+                   step.optimizer.m, step.optimizer.v, step.parameters.master, *partial]  # fmt: skip
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         padded = {n: -t.numel() % ALIGNMENT for n, t in step.parameters.masters.items()}
         narrow = {n for n in padded if step.schedule.graph.tensors[n].format == "bf16"}
-        slack = sum(pad * (4 + 4 + 2 + 2) for pad in padded.values())
+        slack = sum(pad * (4 + 4 + 2 + 2 + 2 * 4) for pad in padded.values())
+        counted = sum(
+            t.numel() for n, t in step.tensors.items() if n.startswith("loss.") or n.endswith(".load")
+        )
+        slack += -counted % ROW * 4 + 2 * -(-counted // ROW) * ROW * 4
         if narrow:  # the narrow buffer has room for the wide parameters too
             wide = sum(t.numel() for n, t in step.parameters.masters.items() if n not in narrow)
             slack += 2 * (sum(padded.values()) + wide)
@@ -434,8 +441,8 @@ def refusal(config: Config, world: int, device: Device | None = None) -> str:
 @pytest.mark.parametrize(
     ("env", "world", "message"),
     [
-        ({}, 1, "[rdep] ranks = 8, expected a divisor of the number of ranks; use --world 8 or [rdep] ranks = 1"),
-        ({}, 12, "[rdep] ranks = 8, expected a divisor of the number of ranks; use --world 16 or [rdep] ranks = 4"),
+        ({}, 1, "[rdep] ranks = 8, expected a divisor of the number of ranks; use 8 ranks or [rdep] ranks = 1"),
+        ({}, 12, "[rdep] ranks = 8, expected a divisor of the number of ranks; use 16 ranks or [rdep] ranks = 4"),
         ({"NMOE_TRAIN__BATCH_SIZE": "252"}, 8, "[train] batch_size = 252 sequences, expected a multiple of the number "
                                                "of ranks; use batch_size = 256"),
         ({"NMOE_TRAIN__BATCH_SIZE": "240"}, 8, "[train] micro_batch_size = 4, expected a divisor of the 30 sequences "

@@ -292,3 +292,9 @@ def test_fused_values_cost_no_traffic():
     (1_234_567, "1.23M"), (5e15, "5P")])  # fmt: skip
 def test_scaled(value, text):
     assert scaled(value) == text
+
+
+@pytest.mark.parametrize(("precision", "rows"), [("bf16", 300), ("mxfp8", 320), ("nvfp4", 304)])
+def test_a_capacity_is_rounded_up_to_whole_row_tiles(tiny, precision, rows):
+    config = tiny(schedule={"precision": precision}, rdep={"capacity": 300})
+    assert lower(config, sequences=2).dims == {"T": 64, "R": rows}

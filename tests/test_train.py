@@ -299,12 +299,6 @@ def test_refuses_to_mix_runs(config):
     train(replace(run, schedule=replace(run.schedule, recompute="none")), resume=True, out=quiet)
 
 
-def test_one_rank_only(config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="trains on one rank"):
-        train(config(), out=quiet)
-
-
 def test_last_tokens_in_bf16_change_only_them(config, tmp_path):
     kind, low = {"steps": 6}, {"precision": "mxfp8"}
     plain = elsewhere(config(train=kind, optim={"decay_tokens": 0}, schedule=low), tmp_path, "plain")

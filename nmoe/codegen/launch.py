@@ -93,7 +93,7 @@ class CudaLauncher:
         sms = torch.cuda.get_device_properties(device).multi_processor_count
         clusters = problem.clusters(config, sms)
         views = [
-            tvm_ffi.from_dlpack(a.view(torch.float8_e4m3fn) if o.format == "e4m3" else a)
+            tvm_ffi.from_dlpack(a.view(torch.float8_e4m3fn) if o.format == "e4m3" else torch.atleast_1d(a))
             if isinstance(a, torch.Tensor)
             else a
             for o, a in zip(problem.operands(config), arguments, strict=True)

@@ -141,7 +141,7 @@ class DispatchProblem(RoutingProblem):
         return [RoutingConfig(blocks=blocks) for blocks in (8, 4, 2)]
 
     def small(self) -> DispatchProblem:
-        return replace(self, experts=min(self.experts, 5), hidden=8 * 67)
+        return replace(self, experts=min(self.experts, self.topk + 3), hidden=8 * 67)
 
     def refusal(self) -> str:
         return _too_many(self.experts, self.topk) or _uneven(self.hidden)
@@ -179,7 +179,7 @@ class CombineProblem(RoutingProblem):
         return [RoutingConfig(blocks=blocks) for blocks in (4, 2, 8)]
 
     def small(self) -> CombineProblem:
-        return replace(self, experts=min(self.experts, 5), hidden=8 * 67)
+        return replace(self, experts=min(self.experts, self.topk + 3), hidden=8 * 67)
 
     def refusal(self) -> str:
         return _too_many(self.experts, self.topk) or _uneven(self.hidden)

@@ -34,7 +34,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "linear_cross_entropy_fwd_bwd": {"weight": "launch"},
     "moe_plan": {"experts": "code", "ranks": "code", "align": "code", "format": "shape"},
     "quantize": {"format": "shape", "axis": "shape", "rounding": "code", "hadamard": "code", "square": "code",
-                 "seed": "launch"},
+                 "atoms": "shape", "seed": "launch"},
     "rms_norm": {"eps": "launch"},
     "rope": {"heads": "code", "dim": "code", "inverse": "code"},
     "router": {"topk": "code", "groups": "code", "topk_groups": "code", "score": "code", "normalize": "code",
@@ -51,10 +51,6 @@ ATTRIBUTES |= {
     "router_bwd": ATTRIBUTES["router"],
     "swiglu_bwd": {},
 }
-
-# Where block-scaled MMA finds its scale factors: tcgen05 wants 128 x 4 atoms (formats.to_blocked), the kernels of
-# sm_90a dequantize from plain rows.
-SCALE_LAYOUT = {"sm_100a": "blocked", "sm_90a": "rows"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +152,7 @@ def spec_of(graph: Graph, target: str, ops: tuple[Op, ...], fused: frozenset[str
             return None
         if name not in number:
             number[name] = len(values)
-            values.append(_value(graph.tensors[name], target, name not in fused))
+            values.append(_value(graph.tensors[name], name not in fused))
         return number[name]
 
     parts = [
@@ -166,11 +162,11 @@ def spec_of(graph: Graph, target: str, ops: tuple[Op, ...], fused: frozenset[str
     return KernelSpec(target, tuple(values), tuple(parts))
 
 
-def _value(tensor: Tensor, target: str, stored: bool) -> Value:
+def _value(tensor: Tensor, stored: bool) -> Value:
     spec, shape = tensor.spec, tensor.shape
     if tensor.kind == "const":  # the rotary table, as long as a sequence
         shape = ("S", *shape[1:])
-    scales = SCALE_LAYOUT[target] if spec.format in QUANTIZED else ""
+    scales = ("blocked" if spec.atoms else "rows") if spec.format in QUANTIZED else ""
     return Value(shape, spec.format, spec.axis, spec.segments, scales, stored)
 
 

@@ -36,9 +36,10 @@ class Batch:
 class Loader:
     """Random access to the batches of a run.
 
-    `batch_size` sequences of `seq_len` tokens a step, over `world` ranks; `depth` further targets a token,
-    for multi-token prediction. `verify` reads all shards and compares their checksums. Raises DataError when
-    the shards are missing, damaged, made for another tokenizer or source, too few, or beyond `vocab_size`.
+    `batch_size` sequences of `seq_len` tokens a step, over `world` ranks, which take turns of `micro_batch_size`
+    sequences (0: of their whole share); `depth` further targets a token, for multi-token prediction. `verify` reads
+    all shards and compares their checksums. Raises DataError when the shards are missing, damaged, made for another
+    tokenizer or source, too few, or beyond `vocab_size`.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class Loader:
         depth: int = 0,
         rank: int = 0,
         world: int = 1,
+        micro_batch_size: int = 0,
         verify: bool = False,
     ):
-        if batch_size % world:
-            raise DataError(f"[train] batch_size = {batch_size} is not a multiple of the {world} ranks")
+        if batch_size % (world * max(micro_batch_size, 1)):
+            each = f" x micro_batch_size = {micro_batch_size}" if micro_batch_size else ""
+            raise DataError(f"[train] batch_size = {batch_size} is not a multiple of the {world} ranks{each}")
         self._streams = [_open(data, source, verify) for source in data.sources]
         _check_tokenizers(data, self._streams, vocab_size)
         window = seq_len + 1 + depth
@@ -77,7 +80,8 @@ class Loader:
         self._seq_len, self._batch_size = seq_len, batch_size
         self._plan_steps, self._plan_block = max(1, PLAN_SEQUENCES // batch_size), -1
         rows = batch_size // world
-        self._rows = slice(rank * rows, (rank + 1) * rows)
+        turns = np.arange(batch_size).reshape(-1, world, micro_batch_size or rows)
+        self._rows = turns[:, rank].reshape(-1)
         self._raw = np.empty((rows, window), dtype=np.int32)
         self._ends = np.empty((rows, window), dtype=np.bool_)
         self._columns = np.arange(seq_len, dtype=np.int32)
@@ -87,7 +91,7 @@ class Loader:
         self._targets = np.empty((1 + depth, rows, seq_len), dtype=np.int32)
 
     def batch(self, step: int) -> Batch:
-        """This rank's rows `[rank · b/world, (rank + 1) · b/world)` of the global batch of `step`."""
+        """This rank's rows of the global batch of `step`: its n-th turn is turn n · world + rank of all."""
         source, start, valid = self._planned(step)
         rows = zip(source[self._rows].tolist(), start[self._rows].tolist(), strict=True)
         for row, (which, position) in enumerate(rows):

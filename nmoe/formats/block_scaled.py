@@ -155,16 +155,18 @@ def check_operand(q: Quantized, axis: Axis) -> None:
 
 
 def storage(
-    format: Format, shape: tuple[int, ...], axis: Axis, segments: int | None = None
+    format: Format, shape: tuple[int, ...], axis: Axis, segments: int | None = None, atoms: bool = False
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name → (shape, dtype) of the buffers of a Quantized of logical `shape` with so many `segments`.
+    """Name → (shape, dtype) of the buffers of a Quantized of logical `shape` with so many `segments`, its scales in
+    rows or in `atoms` of 128 x 4 (`to_blocked`), 512 bytes each.
 
     Raises ValueError if the blocks do not divide the axis.
     """
     _check_divides(format, shape, axis)
     *batch, m, k = shape
     lines, length = (m, k) if axis == 1 else (k, m)
-    scale = (*batch, lines, length // BLOCK[format])
+    blocks = length // BLOCK[format]
+    scale = (*batch, -(-lines // 128), -(-blocks // 4), 512) if atoms else (*batch, lines, blocks)
     if format == "mxfp8":
         return {"data": (tuple(shape), torch.uint8), "scale": (scale, torch.uint8)}
     data = (*batch, lines, length // 2)
@@ -180,11 +182,12 @@ def from_buffers(
     *,
     segments: Tensor | None = None,
     hadamard: bool = False,
+    atoms: bool = False,
 ) -> Quantized:
-    """A Quantized over buffers of the shapes that `storage` names."""
+    """A Quantized over buffers of the shapes that `storage` names; with `atoms` for kernels alone."""
     data, scale, amax = buffers["data"], buffers["scale"], buffers.get("amax")
     q = Quantized(format, axis, tuple(shape), data, scale, amax, segments, hadamard)
-    _check_buffers(q, format, q.shape, axis, None if segments is None else len(segments) - 1)
+    _check_buffers(q, format, q.shape, axis, None if segments is None else len(segments) - 1, atoms)
     return q
 
 
@@ -463,14 +466,14 @@ def _check_segments(segments: Tensor, shape: torch.Size, block: int) -> None:
 
 
 def _check_buffers(
-    q: Quantized, format: str, shape: tuple[int, ...], axis: int, segments: int | None
+    q: Quantized, format: str, shape: tuple[int, ...], axis: int, segments: int | None, atoms: bool = False
 ) -> None:
     if (q.format, q.axis, tuple(q.shape)) != (format, axis, tuple(shape)):
         raise ValueError(
             f"buffers are for {q.format}, axis {q.axis}, {tuple(q.shape)}; "
             f"expected {format}, axis {axis}, {tuple(shape)}"
         )
-    wanted = storage(q.format, q.shape, q.axis, segments)
+    wanted = storage(q.format, q.shape, q.axis, segments, atoms)
     for name in ("data", "scale", "amax"):
         buffer = getattr(q, name)
         found = None if buffer is None else (tuple(buffer.shape), buffer.dtype)

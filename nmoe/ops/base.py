@@ -33,7 +33,7 @@ def numel(shape: Shape) -> int:
 
 def buffers(spec: Spec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The parts of a quantized value in memory, widest elements first so that each is aligned."""
-    parts = formats.storage(spec.format, spec.shape, spec.axis, spec.segments or None)  # type: ignore[arg-type]
+    parts = formats.storage(spec.format, spec.shape, spec.axis, spec.segments or None, spec.atoms)  # type: ignore[arg-type]
     return dict(sorted(parts.items(), key=lambda part: -part[1][1].itemsize))
 
 

@@ -19,6 +19,7 @@ import torch
 from nmoe import formats
 from nmoe.graph import QUANTIZED, Graph, Name, Op, Spec
 from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
+from nmoe.rdep.sums import depth
 
 # Which axis of each operand, in its own layout, a role contracts: 1 is the last one.
 CONTRACTED = {"fprop": (1, 1), "dgrad": (1, 0), "wgrad": (0, 0)}
@@ -94,7 +95,7 @@ class _Product(OpDef):
         scratch = list(scratch)
         a, b = _load(ins[0], scratch), _load(ins[1], scratch)
         if attrs["role"] == "wgrad":
-            self.accumulate(a, b, outs[1], ins)
+            self.accumulate(a, b, outs[1], ins, scratch)
             return
         y = outs[0]
         target = y if y.dtype == a.dtype else scratch.pop(0)
@@ -105,7 +106,9 @@ class _Product(OpDef):
     def multiply(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, ins: list[Any]) -> None:
         torch.mm(a, b, out=out)
 
-    def accumulate(self, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, ins: list[Any]) -> None:
+    def accumulate(
+        self, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, ins: list[Any], partial: list[torch.Tensor]
+    ) -> None:
         dw.addmm_(dy.t(), x)
 
 
@@ -120,7 +123,9 @@ class Gemm(_Product):
 class GroupedGemm(_Product):
     """The same for every expert e on rows offsets[e]:offsets[e+1]; w[E, N, K], offsets int32[E+1].
 
-    Rows from offsets[E] on are neither read nor written.
+    Rows from offsets[E] on are neither read nor written. With E·s+1 offsets each expert has s runs of rows, the rows
+    of s ranks, which `reference` multiplies one by one and sums in the order of rdep/sums.py: as so many ranks with a
+    whole set of experts would.
     """
 
     kind = "grouped_gemm"
@@ -130,14 +135,40 @@ class GroupedGemm(_Product):
     def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         return super().cost(attrs, ins[:2], outs)
 
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
+        need = super().scratch(attrs, ins, outs)
+        if attrs["role"] == "wgrad" and (runs := (ins[2].shape[0] - 1) // attrs["experts"]) > 1:
+            need += [Spec(outs[1].shape[1:], outs[1].format)] * depth(runs)
+        return need
+
     def multiply(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, ins: list[Any]) -> None:
         ends = ins[2].tolist()
-        for e, (start, end) in enumerate(pairwise(ends)):
+        runs = (len(ends) - 1) // len(b)
+        for i, (start, end) in enumerate(pairwise(ends)):
             if end > start:
-                torch.mm(a[start:end], b[e], out=out[start:end])
+                torch.mm(a[start:end], b[i // runs], out=out[start:end])
 
-    def accumulate(self, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, ins: list[Any]) -> None:
-        ends = ins[2].tolist()
-        for e, (start, end) in enumerate(pairwise(ends)):
+    def accumulate(
+        self, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, ins: list[Any], partial: list[torch.Tensor]
+    ) -> None:
+        segments = list(pairwise(ins[2].tolist()))
+        runs = len(segments) // len(dw)
+
+        def add(segment: tuple[int, int], to: torch.Tensor) -> None:
+            start, end = segment
             if end > start:
-                dw[e].addmm_(dy[start:end].t(), x[start:end])
+                to.addmm_(dy[start:end].t(), x[start:end])
+
+        def total(segments: list[tuple[int, int]], partial: list[torch.Tensor]) -> torch.Tensor:
+            if len(segments) == 1:
+                add(segments[0], partial[0].zero_())
+            else:
+                half = 1 << (len(segments) - 1).bit_length() - 1
+                total(segments[:half], partial).add_(total(segments[half:], partial[1:]))
+            return partial[0]
+
+        for e, weight in enumerate(dw):
+            if runs == 1:
+                add(segments[e], weight)
+            else:
+                weight.add_(total(segments[e * runs : (e + 1) * runs], partial))

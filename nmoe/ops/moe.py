@@ -226,19 +226,22 @@ class RouterBwd(OpDef):
 @register
 class MoePlan(OpDef):
     """indices int32[T, k] → slots int32[T, k] (the row of each choice), row_source int32[R] (t·k + j, −1 on padding),
-    offsets int32[E+1] (first row of each expert; the last is the total). `load`[E] accumulates tokens per expert.
+    offsets int32[L+1] (first row of each of the rank's L experts; the last is the total). `load`[E] accumulates tokens
+    per expert. With attrs["runs"], runs int32[L·ranks+1]: the first row of each expert from each rank.
 
-    Raises CapacityError when the rows do not fit R.
+    Raises CapacityError when the rows do not fit R. `reference` is the plan of one rank; nmoe/rdep/layer.py that of
+    several.
     """
 
     kind = "moe_plan"
-    outputs = ("slots", "row_source", "offsets", "load")
+    outputs = ("slots", "row_source", "offsets", "load", "runs")
     accumulates = ("load",)
 
     def infer(self, attrs: Attrs, indices: Spec) -> dict[str, Spec]:
-        experts = attrs["experts"]
-        return {"slots": indices, "row_source": Spec(("R",), "i32"), "offsets": Spec((experts + 1,), "i32"),
-                "load": Spec((experts,), attrs["format"])}  # fmt: skip
+        experts, ranks = attrs["experts"], attrs["ranks"]
+        specs = {"slots": indices, "row_source": Spec(("R",), "i32"), "offsets": Spec((experts // ranks + 1,), "i32"),
+                 "load": Spec((experts,), attrs["format"])}  # fmt: skip
+        return specs | ({"runs": Spec((experts + 1,), "i32")} if attrs.get("runs") else {})
 
     def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         choices, experts = numel(ins[0].shape), attrs["experts"]
@@ -257,7 +260,7 @@ class MoePlan(OpDef):
         ]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
-        (slots, row_source, offsets, load), align = outs, attrs["align"]
+        (slots, row_source, offsets, load), align = outs[:4], attrs["align"]
         expert, ranked, order, position, counts, padded, first, shift, counts_wide, small = scratch
         expert.copy_(ins[0].view(-1))
         torch.sort(expert, stable=True, out=(ranked, order))

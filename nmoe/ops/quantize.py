@@ -14,7 +14,8 @@ class Quantize(OpDef):
     """x[..., M, K], offsets int32[E+1]?, counter int64[1]? → q in attrs["format"], blocked along attrs["axis"].
 
     `offsets` makes row segments that have their own NVFP4 global scale and stay apart; `counter`, which a step
-    increments, seeds stochastic rounding together with attrs["seed"].
+    increments, seeds stochastic rounding together with attrs["seed"]. attrs["atoms"] has kernels lay the scale factors
+    out as block-scaled MMA reads them; the reference makes rows.
     """
 
     kind = "quantize"
@@ -25,7 +26,7 @@ class Quantize(OpDef):
         self, attrs: Attrs, x: Spec, offsets: Spec | None = None, counter: Spec | None = None
     ) -> dict[str, Spec]:
         segments = 0 if offsets is None else int(offsets.shape[0]) - 1
-        return {"q": Spec(x.shape, attrs["format"], attrs["axis"], segments)}
+        return {"q": Spec(x.shape, attrs["format"], attrs["axis"], segments, attrs.get("atoms", False))}
 
     def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
         reads = 2 if attrs["format"] == "nvfp4" else 1  # the global amax is a pass of its own

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from nmoe.rdep import plan as slots
 from nmoe.rdep.plan import Plan
-from nmoe.rdep.protocol import PROTOCOL, Channel, Protocol
+from nmoe.rdep.protocol import PROTOCOL, Protocol
+from nmoe.rdep.transfer import Transfers
 from nmoe.rdep.transport import Buffer, Transport
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,6 @@ class Routing:
     """One layer's rows as this rank knows them. Of its own choices, flat [T·k]: `owner`, the rank, and `slot`, the
     row there. Of the rows that it holds, [total]: `source`, the rank, and `choice`, t·k + j there; padding is −1."""
 
-    plan: Plan
     topk: int
     owner: Tensor
     slot: Tensor
@@ -51,10 +47,10 @@ class Exchange:
 
     def __init__(self, transport: Transport, protocol: Protocol = PROTOCOL) -> None:
         self.transport = transport
-        self._protocol = protocol
-        self._epochs: Counter[Channel] = Counter()
+        self.transfers = Transfers(transport, protocol)
+        self._transfer = self.transfers.run
 
-    def plan(self, indices: Tensor, experts: int, align: int) -> Routing:
+    def plan(self, indices: Tensor, experts: int, align: int) -> tuple[Plan, Routing]:
         """The slots of indices int32[T, k]. Raises CapacityError, on all ranks or none, before any row travels."""
         t = self.transport
 
@@ -68,11 +64,11 @@ class Exchange:
         slots.check_capacity(made, t.local("rows.data").shape[0])
         owner, slot = (x.view(-1) for x in slots.place(made, indices, t.rank))
         source = made.sources(t.rank)
-        routing = Routing(made, indices.shape[1], owner, slot, source, torch.empty_like(source))
+        routing = Routing(indices.shape[1], owner, slot, source, torch.empty_like(source))
         numbers = torch.arange(indices.numel())
         self._send(routing, {"rows.choice": lambda choice: numbers[choice]}, {"rows.choice": routing.choice})
         routing.choice[source < 0] = -1
-        return routing
+        return made, routing
 
     def dispatch(
         self, routing: Routing, x: Tensor, weights: Tensor | None = None
@@ -133,20 +129,3 @@ class Exchange:
                 tensor.copy_(t.local(buffer)[: len(tensor)])
 
         self._transfer("rows", put, read)
-
-    def _transfer(self, channel: Channel, put: Callable[[], None], read: Callable[[], _T]) -> _T:
-        """Every rank starts with the peer after it, so that not all put to the same one."""
-        self._epochs[channel] += 1
-        t = self.transport
-        result: _T | None = None
-        for action in self._protocol[channel]:
-            epoch = self._epochs[channel] - action.lag
-            if action.kind == "put":
-                put()
-            elif action.kind == "read":
-                result = read()
-            else:
-                act = t.raise_flag if action.kind == "raise" else t.wait_flag
-                for i in range(1, t.ranks):
-                    act((t.rank + i) % t.ranks, f"{channel}.{action.flag}", epoch, ordered=action.ordered)
-        return cast(_T, result)

@@ -8,6 +8,8 @@ consumed. A flag holds the last epoch it was raised for and is never reset. Epoc
 
 - counts, returns: no `free`. A rank sends counts, or rows, only after it has read the returns of the round before;
   whoever writes to it next has waited for that message, hence the buffer has been read.
+- terms, totals: no `free`, for the same reason. A rank sends terms only after it has read the totals before, and
+  totals only after it has read the terms.
 - rows: `free`, because rows may follow rows (recomputation dispatches again) with no return in between.
 """
 
@@ -30,16 +32,19 @@ PUT, READ = Action("put"), Action("read")
 SEND = (PUT, Action("raise", "full"))
 RECEIVE = (Action("wait", "full"), READ)
 
-Channel = Literal["counts", "rows", "returns"]
+Channel = Literal["counts", "rows", "returns", "terms", "totals"]
 Protocol = dict[Channel, tuple[Action, ...]]
 
 PROTOCOL: Protocol = {
     "counts": (*SEND, *RECEIVE),
     "rows": (Action("wait", "free", lag=1), *SEND, *RECEIVE, Action("raise", "free")),
     "returns": (*SEND, *RECEIVE),
+    "terms": (*SEND, *RECEIVE),
+    "totals": (*SEND, *RECEIVE),
 }
 
 # What a layer transfers, on all ranks alike. The first rows of FORWARD are the choices that the slots hold.
 FORWARD: tuple[Channel, ...] = ("counts", "rows", "rows", "returns")
 BACKWARD: tuple[Channel, ...] = ("rows", "returns")
 RECOMPUTE: tuple[Channel, ...] = ("rows",)  # before BACKWARD: the forward dispatch again, into the same slots
+SUM: tuple[Channel, ...] = ("terms", "totals")  # of gradients over ranks, in as many pieces as it takes

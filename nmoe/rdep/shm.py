@@ -28,6 +28,7 @@ from nmoe.rdep.transport import FLAGS, Buffer, Missing
 FOLDER = Path("/dev/shm")
 LINE = 128  # bytes: a flag word has a cache line, and its prefetched neighbour, to itself
 SPINS = 100  # polls before a waiting rank lets others run
+PATIENCE = 2000  # polls, about 0.1 s, after which a waiting rank looks whether its peer lives
 MAPPED, STATE = (
     "mapped",
     "state",
@@ -40,7 +41,8 @@ class Shm:
     All ranks pass the same `buffers`. The constructor returns once all have mapped all segments, whose names are then
     gone: whatever becomes of the processes, nothing stays behind. `timeout`, in seconds, bounds every wait; time in
     which this process itself was stopped does not count. A rank holds a lock on its segment's file, which the kernel
-    releases when it dies, however it dies: so the others can tell a dead rank from one that waits or is stuck.
+    releases when it dies, however it dies: so the others can tell a dead rank from one that waits or is stuck, and a
+    wait for a dead rank ends at once.
     """
 
     def __init__(
@@ -95,19 +97,31 @@ class Shm:
         state = self._views[self.rank][STATE]
         state[0] = peer + 1
         clock = _Clock(self._timeout)
-        while not clock.expired():  # looks at the word once more after every look at the clock
+        while True:
+            expired = clock.expired()
             if int(word[0]) >= epoch:
                 state[0] = 0
                 return
+            # What a peer said before it died counts, so that the word is read once more after the look at the peer.
+            if (expired or (clock.looks % PATIENCE == 0 and self._lost(peer))) and int(word[0]) < epoch:
+                break
         chain = self._chain(peer)
         state[1] = chain[-1] + 1
         through = "".join(f", which waits for rank {rank}" for rank in chain[1:])
         fate = "is stuck" if self._alive(chain[-1]) else "has died"
         raise Missing(
-            f"rank {self.rank} waited {self._timeout:g} s for {flag} {epoch} (seen {int(word[0])}) of rank {peer}"
+            f"rank {self.rank} waited {clock.seconds:.1f} s for {flag} {epoch} (seen {int(word[0])}) of rank {peer}"
             f"{through}: rank {chain[-1]} of {self.ranks} {fate}. Look for the first error in its log, then continue "
             "with --resume"
         )
+
+    def dead(self) -> list[int]:
+        """The ranks whose processes are gone."""
+        return [peer for peer in range(self.ranks) if peer != self.rank and not self._alive(peer)]
+
+    def _lost(self, peer: int) -> bool:
+        """Whether a peer will never answer: it has died, or given up on another rank."""
+        return bool(self._views[peer][STATE][1]) or not self._alive(peer)
 
     def _chain(self, peer: int) -> list[int]:
         """From the rank that this one waits for, along who waits for whom, to the one that has died or is stuck."""
@@ -132,7 +146,7 @@ class Shm:
         while not path.exists():
             if clock.expired():
                 raise Missing(
-                    f"rank {self.rank} waited {self._timeout:g} s for rank {peer} of {self.ranks} to start. Look "
+                    f"rank {self.rank} waited {clock.seconds:.1f} s for rank {peer} of {self.ranks} to start. Look "
                     "for the first error in its log"
                 )
         file = path.open("r+b")
@@ -156,17 +170,18 @@ class _Clock:
     """Time that passes while this process runs: a gap of more than a second between two looks counts as one."""
 
     def __init__(self, timeout: float) -> None:
-        self._left, self._last, self._looks = timeout, time.monotonic(), 0
+        self.seconds, self.looks = 0.0, 0
+        self._timeout, self._last = timeout, time.monotonic()
 
     def expired(self) -> bool:
         """Whether the time is over; from the first few looks on, each lets other processes run."""
-        self._looks += 1
-        if self._looks > SPINS:
-            time.sleep(0 if self._looks < 10 * SPINS else 1e-4)
+        self.looks += 1
+        if self.looks > SPINS:
+            time.sleep(0 if self.looks < 10 * SPINS else 1e-4)
         now = time.monotonic()
-        self._left -= min(now - self._last, 1.0)
+        self.seconds += min(now - self._last, 1.0)
         self._last = now
-        return self._left < 0
+        return self.seconds > self._timeout
 
 
 def _bytes(buffer: Buffer) -> int:

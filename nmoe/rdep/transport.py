@@ -1,4 +1,4 @@
-"""What moves rows between the ranks of a group: one small interface, and the group of one rank.
+"""What moves rows between the ranks of a group: one small interface, part of a group, and the group of one rank.
 
 A transport gives every rank the same named buffers and lets each write into its peers': the model of symmetric memory.
 It orders nothing but what its flags order; `ordered=False` asks for a flag that orders nothing, which only tests do.
@@ -8,7 +8,7 @@ shm.py serves processes of one host.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -50,6 +50,26 @@ class Transport(Protocol):
 
     def wait_flag(self, peer: int, flag: str, epoch: int, *, ordered: bool = True) -> None:
         """Returns when `peer` has raised the flag here for `epoch` or a later one. An acquire. Raises Missing."""
+
+
+class Part:
+    """Some ranks of a transport as a group of their own, numbered in the order of `members`."""
+
+    def __init__(self, whole: Transport, members: Sequence[int]) -> None:
+        self._whole, self._members = whole, members
+        self.rank, self.ranks = members.index(whole.rank), len(members)
+
+    def local(self, buffer: str) -> Tensor:
+        return self._whole.local(buffer)
+
+    def put(self, peer: int, buffer: str, index: Tensor, values: Tensor) -> None:
+        self._whole.put(self._members[peer], buffer, index, values)
+
+    def raise_flag(self, peer: int, flag: str, epoch: int, *, ordered: bool = True) -> None:
+        self._whole.raise_flag(self._members[peer], flag, epoch, ordered=ordered)
+
+    def wait_flag(self, peer: int, flag: str, epoch: int, *, ordered: bool = True) -> None:
+        self._whole.wait_flag(self._members[peer], flag, epoch, ordered=ordered)
 
 
 class Local:

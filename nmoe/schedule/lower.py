@@ -13,6 +13,7 @@ from nmoe.ops import OPS, Cost, nbytes
 from nmoe.schedule import memory, passes
 from nmoe.schedule.fuse import fuse, internal, readers
 
+ATOMS = ("sm_100a",)  # targets whose tensor cores read scale factors; the others dequantize from rows
 MAIN, COMM, SIDE = 0, 1, 2  # compute; rows between ranks; the shared expert, while rows travel
 
 Workspace = tuple[Spec, ...]
@@ -148,7 +149,7 @@ def lower(
     graph = model.build(config, mode, activation=activation)
     stages = [differentiate, passes.merge_loss] if mode == "train" else []
     stages += [
-        passes.quantize_operands,
+        lambda g: passes.quantize_operands(g, atoms=config.target.device in ATOMS),
         lambda g: passes.recompute(g, config.schedule.recompute),
         passes.drop_unused,
     ]

@@ -37,11 +37,12 @@ def merge_loss(graph: Graph) -> Graph:
     return g
 
 
-def quantize_operands(graph: Graph) -> Graph:
+def quantize_operands(graph: Graph, atoms: bool = False) -> Graph:
     """Puts each operand of a low-precision GEMM into its recipe's format.
 
     A copy is made right where the tensor is produced, once for all its users, so that it can be fused into the
-    producer; a parameter's copies are made once an optimizer step.
+    producer; a parameter's copies are made once an optimizer step. `atoms`: scale factors lie as block-scaled MMA
+    reads them.
     """
     g = graph.copy()
     g.ops = []
@@ -70,7 +71,8 @@ def quantize_operands(graph: Graph) -> Graph:
     def copies(name: str, phase: str, stage: str) -> None:
         for suffix, (how, offsets) in wanted.pop(name, {}).items():
             attrs = {"format": how.format, "axis": how.axis, "rounding": how.rounding, "hadamard": how.hadamard,
-                     "square": how.square, "seed": zlib.crc32(f"{name}.{suffix}".encode()) << 32}  # fmt: skip
+                     "square": how.square, "atoms": atoms,
+                     "seed": zlib.crc32(f"{name}.{suffix}".encode()) << 32}  # fmt: skip
             g.stage = stage  # type: ignore[assignment]
             counter = COUNTER if how.rounding == "stochastic" else None
             g.emit("quantize", f"{name}.{suffix}", [name, offsets, counter], attrs, phase=phase)  # type: ignore[arg-type]

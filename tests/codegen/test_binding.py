@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from emulated import EmulatedLauncher
@@ -62,6 +64,27 @@ def test_a_moe_layer_of_generated_kernels(target: str) -> None:
     for name, want in exact.items():
         ours, theirs = ((x[name] - want).norm() / want.norm() for x in (found, reference))
         assert ours <= 1.5 * theirs + 1e-6, f"{name}: {ours:.2e} from float64, the reference {theirs:.2e}"
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
+def test_a_moe_model_in_mxfp8(target: str) -> None:
+    """Copies, their scale factors in the target's layout and products: as far from float64 as the CPU's numerics."""
+    wide = {"hidden_size": 128, "layers": (LayerGroup("moe"),)}
+    latent = {"kv_lora_rank": 128, "qk_nope_head_dim": 32, "v_head_dim": 64}
+    ours, cpu = (tiny_config(target={"device": t}, model=wide, attention=latent, moe={"intermediate_size": 128},
+                             schedule={"precision": "mxfp8"}) for t in (target, "cpu"))  # fmt: skip
+    schedule = lower(ours, kernels=binding.kernels(target))
+    launcher = EmulatedLauncher()
+    tensors = launcher.tensors(schedule, "param", "grad", "state", "input", "const")
+    arena = launcher.memory(Spec((schedule.arena_bytes,), "u8"), 0xFF)
+    found = run(Executor(schedule, tensors, arena, launcher))
+    reference = by_torch(lower(cpu))
+    exact = by_torch(lower(replace(cpu, schedule=replace(cpu.schedule, precision="fp32")), activation="f64"))
+    for name, want in exact.items():
+        error, theirs = ((x[name] - want).norm() / want.norm() for x in (found, reference))
+        assert error <= 1.5 * theirs + 1e-6, f"{name}: {error:.2e} from float64, the reference {theirs:.2e}"
 
 
 def test_a_group_without_a_kernel_is_split_and_its_values_exist() -> None:

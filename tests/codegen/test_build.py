@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from nmoe.codegen import report
+from nmoe.autotune import cost
+from nmoe.codegen import compiler, report
 from nmoe.codegen.build import Build, build, emit, format_build
+from nmoe.codegen.gemm import Epilogue, GemmProblem, Role
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.spec import KernelSpec, specs
 from nmoe.config import Target, load
@@ -102,3 +104,16 @@ def test_a_failing_kernel_fails_alone(
     result = build(wgrad, tmp_path, workers=1)
     assert list(result.failed) == wgrad
     assert "kernels are linked with gcc, found none: apt-get install gcc" in result.failed[wgrad[0]]
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("role, epilogue", [("fprop", "store"), ("dgrad", "store"), ("fprop", "swiglu"),
+                                            ("dgrad", "dswiglu"), ("wgrad", "accumulate")])  # fmt: skip
+def test_hoppers_products_follow_each_other_without_waits(role: Role, epilogue: Epilogue) -> None:
+    """ptxas may serialize wgmma: a wait after each instead of one for the four of a slice, a tenth of the speed."""
+    if report.tool("nvdisasm") is None:
+        pytest.skip("needs nvdisasm")
+    problem = GemmProblem(role, 8, 2816, 2048, epilogue)
+    cubin = compiler.generate(problem, cost.choose(problem, "sm_90a"), "sm_90a")["kernel.cubin"]
+    products = [line for line in (report.disassemble(cubin) or "").splitlines() if "HGMMA" in line]
+    assert len(products) == 4 and sum("gsb0" in line for line in products) == 1

@@ -210,3 +210,8 @@ def test_the_oracle_notices_one_wrong_element(problem: RoutingProblem, result: s
     element += 1 if result in ("slots", "indices") else element.abs() * 0.01 + 0.01
     with pytest.raises(verify.Mismatch, match=message):
         oracle.check(problem, before, after)
+
+
+def test_small_members_hold_as_many_experts_as_a_token_chooses() -> None:
+    for problem in (DispatchProblem(64, 6, 2048, True), CombineProblem(64, 6, 2048, True)):
+        assert problem.small().refusal() == "" and problem.small().experts >= problem.topk

@@ -46,6 +46,10 @@ def signed(x):
         ("mul.lo.s32 %d, %a, %b;", lambda a, b: a * b),
         ("mul.hi.u32 %d, %a, %b;", lambda a, b: (a.astype(np.uint64) * b) >> np.uint64(32)),
         ("mul.hi.s32 %d, %a, %b;", lambda a, b: (signed(a) * signed(b)) >> 32),
+        (
+            "{.reg .b16 x, y, z;\ncvt.u16.u32 x, %a;\ncvt.u16.u32 y, %b;\nmul.hi.u16 z, x, y;\ncvt.u32.u16 %d, z;}",
+            lambda a, b: (a & 0xFFFF) * (b & 0xFFFF) >> np.uint32(16),
+        ),
         ("min.s32 %d, %a, %b;", lambda a, b: np.minimum(signed(a), signed(b))),
         ("max.u32 %d, %a, %b;", np.maximum),
         ("add.sat.s32 %d, %a, %b;", lambda a, b: np.clip(signed(a) + signed(b), -(2**31), 2**31 - 1)),

@@ -320,6 +320,26 @@ def test_all_who_poll_let_the_last_cta_start(seed):
     run("mov.u32 %r3, 0;\n" + body, device, words(device, 0), grid=8, threads=96)
 
 
+@pytest.mark.parametrize("seed", range(9))
+def test_two_who_poll_for_each_other_take_turns(seed):
+    """A token goes to and fro between two CTAs forty times."""
+    device = Device(Options(seed=seed, limit=10**6))
+    body = """
+    mov.u32 %r1, %ctaid.x;
+    L: ld.acquire.gpu.global.b32 %r2, [%rd0];
+    and.b32 %r3, %r2, 1;
+    setp.ne.u32 %p1, %r3, %r1;
+    @%p1 bra L;
+    add.u32 %r2, %r2, 1;
+    st.release.gpu.global.b32 [%rd0], %r2;
+    setp.lt.u32 %p2, %r2, 39;
+    @%p2 bra L;
+    """
+    token = words(device, 0)
+    run(body, device, token, grid=2, threads=1)
+    assert token.torch.item() == 40
+
+
 def test_polling_takes_time():
     device = Device()
     out = words(device, 0, 0)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmoe.rdep import sums
 from nmoe.rdep.exchange import Exchange, buffers
 from nmoe.rdep.plan import worst_case
 from nmoe.rdep.transport import Buffer
@@ -41,7 +42,8 @@ class Problem:
     def buffers(self, ranks: int, capacity: int = 0) -> dict[str, Buffer]:
         own = -(-self.tokens // ranks)
         rows = capacity or worst_case(ranks, own, self.topk, self.experts, self.align)
-        return buffers(ranks, self.experts, own, self.topk, self.width, rows, torch.float32)
+        layer = buffers(ranks, self.experts, own, self.topk, self.width, rows, torch.float32)
+        return layer | sums.buffers(ranks, slice=1)
 
 
 def run(problem: Problem, exchange: Exchange, steps: int = 1) -> list[dict[str, Any]]:
@@ -59,10 +61,10 @@ def _step(p: Problem, exchange: Exchange, step: int) -> dict[str, Any]:
     x, dy = (p.randn(f"{n} {step}", p.tokens, p.width)[mine] for n in ("x", "dy"))
     weights = p.randn(f"weights {step}", p.tokens, p.topk)[mine]
 
-    routing = exchange.plan(p.indices(step)[mine], p.experts, p.align)
+    plan, routing = exchange.plan(p.indices(step)[mine], p.experts, p.align)
     rows, scale = exchange.dispatch(routing, x, weights)
     assert scale is not None
-    segments = list(pairwise(routing.plan.offsets[rank].tolist()))
+    segments = list(pairwise(plan.offsets[rank].tolist()))
     h, a, out = (torch.zeros_like(rows) for _ in range(3))
     for e, (start, end) in enumerate(segments):
         h[start:end] = rows[start:end] @ w1[e]
@@ -82,7 +84,22 @@ def _step(p: Problem, exchange: Exchange, step: int) -> dict[str, Any]:
         dw1[e], dw2[e] = again[start:end].T @ dh, a[start:end].T @ dout[start:end]
         drows[start:end] = dh @ w1[e].T
     dx, dweights = exchange.combine(routing, drows, dscale)
+    _check_sums(p, exchange, step)
     return {"y": y, "dx": dx, "dweights": dweights, "dw1": dw1, "dw2": dw2, "pads": rows[routing.source < 0]}
+
+
+def _check_sums(p: Problem, exchange: Exchange, step: int) -> None:
+    """Sums over all ranks, then, where that halves them, over every second one, then over all again."""
+    t = exchange.transport
+    terms = [p.randn(f"term {step} {rank}", 3 * sums.ROW) for rank in range(t.ranks)]
+    add = sums.Sums(exchange.transfers, slice=1).add
+    groups = 1 + (t.ranks % 2 == 0)
+    everyone, others = range(t.ranks), range(t.rank % groups, t.ranks, groups)
+    for members in (everyone, others, everyone):
+        found = terms[t.rank].clone()
+        add(found, members)
+        if not torch.equal(found, sums.tree_sum([terms[rank] for rank in members])):
+            raise AssertionError(f"rank {t.rank} has another sum over ranks {list(members)}")
 
 
 def joined(results: list[list[dict[str, Any]]]) -> list[dict[str, Tensor]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from checker import Checker, Violation, check, mutants, program
 
-from nmoe.rdep.protocol import BACKWARD, FORWARD, PROTOCOL, RECOMPUTE
+from nmoe.rdep.protocol import BACKWARD, FORWARD, PROTOCOL, RECOMPUTE, SUM
 
-STEP = FORWARD + BACKWARD
-RECOMPUTED = FORWARD + RECOMPUTE + BACKWARD
+STEP = FORWARD + BACKWARD + SUM
+RECOMPUTED = FORWARD + RECOMPUTE + BACKWARD + SUM * 2
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import pickle
 import random
 import re
 import signal
@@ -14,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from layer import Problem, equal, joined, run
+from processes import CONTEXT, Group
 
 from nmoe.errors import UserError
 from nmoe.rdep import shm
@@ -21,8 +20,6 @@ from nmoe.rdep.exchange import Exchange
 from nmoe.rdep.shm import Shm
 from nmoe.rdep.transport import Local, Missing
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["nmoe.rdep.exchange"])
 PROBLEM = Problem(experts=12, skew=3)
 
 
@@ -33,35 +30,6 @@ class Sleepy(Shm):
         if random.random() < 0.2:
             time.sleep(random.random() * 2e-3)
         super().raise_flag(peer, flag, epoch, ordered=ordered)
-
-
-def _process(work, key, rank, ranks, results):
-    torch.set_num_threads(1)
-    random.seed(rank)
-    try:
-        result = work(key, rank, ranks)
-    except Exception as error:
-        result = error
-    results.put(
-        pickle.dumps((rank, result))
-    )  # torch's own pickler would pass file descriptors of a process that ends
-
-
-class Group:
-    """Processes that each do `work(key, rank, ranks)`; their results, or what they raised, by rank."""
-
-    def __init__(self, ranks, work):
-        self.results = CONTEXT.Queue()
-        self.key = f"test-{os.urandom(6).hex()}"
-        self.processes = [
-            CONTEXT.Process(target=_process, args=(work, self.key, r, ranks, self.results), daemon=True)
-            for r in range(ranks)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def join(self, count):
-        return dict(pickle.loads(self.results.get(timeout=60)) for _ in range(count))
 
 
 def _layer(key, rank, ranks, steps, timeout=30.0):

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import cutlass
 from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, cute
-from cutlass._mlir.dialects import arith
-from cutlass.cutlass_dsl import T
 
 from nmoe.codegen.gemm import GemmProblem
 from nmoe.codegen.templates.fixed import Fixed
+from nmoe.codegen.templates.quantize import as_float
 from nmoe.formats import BLOCK
 
 THREADS = 256
@@ -83,10 +82,6 @@ class Dequantize(Fixed):
             cute.autovec_copy(rounded, cute.make_tensor((wide + first).align(16), cute.make_layout(CHUNK)))
 
 
-def _float(bits: Int32) -> Float32:
-    return Float32(arith.bitcast(T.f32(), bits.ir_value()))
-
-
 @cute.jit
 def _ue8m0(code) -> Float32:  # type: ignore[no-untyped-def]
     """2^(code − 127); NaN for 255."""
@@ -95,7 +90,7 @@ def _ue8m0(code) -> Float32:  # type: ignore[no-untyped-def]
         bits = Int32(0x40_0000)
     if code == 255:
         bits = Int32(0x7FC0_0000)
-    return _float(bits)
+    return as_float(bits)
 
 
 def _e4m3(code) -> Float32:  # type: ignore[no-untyped-def]
@@ -107,4 +102,4 @@ def _e4m3(code) -> Float32:  # type: ignore[no-untyped-def]
 def _e2m1(code: Int32) -> Float32:
     """The low 4 bits. Exponent and fraction in FP32's places, where the subnormal rule is the same; rebiased."""
     sign = (code & 8) << 28
-    return _float(sign | (code & 7) << 22) * Float32(2.0**126)
+    return as_float(sign | (code & 7) << 22) * Float32(2.0**126)

@@ -15,24 +15,24 @@ MXFP8_BLOCK = 32
 INVERSE_MAX = 1.0 / 448.0  # of E4M3's largest
 
 
-def _bits(x: Float32) -> Int32:
+def as_bits(x: Float32) -> Int32:
     return Int32(arith.bitcast(T.i32(), x.ir_value()))
 
 
-def _float(bits: Int32) -> Float32:
+def as_float(bits: Int32) -> Float32:
     return Float32(arith.bitcast(T.f32(), bits.ir_value()))
 
 
 def magnitude(x: Float32) -> Int32:
     """The bits of |x|."""
-    return _bits(x) & 0x7FFF_FFFF
+    return as_bits(x) & 0x7FFF_FFFF
 
 
 @cute.jit
 def ue8m0(largest: Int32) -> Int32:
     """The UE8M0 code of a block whose largest magnitude has the bits `largest`: of the power of two at or above
     largest / 448; 0 to 254, and 255 for NaN."""
-    bits = _bits(_float(largest) * INVERSE_MAX)
+    bits = as_bits(as_float(largest) * INVERSE_MAX)
     code = Int32((Uint32(bits) + 0x7F_FFFF) >> 23)
     if bits > 0 and bits <= 0x40_0000:
         code -= 1  # 2^-127 is the smallest, and subnormal in FP32
@@ -48,7 +48,7 @@ def inverse(code: Int32) -> Float32:
     bits = (254 - code) << 23
     if code >= 254:
         bits = Int32(0x40_0000) if code == 254 else Int32(0x7FC0_0000)
-    return _float(bits)
+    return as_float(bits)
 
 
 @cute.jit

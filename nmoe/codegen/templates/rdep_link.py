@@ -85,8 +85,12 @@ class Link(Fixed):
             words = self.at(self.rank, "flags", Int64)
             word = words + (FLAGS.index(flag) * self.ranks + peer) * LINE
             budget = self.state[STATE.index("timeout")]
-            begin = Int64(cute.arch.globaltimer())
             seen = Int64(cute.arch.load(word, Int64, sem="acquire", scope="sys"))
+            # Not before the first load: with a timer's read between them, ptxas (CuTeDSL 4.8.1 and CUDA 13.0, not at
+            # -O1) issued the load 4 cycles after the IMAD.WIDE of its address, and it faulted on H100.
+            begin = Int64(0)
+            if seen < epoch:
+                begin = Int64(cute.arch.globaltimer())
             while seen < epoch:
                 late = Int64(cute.arch.globaltimer()) - begin > budget
                 seen = Int64(cute.arch.load(word, Int64, sem="acquire", scope="sys"))

@@ -108,7 +108,6 @@ class Sm100GroupedGemm(GroupedGemm):
                     cute.arch.mbarrier_init(arrived + i, 1)
             cute.arch.mbarrier_init_fence()
             cute.arch.alloc_tmem(self._tensor_columns, base, is_two_cta=self.cluster == 2)
-        cute.arch.sync_threads()
         self.sync_cluster()
         memory = cute.arch.retrieve_tmem_ptr(Float32, 16, base)
         factors = None
@@ -126,7 +125,6 @@ class Sm100GroupedGemm(GroupedGemm):
             self._drain(accumulators, buffers, memory, stores, reads, arrived,
                         segments, plain, warp, cluster, clusters, rank)  # fmt: skip
         self.sync_cluster()  # a thread block stays until its neighbour has sent and signalled all that it will
-        cute.arch.sync_threads()
         if warp == 0:
             cute.arch.relinquish_tmem_alloc_permit(is_two_cta=self.cluster == 2)
             cute.arch.dealloc_tmem(memory, self._tensor_columns, is_two_cta=self.cluster == 2)

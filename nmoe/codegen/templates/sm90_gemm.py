@@ -128,9 +128,9 @@ class Sm90GroupedGemm(GroupedGemm):
         acc.fill(0.0)
         mma.set(warpgroup.Field.ACCUMULATE, True)
         done = Int32(-1)  # the stage that the wgmma in flight reads
-        warpgroup.fence()
         for _ in cutlass.range(slices, unroll=1):
             cute.arch.mbarrier_wait(ring.full + stage, phase)
+            warpgroup.fence()  # each slice: with one before the loop ptxas runs the stores' products one by one
             for k in cutlass.range_constexpr(self.problem.slice // 16):
                 cute.gemm(mma, acc, fa[None, None, k, stage], fb[None, None, k, stage], acc)
             warpgroup.commit_group()

@@ -20,26 +20,31 @@ from nmoe import autotune
 from nmoe.codegen import compiler, families
 from nmoe.codegen.problem import Config, Problem
 from nmoe.codegen.spec import KernelSpec
-from nmoe.codegen.verify import gemm, routing
+from nmoe.codegen.verify import gemm, routing, rows
 from nmoe.codegen.verify.base import Mismatch, Tensors
 from nmoe.errors import UserError
 
 ORACLES: dict[str, ModuleType] = {  # by Problem.family
     "gemm": gemm, "moe_plan": routing, "dispatch": routing, "combine": routing, "router": routing,
-    "router_bwd": routing,
+    "router_bwd": routing, "rows": rows,
 }  # fmt: skip
 SCHEDULES = (1, 2)
 
 
-def run(function: Any, problem: Problem, config: Config, tensors: Tensors, seed: int) -> float:
-    """One emulated launch of a traced function; its largest share of a bound. Raises Mismatch, EmulationError and
-    PtxError. `seed` names the warp schedule; as many clusters are launched, so that tiles share them unevenly."""
+def launch(function: Any, problem: Problem, config: Config, tensors: Tensors, seed: int) -> Tensors:
+    """The operands after one emulated launch of a traced function. Raises EmulationError and PtxError. `seed` names the
+    warp schedule; as many clusters are launched, so that tiles share them unevenly."""
     from nmoe.codegen.emulator import Device, Options, bind
 
     device = Device(Options(seed=seed, races=True))
     held = {n: device.tensor(t.clone()) if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
     bind(function)(device, *(held[operand.name] for operand in problem.operands(config)), seed, 0)
-    after = {n: t.torch if isinstance(tensors[n], torch.Tensor) else t for n, t in held.items()}
+    return {n: t.torch if isinstance(tensors[n], torch.Tensor) else t for n, t in held.items()}
+
+
+def run(function: Any, problem: Problem, config: Config, tensors: Tensors, seed: int) -> float:
+    """The largest share of a bound after `launch`. Raises Mismatch, too."""
+    after = launch(function, problem, config, tensors, seed)
     return max(ORACLES[problem.family].check(problem, tensors, after).values())
 
 

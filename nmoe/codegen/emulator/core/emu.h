@@ -250,6 +250,7 @@ typedef struct Machine {
   int mode;
 } Machine;
 
+#define POLLER (1u << 31) /* priorities of warps that do not poll begin here */
 enum { MODE_EAGER, MODE_RANDOM, MODE_PRIORITY, MODE_LAZY };
 typedef enum { NEXT, STAY, JUMPED, YIELD } Outcome; /* YIELD: done, and others should run before this warp goes on */
 
@@ -261,6 +262,11 @@ void async_issue(Machine *m, AsyncOp *op);
 bool async_pending(Cluster *cluster, const Warp *warp);
 void require_converged(Machine *m, Warp *w, uint32_t mask);
 Cta *cta_of(Machine *m, Warp *w, uint32_t shared_address);
+
+/* cluster.c */
+void *zeroed(Machine *m, size_t count, size_t size);
+void cluster_start(Machine *m, Job *job);
+void cluster_free(Cluster *cluster);
 
 /* alu.c */
 Outcome execute_alu(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask);

@@ -1,0 +1,357 @@
+"""Kernels that go through rows once: quantization, norms, activations, rotary embedding, sums and concatenations.
+
+A row kernel computes a body (norm, SwiGLU, …) for every row of a tensor [batch, rows, width], adds residuals, and
+stores the result in BF16, as quantized copies, or both. Says nothing of CuTeDSL, so that specs can be matched and
+listed on a machine without the compiler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.problem import EXTENTS, POSITIONS, Config, Operand, Problem, per
+from nmoe.codegen.spec import KernelSpec, Part, Value
+from nmoe.formats import BLOCK
+
+Body = Literal["load", "swiglu", "rms_norm", "rms_norm_bwd", "rope", "concat", "split", "embedding"]
+BODIES: dict[str, Body] = {
+    "quantize": "load", "add": "load", "swiglu": "swiglu", "rms_norm": "rms_norm", "rms_norm_bwd": "rms_norm_bwd",
+    "rope": "rope", "concat": "concat", "split": "split", "embedding": "embedding",
+}  # fmt: skip
+
+VECTOR = 8  # BF16 in the 16 bytes that a thread loads at once
+ATOM_ROWS, ATOM_SCALES, ATOM_BYTES = 128, 4, 512  # of blocked scale factors (formats.to_blocked)
+STRIPES = 256  # thread blocks that sum a norm's weight gradient, on every device, so that the sum's order is the same
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A quantized copy of the result: ops/quantize.py's attributes, and where its scale factors lie."""
+
+    format: Literal["mxfp8", "nvfp4"]
+    axis: Literal[0, 1]
+    scales: Literal["rows", "blocked"]
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    hadamard: bool = False
+    square: bool = False
+
+    @property
+    def name(self) -> str:
+        return ("col", "row")[self.axis]
+
+
+@dataclass(frozen=True)
+class RowProblem(Problem):
+    """result[batch, rows, width] = body + `addends` tensors, each sum rounded to BF16.
+
+    `rows` may be dynamic. The body's value is stored as "y" if `keeps_body`, the last sum as "sum" if `keeps_sum`, and
+    the last of them is quantized into `copies`. With `segments`, rows from offsets[segments] on are zero and, in NVFP4,
+    each segment has an amax of its own.
+
+    `weighted`: SwiGLU's router weights. `at`: where concat's second operand and split's second result start. `heads`,
+    `rotary`, `inverse`: rope turns the last `rotary` columns of each head. `vocabulary`: rows of the embedding.
+    """
+
+    body: Body
+    rows: int
+    width: int
+    batch: int = 0
+    addends: int = 0
+    keeps_body: bool = True
+    keeps_sum: bool = False
+    copies: tuple[Copy, ...] = ()
+    segments: int = 0
+    weighted: bool = False
+    at: int = 0
+    heads: int = 0
+    rotary: int = 0
+    inverse: bool = False
+    vocabulary: int = 0
+
+    family: ClassVar[str] = "rows"
+
+    def __str__(self) -> str:
+        parts = [self.body] * (self.body != "load") + ["add"] * self.addends
+        return " + ".join(parts + [f"{c.format}/{c.name}" for c in self.copies]) + f" {self.width}"
+
+    @property
+    def statistic(self) -> bool:
+        """Does a row's result depend on a sum over the row?"""
+        return self.body in ("rms_norm", "rms_norm_bwd")
+
+    @property
+    def stochastic(self) -> bool:
+        return any(copy.rounding == "stochastic" for copy in self.copies)
+
+    @property
+    def columns(self) -> bool:
+        """Is there a copy whose blocks run down the rows?"""
+        return any(copy.axis == 0 for copy in self.copies)
+
+    def operands(self, config: RowConfig) -> tuple[Operand, ...]:
+        workspace, scalars = [], []
+        if self.body == "rms_norm_bwd":
+            workspace.append(Operand("partial", "f32", (STRIPES, self.width)))
+        if self.body == "rms_norm":
+            scalars.append(Operand("eps", "f32", ()))
+        scalars += [Operand(self.seed(c), "i64", ()) for c in self.copies if c.rounding == "stochastic"]
+        return (*self._inputs(), *self._outputs(), *workspace, *scalars)
+
+    def seed(self, copy: Copy) -> str:
+        """The name of a copy's seed, an attribute of its op: the body, if there is one, and the sums come before it."""
+        return f"seed.{(self.body != 'load') + self.addends + self.copies.index(copy)}"
+
+    def _inputs(self) -> tuple[Operand, ...]:
+        lead = (self.batch,) if self.batch else ()
+        rows, width = self.rows, self.width
+        result = (*lead, rows, width)
+        x = Operand("x", "bf16", result)
+        weight = Operand("w", "f32", (width,))
+        table = (POSITIONS, self.rotary // 2)
+        bodies: dict[Body, tuple[Operand, ...]] = {
+            "load": (x,),
+            "split": (x,),
+            "swiglu": (
+                Operand("x", "bf16", (*lead, rows, 2 * width)),
+                *((Operand("s", "f32", (rows,)),) if self.weighted else ()),
+            ),
+            "rms_norm": (x, weight),
+            "rms_norm_bwd": (Operand("dy", "bf16", result), x, weight, Operand("rstd", "f32", (rows,))),
+            "rope": (x, Operand("positions", "i32", (rows,)), *(Operand(n, "f32", table) for n in ("cos", "sin"))),
+            "concat": (Operand("a", "bf16", (rows, self.at)), Operand("b", "bf16", (rows, width - self.at))),
+            "embedding": (Operand("tokens", "i32", (rows,)), Operand("table", "bf16", (self.vocabulary, width))),
+        }  # fmt: skip
+        addends = (Operand(f"addend{i}", "bf16", result) for i in range(self.addends))
+        offsets = (Operand("offsets", "i32", (self.segments + 1,)),) if self.segments else ()
+        counter = (Operand("counter", "i64", (1,)),) if self.stochastic else ()
+        return (*bodies[self.body], *addends, *offsets, *counter)
+
+    def _outputs(self) -> tuple[Operand, ...]:
+        lead = (self.batch,) if self.batch else ()
+        result = (*lead, self.rows, self.width)
+        found = []
+        if self.body == "split":
+            return (
+                Operand("a", "bf16", (self.rows, self.at)),
+                Operand("b", "bf16", (self.rows, self.width - self.at)),
+            )
+        if self.keeps_body:
+            found.append(Operand("y", "bf16", result))
+        if self.body == "rms_norm":
+            found.append(Operand("rstd", "f32", (self.rows,)))
+        if self.body == "rms_norm_bwd":
+            found.append(Operand("dw", "f32", (self.width,)))
+        if self.keeps_sum:
+            found.append(Operand("sum", "bf16", result))
+        for copy in self.copies:
+            found += self._buffers(copy)
+        return tuple(found)
+
+    def _buffers(self, copy: Copy) -> tuple[Operand, ...]:
+        """formats.storage, with scales in the target's layout."""
+        lead = (self.batch,) if self.batch else ()
+        lines, length = (self.rows, self.width) if copy.axis else (self.width, self.rows)
+        block, fp4 = BLOCK[copy.format], copy.format == "nvfp4"
+        scale: tuple[int, ...] = (lines, per(length, block))
+        if copy.scales == "blocked":
+            scale = (per(lines, ATOM_ROWS), per(length, block * ATOM_SCALES), ATOM_BYTES)
+        data = (lines, per(length, 2)) if fp4 else (self.rows, self.width)
+        amax = (self.segments,) if self.segments else lead or (1,)
+        return (
+            Operand(copy.name, "u8", (*lead, *data)),
+            Operand(f"{copy.name}_scale", "u8", (*lead, *scale)),
+            *((Operand(f"{copy.name}_amax", "f32", amax),) if fp4 else ()),
+        )
+
+    def flops(self, rows: int) -> float:
+        return 0.0
+
+    def bytes(self, rows: int) -> float:
+        """NVFP4 reads its operands twice, for the amax first; the embedding reads the rows that are looked up."""
+        extents = dict.fromkeys(EXTENTS.values(), rows)
+        once = sum(o.bytes(extents) for o in self._outputs())
+        reads = sum(o.bytes(extents) for o in self._inputs() if o.name not in ("table", "cos", "sin"))
+        if self.body == "embedding":
+            reads += once
+        return float(once + reads * (2 if self.two_passes else 1))
+
+    @property
+    def two_passes(self) -> bool:
+        return any(copy.format == "nvfp4" for copy in self.copies)
+
+    def template(self, target: str) -> str:
+        return {"sm_90a": "rows.Sm90Rows", "sm_100a": "rows.Sm100Rows"}[target]
+
+    def clusters(self, config: RowConfig, sms: int) -> int:
+        """A thread block a tile; the template counts them itself."""
+        return 1
+
+    def configs(self, target: str) -> list[RowConfig]:
+        if self.two_passes:
+            return [RowConfig(8, 16, 1 if self.statistic else 2, 4, 2)]
+        if self.columns:
+            return [RowConfig(8, 8, 1, 8, 2) if self.statistic else RowConfig(8, 8, 4, 2, 2)]
+        across = min(8, per(self.width, 32 * VECTOR))
+        return [RowConfig(32, 4, 1 if self.statistic else 8 // across, across, 2)]
+
+    def small(self) -> RowProblem:
+        """Wider than a chunk of any config and no multiple of it; rows that fill no tile."""
+        rows = self.rows if self.rows < 0 else 160
+        width = min(self.width, 1056 if self.statistic else 416)
+        changes: dict[str, Any] = {
+            "rows": rows,
+            "width": width,
+            "batch": min(self.batch, 2),
+            "segments": min(self.segments, 3),
+        }
+        if self.body in ("concat", "split"):
+            changes["at"] = 96 if width == 416 else self.at
+        if self.body == "rope":
+            head = self.width // self.heads
+            changes["heads"] = min(self.heads, 3)
+            changes["width"] = head * changes["heads"]
+        if self.body == "embedding":
+            changes["vocabulary"] = 50
+        return replace(self, **changes)
+
+    def shared_bytes(self, config: RowConfig, target: str) -> int:
+        """Row statistics of each warp, sums of weight gradients, scale factors and transposed FP4 of a tile."""
+        statistics = 4 * config.rows * config.warps_across if self.statistic else 0
+        gradient = 4 * self.width if self.body == "rms_norm_bwd" else 0
+        found = statistics + gradient
+        for copy in self.copies:
+            found += config.rows * config.columns // BLOCK[copy.format]
+            if copy.format == "nvfp4" and copy.axis == 0:
+                found += config.columns * (config.rows // 2 + FP4_PAD)
+        return found + 128
+
+    def violations(self, config: RowConfig, target: str) -> list[str]:
+        found = []
+        hardware = HARDWARE[target]
+
+        def limit(ok: bool, text: str) -> None:
+            if not ok:
+                found.append(text)
+
+        limit(config.resident >= 1, f"{config.resident} thread blocks resident: at least 1")
+        limit(config.lanes in (8, 16, 32), f"{config.lanes} lanes along a row: 8, 16 or 32")
+        limit(config.threads <= 1024, f"{config.threads} threads: a thread block has at most 1024")
+        limit(config.threads * config.resident <= 2048,
+              f"{config.resident} thread blocks of {config.threads} threads: a multiprocessor has 2048")  # fmt: skip
+        if self.statistic:
+            limit(
+                config.warps_down == 1, f"{config.warps_down} warps down the rows: sums over rows are of one"
+            )
+        if self.copies:
+            limit(
+                config.columns % ATOM_ROWS == 0,
+                f"{config.columns} columns: whole atoms of {ATOM_ROWS} scale factors",
+            )
+        for copy in self.copies:
+            if copy.axis == 0 and copy.format == "mxfp8":
+                limit(config.warp_rows == 32, f"{config.warp_rows} rows a warp: a block of MXFP8 is 32")
+            if copy.format == "nvfp4" and (copy.axis == 0 or copy.square):
+                limit(config.vectors == 16, f"{config.vectors} rows a thread: a block of NVFP4 is 16")
+        used = self.shared_bytes(config, target)
+        limit(used <= hardware.shared,
+              f"{used} bytes of shared memory: {hardware.name} gives a thread block {hardware.shared}")  # fmt: skip
+        return found
+
+
+FP4_PAD = 16  # bytes between the lines of transposed FP4, against bank conflicts
+
+
+@dataclass(frozen=True)
+class RowConfig(Config):
+    """A thread holds `vectors` consecutive rows of 8 columns; `lanes` of a warp lie along the columns, the others down
+    the rows; so do `warps_across` and `warps_down` of the thread block. A multiprocessor has registers for `resident`
+    thread blocks at least."""
+
+    lanes: int
+    vectors: int
+    warps_down: int
+    warps_across: int
+    resident: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows}x{self.columns}, {self.threads} x {self.vectors} rows of 8, {self.resident} resident"
+        )
+
+    @property
+    def warp_rows(self) -> int:
+        return 32 // self.lanes * self.vectors
+
+    @property
+    def rows(self) -> int:
+        return self.warps_down * self.warp_rows
+
+    @property
+    def columns(self) -> int:
+        return self.warps_across * self.lanes * VECTOR
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_down * self.warps_across
+
+
+def match(spec: KernelSpec) -> RowProblem | str:
+    """The problem that a spec states, or why no template builds it."""
+    anchor, *rest = spec.parts
+    values, body = spec.values, BODIES[anchor.kind]
+    adds = [part for part in spec.parts if part.kind == "add"]
+    quantizes = [part for part in spec.parts if part.kind == "quantize"]
+    if others := {part.kind for part in rest} - {"quantize", "add"}:
+        return f"no row kernel goes on with {', '.join(sorted(others))}"
+    # Every sum takes the value before it, and what is quantized is the last.
+    last = _first(anchor.inputs if anchor.kind in ("quantize", "add") else anchor.outputs)
+    made = anchor.kind not in ("quantize", "add", "split") and values[last].stored
+    for part in adds:
+        if last not in part.inputs or (part is not adds[-1] and values[_first(part.outputs)].stored):
+            return "its sums are not a chain of which only the last is stored"
+        last = _first(part.outputs)
+    if any(part.inputs[0] != last for part in quantizes):
+        return "it quantizes something else than its last value"
+    copies = tuple(_copy(part, values) for part in quantizes)
+    if len({copy.axis for copy in copies}) < len(copies):
+        return "it makes two copies along one axis"
+    if any(copy.hadamard and copy.axis == 1 for copy in copies):
+        return "no Hadamard transform along rows"
+    first, attrs = values[_first(anchor.inputs)], dict(anchor.attrs)
+    *lead, rows, width = (first if body == "split" else values[last]).shape
+    ends = [values[i] for part in quantizes for i in part.inputs[1:2] if i is not None]
+    problem = RowProblem(
+        body, EXTENTS[rows] if isinstance(rows, str) else rows, int(width), int(lead[0]) if lead else 0, len(adds),
+        keeps_body=made, keeps_sum=bool(adds) and values[last].stored, copies=copies,
+        segments=int(ends[0].shape[0]) - 1 if ends else 0,
+        weighted=body == "swiglu" and anchor.inputs[1:] not in ((), (None,)),
+        at=int((values[last] if body == "split" else first).shape[1]) if body in ("split", "concat") else 0,
+        heads=attrs.get("heads", 0), rotary=attrs.get("dim", 0), inverse=attrs.get("inverse", False),
+        vocabulary=int(values[1].shape[0]) if body == "embedding" else 0,
+    )  # fmt: skip
+    expected = [o.format for o in (*problem._inputs(), *problem._outputs())]
+    found = [name for value in (*spec.inputs, *spec.outputs) for name in _formats(value)]
+    if found != expected:
+        return f"its operands are {', '.join(found)}, a row kernel's {', '.join(expected)}"
+    if problem.width % VECTOR or problem.at % VECTOR:
+        return f"{problem.width} columns: threads load rows of whole 16 bytes"
+    if problem.heads and (problem.width // problem.heads % VECTOR or problem.rotary % VECTOR):
+        return f"heads of {problem.width // problem.heads} columns: threads load whole 16 bytes of one"
+    return problem
+
+
+def _first(numbers: tuple[int | None, ...]) -> int:
+    return next(i for i in numbers if i is not None)
+
+
+def _copy(part: Part, values: tuple[Value, ...]) -> Copy:
+    q: Any = values[_first(part.outputs)]
+    attrs: Any = dict(part.attrs)
+    return Copy(q.format, q.axis, q.scales, attrs["rounding"], attrs["hadamard"], attrs["square"])
+
+
+def _formats(value: Value) -> list[str]:
+    """Of the buffers of a value."""
+    return {"mxfp8": ["u8", "u8"], "nvfp4": ["u8", "u8", "f32"]}.get(value.format, [value.format])

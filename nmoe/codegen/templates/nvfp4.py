@@ -1,0 +1,88 @@
+"""NVFP4 on registers, bit for bit as nmoe.formats rounds: FP32 in, E2M1 elements and UE4M3 scales out.
+
+Every operation is FP32 and rounded once, in TransformerEngine's order (docs/numerics.md).
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint32, cute
+
+from nmoe.codegen.templates.quantize import as_bits, as_float
+from nmoe.formats.block_scaled import FLT_MAX, HADAMARD_SIZE, SIGNS
+
+NVFP4_BLOCK = 16
+SCALE_MAX = 448.0 * 6.0  # what a tensor's amax becomes: both types' largest
+INVERSE_SIX = 1.0 / 6.0
+SIX = 0x40C0_0000
+PHILOX = ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))  # multipliers, key increments
+
+
+@cute.jit
+def encode_scale(amax: Float32) -> Float32:
+    """S, the reciprocal of the tensor's factor: min(2688 / amax, FLT_MAX); 1 for an infinite amax, NaN for NaN."""
+    scale = SCALE_MAX / amax
+    scale = Float32(FLT_MAX) if scale > FLT_MAX else scale
+    return Float32(1.0) if scale == 0.0 else scale
+
+
+@cute.jit
+def block_scales(peaks: cute.Tensor, scale: Float32):  # type: ignore[no-untyped-def]
+    """UE4M3 codes of blocks with these largest magnitudes, and what their elements are multiplied by."""
+    codes = cute.make_rmem_tensor(peaks.shape, Float8E4M3FN)
+    codes.store((peaks.load() * (scale * INVERSE_SIX)).to(Float8E4M3FN))
+    factors = cute.make_rmem_tensor(peaks.shape, Float32)
+    factors.store(codes.load().to(Float32) * (1.0 / scale))
+    for i in cutlass.range_constexpr(cute.size(peaks)):
+        inverse = 1.0 / factors[i]
+        factors[i] = Float32(FLT_MAX) if inverse > FLT_MAX else inverse
+    return codes, factors
+
+
+@cute.jit
+def element(x: Float32) -> Int32:
+    """E2M1 code: to nearest, ties to even, saturating."""
+    bits = as_bits(x)
+    size = cutlass.min(bits & 0x7FFF_FFFF, SIX)
+    binade = cutlass.max(size & 0x7F80_0000, 0x3F80_0000)
+    # 1.5 · 2^22 · binade has a last place of one step, so that the sum rounds as E2M1 does.
+    total = as_bits(as_float(size) + as_float(binade) * (1.5 * 2.0**22))
+    return (total & 7) + (total >> 22) - (2 * 149 + 1) | bits >> 28 & 8
+
+
+@cute.jit
+def stochastic_element(x: Float32, byte: Int32) -> Int32:
+    """E2M1 code: ⌊|x| / step + byte / 256⌋ steps, saturating."""
+    bits = as_bits(x)
+    size = cutlass.min(bits & 0x7FFF_FFFF, SIX)
+    binade = cutlass.max(size & 0x7F80_0000, 0x3F80_0000)
+    steps = (as_float(size) * as_float((127 + 9 << 23) - (binade - 0x3F80_0000))).to(Int32) + byte >> 8
+    return steps + (binade >> 22) - 2 * 127 | bits >> 28 & 8
+
+
+@cute.jit
+def hadamard(x: cute.Tensor) -> None:
+    """16 values times diag(SIGNS) · H / 4, in place."""
+    for i in cutlass.range_constexpr(HADAMARD_SIZE):
+        if cutlass.const_expr(SIGNS[i] < 0):
+            x[i] = -x[i]
+    for stage in (1, 2, 4, 8):
+        for i in cutlass.range_constexpr(HADAMARD_SIZE):
+            if cutlass.const_expr(i & stage == 0):
+                x[i], x[i + stage] = x[i] + x[i + stage], x[i] - x[i + stage]
+    x.store(x.load() * 0.25)
+
+
+@cute.jit
+def random_words(seed: Int64, block: Int32, line: Int32, entry: Int32):  # type: ignore[no-untyped-def]
+    """Philox4x32-10 of a block of 16 elements: byte i of word w is of element 4w + i."""
+    c = [Uint32(block), Uint32(line), Uint32(entry), Uint32(0)]
+    keys = [seed.to(Uint32), (seed >> 32).to(Uint32)]
+    (m0, m1), weyl = PHILOX
+    for _ in cutlass.range_constexpr(10):
+        c = [
+            cute.arch.mul_hi(c[2], Uint32(m1)) ^ c[1] ^ keys[0], c[2] * Uint32(m1),
+            cute.arch.mul_hi(c[0], Uint32(m0)) ^ c[3] ^ keys[1], c[0] * Uint32(m0),
+        ]  # fmt: skip
+        keys = [keys[0] + Uint32(weyl[0]), keys[1] + Uint32(weyl[1])]
+    return [Int32(word) for word in c]

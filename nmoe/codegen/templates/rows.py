@@ -1,0 +1,329 @@
+"""Row kernels: a thread block reads a tile [rows, columns] once, computes, and writes every result.
+
+A thread holds 8 columns (16 bytes) of `vectors` consecutive rows; a warp's `lanes` lie along the columns.
+
+    lanes 8, vectors 8        ◀── 64 columns ──▶
+    lane  0 …  7   rows  0…7    one tile of a warp: 32 rows, so that an MXFP8 block down the rows is 8 rows of
+    lane  8 … 15   rows  8…15   each of 4 lanes, and one along a row the columns of 4 neighbouring lanes
+    lane 16 … 23   rows 16…23
+    lane 24 … 31   rows 24…31
+
+Bodies that need a sum over whole rows (norms) go over the columns twice: the thread block owns its rows, sums all
+chunks of columns, then computes from the last chunk back to the first, while the later ones are still in a cache. A
+forward norm's only chunk stays in registers; backward, which holds two tensors, would spill.
+
+    loads ─▶ registers ─▶ [sums: lanes ─▶ warps through shared memory] ─▶ body ─▶ + addends ─▶ BF16 ─▶ stores
+                                                                                            └─▶ copies (rows_copy.py)
+
+The weight gradient of a norm is summed without atomics: STRIPES thread blocks add up their rows in shared memory and
+store partial[stripe, width], which a second kernel adds to dw in the order of the stripes.
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import BFloat16, Float32, Int32, Int64, cute
+from cutlass.memory import SmemAllocator
+
+from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.rows import ATOM_ROWS, STRIPES, VECTOR, RowConfig, RowProblem
+from nmoe.codegen.templates.fixed import Fixed
+from nmoe.codegen.templates.rows_body import RowBody, Spot, line, vector
+from nmoe.codegen.templates.rows_copy import copies
+
+RESERVED = 1024  # bytes of shared memory that every thread block takes beside its own
+CLEARING = 128  # threads that set the amaxes to zero
+
+
+class Rows(Fixed):
+    target: str
+
+    def __init__(self, problem: RowProblem, config: RowConfig) -> None:
+        self.problem, self.config = problem, config
+        self.chunks = -(-problem.width // config.columns)
+        self.sums = problem.body == "rms_norm_bwd"
+        # What the resident thread blocks need of shared memory, in per cent; the rest of it is cache.
+        used = config.resident * (problem.shared_bytes(config, self.target) + RESERVED)
+        self.carveout = min(100, -(-100 * used // HARDWARE[self.target].shared))
+
+    @cute.jit
+    def __call__(self, *args):  # type: ignore[no-untyped-def]
+        """Arguments: the operands in the order of RowProblem.operands, the number of clusters, the stream."""
+        *tensors, _, stream = args
+        problem, config = self.problem, self.config
+        named = {o.name: t for o, t in zip(problem.operands(config), tensors, strict=True)}
+        # A thread block of norms owns whole rows. Scale factors are written up to whole atoms.
+        across = 1 if problem.statistic else self.chunks
+        rows = self._extent(named)
+        padded = cute.ceil_div(rows, ATOM_ROWS) * ATOM_ROWS if problem.copies else rows
+        everything = cute.ceil_div(padded, config.rows)
+        tiles = STRIPES if self.sums else everything
+        shape = [across, max(1, problem.batch)]
+        how = {
+            "block": [config.threads, 1, 1], "min_blocks_per_mp": config.resident, "stream": stream,
+            "preferred_smem_carveout": self.carveout,
+        }  # fmt: skip
+        if cutlass.const_expr(problem.two_passes):
+            for copy in problem.copies:
+                self.clear(named[f"{copy.name}_amax"]).launch(
+                    grid=[1, 1, 1], block=[CLEARING, 1, 1], stream=stream
+                )
+            self.rows(tensors, padded, True).launch(grid=[everything, *shape], **how)
+        self.rows(tensors, padded, False).launch(grid=[tiles, *shape], **how)
+        if cutlass.const_expr(self.sums):
+            WeightGradient(problem.width).launch(named["partial"], named["dw"], stream)
+
+    def _extent(self, named) -> Int32:  # type: ignore[no-untyped-def]
+        """How many rows the operands have."""
+        name = {"concat": "a", "embedding": "tokens"}.get(self.problem.body, "x")
+        return named[name].shape[1 if self.problem.batch else 0]
+
+    @cute.kernel
+    def clear(self, amax: cute.Tensor):  # type: ignore[no-untyped-def]
+        for i in cutlass.range(cute.arch.thread_idx()[0], cute.size(amax), CLEARING, unroll=1):
+            amax[i] = Float32(0.0)
+
+    @cute.kernel
+    def rows(self, tensors, padded: Int32, measures: cutlass.Constexpr):  # type: ignore[no-untyped-def]
+        problem, config = self.problem, self.config
+        named = {o.name: t for o, t in zip(problem.operands(config), tensors, strict=True)}
+        block, chunk, entry = cute.arch.block_idx()
+        if cutlass.const_expr(problem.batch > 0):
+            named = {n: member(t, entry) if cute.rank(t) > 2 else t for n, t in named.items()}
+        rows = self._rows(named)
+        live = named["offsets"][problem.segments] if cutlass.const_expr(problem.segments > 0) else rows
+        smem = SmemAllocator()
+        work = Tile(self, named, smem, rows, live, entry, measures)
+        if cutlass.const_expr(self.sums and not measures):
+            work.clear()
+            tiles = cute.ceil_div(padded, config.rows)
+            for tile in cutlass.range(block, tiles, STRIPES, unroll=1):
+                work.run(tile * config.rows, Int32(0))
+            work.flush(block)
+        else:
+            work.run(block * config.rows, chunk)
+
+    def _rows(self, named) -> Int32:  # type: ignore[no-untyped-def]
+        name = {"concat": "a", "embedding": "tokens"}.get(self.problem.body, "x")
+        return named[name].shape[0]
+
+
+def member(tensor: cute.Tensor, entry: Int32) -> cute.Tensor:
+    """Entry `entry` of a batch of static size."""
+    step = tensor.stride[0]
+    offset = cute.assume(Int64(entry) * step, divby=step)
+    return cute.make_tensor(
+        tensor.iterator + offset, cute.select(tensor.layout, list(range(1, cute.rank(tensor))))
+    )
+
+
+class Tile(Fixed):
+    """A thread block's work on one tile of rows."""
+
+    def __init__(
+        self, kernel: Rows, named, smem: SmemAllocator, rows: Int32, live: Int32, entry: Int32, measures: bool
+    ) -> None:  # type: ignore[no-untyped-def]
+        self.problem, self.config, self.chunks, self.measures = (
+            kernel.problem,
+            kernel.config,
+            kernel.chunks,
+            measures,
+        )
+        self.entry, self.sums = entry, kernel.sums and not measures
+        config = self.config
+        self.named, self.exists, self.live = named, rows, live
+        self.body = RowBody(self.problem, named)
+        thread, _, _ = cute.arch.thread_idx()
+        warp, lane = thread // 32, thread % 32
+        self.thread, self.lane = thread, lane
+        self.warp_across = warp % config.warps_across
+        self.row = (
+            warp // config.warps_across * (32 // config.lanes) + lane // config.lanes
+        ) * config.vectors
+        self.column = (self.warp_across * config.lanes + lane % config.lanes) * VECTOR
+        if self.problem.statistic:
+            layout = cute.make_layout((config.rows, config.warps_across))
+            self.partial = smem.allocate_tensor(Float32, layout, 16)
+        if self.sums:
+            self.gradient = smem.allocate_tensor(Float32, cute.make_layout(self.problem.width), 16)
+        self.copies = copies(self, smem)
+
+    @cute.jit
+    def run(self, first: Int32, chunk: Int32) -> None:
+        """The tile of rows from `first` on; of norms all columns, otherwise those of `chunk`."""
+        if cutlass.const_expr(not self.problem.statistic):
+            spot = self.spot(first, chunk)
+            self.finish(self.body.load(spot), first, chunk, [None] * self.config.vectors)
+        elif cutlass.const_expr(self.chunks == 1 and self.problem.body == "rms_norm"):
+            found = self.body.load(self.spot(first, Int32(0)))
+            self.finish(found, first, Int32(0), self.statistics(first, self.terms(found)))
+        else:
+            sums = [Float32(0.0) for _ in range(self.config.vectors)]
+            for c in cutlass.range(self.chunks, unroll=1):
+                terms = self.terms(self.body.load(self.spot(first, c)))
+                sums = [a + b for a, b in zip(sums, terms, strict=True)]
+            statistics = self.statistics(first, sums)
+            for c in cutlass.range(self.chunks, unroll=1):
+                back = self.chunks - 1 - c
+                self.finish(self.body.load(self.spot(first, back)), first, back, statistics)
+
+    def spot(self, first: Int32, chunk: Int32) -> Spot:
+        column = chunk * self.config.columns + self.column
+        return Spot(self.problem, self.config.vectors, first + self.row, column, self.live, self.exists)
+
+    @cute.jit
+    def terms(self, found):  # type: ignore[no-untyped-def]
+        """This thread's part of each of its rows' sums."""
+        terms = []
+        for i in cutlass.range_constexpr(self.config.vectors):
+            term = self.body.term(found, i)
+            terms.append(term if found.spot.inside else Float32(0.0))
+        return terms
+
+    @cute.jit
+    def statistics(self, first: Int32, sums):  # type: ignore[no-untyped-def]
+        """Of each of the thread's rows, from its own part of the row's sum: in a fixed order over lanes, then warps."""
+        config = self.config
+        cute.arch.sync_threads()
+        for i in cutlass.range_constexpr(config.vectors):
+            total = sums[i]
+            distance = 1
+            while cutlass.const_expr(distance < config.lanes):
+                total += cute.arch.shuffle_sync_bfly(total, distance)
+                distance *= 2
+            if self.lane % config.lanes == 0:
+                self.partial[self.row + i, self.warp_across] = total
+        cute.arch.sync_threads()
+        found = []
+        for i in cutlass.range_constexpr(config.vectors):
+            total = Float32(0.0)
+            for warp in cutlass.range_constexpr(config.warps_across):
+                total += self.partial[self.row + i, warp]
+            found.append(self.body.statistic(total, self.named.get("eps")))
+        if cutlass.const_expr(self.problem.body == "rms_norm" and not self.measures):
+            if self.column == 0:
+                for i in cutlass.range_constexpr(config.vectors):
+                    if first + self.row + i < self.exists:
+                        self.named["rstd"][first + self.row + i] = found[i]
+        return found
+
+    @cute.jit
+    def finish(self, found, first: Int32, chunk: Int32, statistics) -> None:  # type: ignore[no-untyped-def]
+        """Body, addends, stores and copies of what has been loaded."""
+        problem, spot = self.problem, found.spot
+        result = cute.make_rmem_tensor((VECTOR, self.config.vectors), BFloat16)
+        for i in cutlass.range_constexpr(self.config.vectors):
+            result[None, i].store(self.body.value(found, i, statistics[i]).to(BFloat16))
+        if cutlass.const_expr(problem.keeps_body and not self.measures):
+            self.store(result, self.named["y"], spot)
+        if cutlass.const_expr(problem.body == "split"):
+            self.split(result, spot)
+        if cutlass.const_expr(self.sums):
+            self.collect(found, chunk)
+        for a in cutlass.range_constexpr(problem.addends):
+            found.row(f"addend{a}", self.named[f"addend{a}"])
+            for i in cutlass.range_constexpr(self.config.vectors):
+                total = result[None, i].load().to(Float32) + found.floats(f"addend{a}", i)
+                result[None, i].store(total.to(BFloat16))
+        if cutlass.const_expr(problem.keeps_sum and not self.measures):
+            self.store(result, self.named["sum"], spot)
+        if cutlass.const_expr(problem.copies):
+            for i in cutlass.range_constexpr(self.config.vectors):
+                if not spot.alive[i]:
+                    result[None, i].fill(0.0)
+            group = self.group(first)
+            for copy in self.copies:
+                if cutlass.const_expr(self.measures):
+                    copy.measure(result, group)
+                else:
+                    copy.write(result, spot, first, chunk, group, self.entry)
+
+    @cute.jit
+    def group(self, first: Int32) -> Int32:
+        """Which amax the tile has: its batch entry's, or its segment's, which is that of all its rows."""
+        group = self.entry
+        if cutlass.const_expr(self.problem.segments > 0 and self.problem.two_passes):
+            ended = Int32(0)
+            for i in cutlass.range(self.lane, self.problem.segments, 32, unroll=1):
+                if self.named["offsets"][i + 1] <= first:
+                    ended += 1
+            group = cutlass.min(cute.arch.warp_redux_sync(ended, "add"), self.problem.segments - 1)
+        return group
+
+    @cute.jit
+    def store(self, values, tensor, spot) -> None:  # type: ignore[no-untyped-def]
+        for i in cutlass.range_constexpr(self.config.vectors):
+            if spot.alive[i]:
+                cute.autovec_copy(values[None, i], line(tensor, spot, i))
+
+    @cute.jit
+    def split(self, values, spot) -> None:  # type: ignore[no-untyped-def]
+        at = self.problem.at
+        for i in cutlass.range_constexpr(self.config.vectors):
+            if spot.alive[i]:
+                if spot.column < at:
+                    cute.autovec_copy(values[None, i], line(self.named["a"], spot, i))
+                else:
+                    cute.autovec_copy(values[None, i], line(self.named["b"], spot, i, -at))
+
+    @cute.jit
+    def clear(self) -> None:
+        for column in cutlass.range(self.thread, self.problem.width, self.config.threads, unroll=1):
+            self.gradient[column] = Float32(0.0)
+        cute.arch.sync_threads()
+
+    @cute.jit
+    def collect(self, found, chunk: Int32) -> None:  # type: ignore[no-untyped-def]
+        """Adds the tile's part of the weight gradient; the first lanes of a warp own its columns."""
+        config, spot = self.config, found.spot
+        total = cute.make_rmem_tensor(VECTOR, Float32)
+        total.fill(0.0)
+        for i in cutlass.range_constexpr(config.vectors):
+            if spot.alive[i]:
+                total.store(total.load() + self.body.gradient(found, i))
+        distance = config.lanes
+        while cutlass.const_expr(distance < 32):
+            for j in cutlass.range_constexpr(VECTOR):
+                total[j] += cute.arch.shuffle_sync_bfly(total[j], distance)
+            distance *= 2
+        if (self.lane < config.lanes) & spot.inside:
+            mine = vector(self.gradient, 0, spot.column)
+            mine.store(mine.load() + total.load())
+
+    @cute.jit
+    def flush(self, stripe: Int32) -> None:
+        cute.arch.sync_threads()
+        for column in cutlass.range(self.thread, self.problem.width, self.config.threads, unroll=1):
+            self.named["partial"][stripe, column] = self.gradient[column]
+
+
+class WeightGradient(Fixed):
+    """dw[column] += Σ over stripes, in their order, of partial[stripe, column]."""
+
+    THREADS = 128
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    @cute.jit
+    def launch(self, partial: cute.Tensor, dw: cute.Tensor, stream) -> None:  # type: ignore[no-untyped-def]
+        self.sum_stripes(partial, dw).launch(
+            grid=[-(-self.width // self.THREADS), 1, 1], block=[self.THREADS, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def sum_stripes(self, partial: cute.Tensor, dw: cute.Tensor):  # type: ignore[no-untyped-def]
+        column = cute.arch.block_idx()[0] * self.THREADS + cute.arch.thread_idx()[0]
+        if column < self.width:
+            total = Float32(0.0)
+            for stripe in cutlass.range(STRIPES, unroll=8):
+                total += partial[stripe, column]
+            dw[column] += total
+
+
+class Sm90Rows(Rows):
+    target = "sm_90a"
+
+
+class Sm100Rows(Rows):
+    target = "sm_100a"

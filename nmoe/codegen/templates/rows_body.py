@@ -1,0 +1,195 @@
+"""What a row kernel computes for eight columns of a row: loads first, so that many are under way, then FP32.
+
+Every result is rounded to BF16, as the op stores it, before anything further is computed from it.
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import BFloat16, Float32, Int32, Int64, cute
+
+from nmoe.codegen.rows import VECTOR, RowProblem
+from nmoe.codegen.templates import activation
+from nmoe.codegen.templates.fixed import Fixed
+
+
+def vector(tensor: cute.Tensor, row: Int32, column: Int32, size: int = VECTOR) -> cute.Tensor:
+    """`size` neighbours of a row-major tensor [rows, width] or, with row 0, of a vector."""
+    width = tensor.shape[-1] if cute.rank(tensor) > 1 else 0
+    offset = cute.assume(Int64(row) * width + column, divby=size)
+    return cute.make_tensor(tensor.iterator + offset, cute.make_layout(size))
+
+
+def line(tensor: cute.Tensor, spot: Spot, i: int, shift: int = 0) -> cute.Tensor:
+    """The thread's vector of its row i, `shift` columns on. All rows are offsets from one address."""
+    first = vector(tensor, spot.row, spot.column + shift)
+    return cute.make_tensor(first.iterator + i * tensor.shape[-1], first.layout)
+
+
+class Spot(Fixed):
+    """Where a thread works: `vectors` rows from `row` on, and 8 columns from `column` on. Of a tensor of `exists` rows
+    the first `live` are read, the others are zero. `source` and `column` never lie past the end, so that what belongs
+    to a row or a column can be read without a branch."""
+
+    def __init__(
+        self, problem: RowProblem, vectors: int, row: Int32, column: Int32, live: Int32, exists: Int32
+    ) -> None:
+        self.vectors, self.row, self.column = vectors, row, cutlass.min(column, problem.width - VECTOR)
+        inside = column < problem.width
+        last = cutlass.max(live - 1, 0)
+        self.inside = inside
+        self.source = [cutlass.min(row + i, last) for i in range(vectors)]
+        self.alive = [inside & (row + i < live) for i in range(vectors)]
+        self.full = inside & (row + vectors <= live)
+        self.exists = [inside & (row + i < exists) for i in range(vectors)]
+
+
+@cute.jit
+def gather(held: cute.Tensor, sources: list[cute.Tensor], spot: Spot) -> None:
+    """Reads a vector a row; zeros where there is nothing. A result may lie where x does, so nothing else is touched."""
+    if spot.full:
+        for i in cutlass.range_constexpr(spot.vectors):
+            cute.autovec_copy(sources[i], held[None, i])
+    else:
+        held.fill(0.0)
+        for i in cutlass.range_constexpr(spot.vectors):
+            if spot.alive[i]:
+                cute.autovec_copy(sources[i], held[None, i])
+
+
+class Loaded(Fixed):
+    """BF16 registers [8, vectors] of each tensor that a body reads, and its FP32 columns."""
+
+    def __init__(self, spot: Spot) -> None:
+        self.spot = spot
+        self.rows: dict[str, cute.Tensor] = {}
+        self.columns: dict[str, cute.Tensor] = {}
+        self.weights: list[Float32] = []  # swiglu: each row's router weight
+        self.rstd: list[Float32] = []  # rms_norm_bwd: each row's
+        self.rotates = False  # rope: are these rotary columns?
+
+    def row(self, name: str, tensor: cute.Tensor, shift: int = 0) -> None:
+        self.put(name, [line(tensor, self.spot, i, shift) for i in range(self.spot.vectors)])
+
+    def put(self, name: str, sources: list[cute.Tensor]) -> None:
+        held = cute.make_rmem_tensor((VECTOR, len(sources)), sources[0].element_type)
+        gather(held, sources, self.spot)
+        self.rows[name] = held
+
+    def column(self, name: str, tensor: cute.Tensor) -> None:
+        held = cute.make_rmem_tensor(VECTOR, Float32)
+        cute.autovec_copy(vector(tensor, 0, self.spot.column), held)
+        self.columns[name] = held
+
+    def floats(self, name: str, i: int):  # type: ignore[no-untyped-def]
+        """Row i in FP32."""
+        return self.rows[name][None, i].load().to(Float32)
+
+
+class RowBody(Fixed):
+    """`value(i)` is the result of the thread's row i, eight FP32 numbers, as a vector."""
+
+    def __init__(self, problem: RowProblem, named) -> None:  # type: ignore[no-untyped-def]
+        self.problem, self.named = problem, named
+
+    def load(self, spot: Spot) -> Loaded:
+        """Everything that `value` and `term` need."""
+        found = Loaded(spot)
+        kind, named = self.problem.body, self.named
+        if kind == "embedding":
+            tokens = [cutlass.max(named["tokens"][row], 0) for row in spot.source]
+            found.put("x", [vector(named["table"], token, spot.column) for token in tokens])
+        elif kind == "concat":
+            self._either(found)
+        else:
+            found.row("x", named["x"])
+        if kind == "swiglu":
+            found.row("up", named["x"], self.problem.width)
+            found.weights = [
+                named["s"][row] if self.problem.weighted else Float32(1.0) for row in spot.source
+            ]
+        if kind in ("rms_norm", "rms_norm_bwd"):
+            found.column("w", named["w"])
+        if kind == "rms_norm_bwd":
+            found.row("dy", named["dy"])
+            found.rstd = [named["rstd"][row] for row in spot.source]
+        if kind == "rope":
+            self._table(found)
+        return found
+
+    @cute.jit
+    def _either(self, found) -> None:  # type: ignore[no-untyped-def]
+        """Concat: columns of a, or of b."""
+        spot, at = found.spot, self.problem.at
+        held = cute.make_rmem_tensor((VECTOR, spot.vectors), BFloat16)
+        if spot.column < at:
+            gather(held, [line(self.named["a"], spot, i) for i in range(spot.vectors)], spot)
+        else:
+            gather(held, [line(self.named["b"], spot, i, -at) for i in range(spot.vectors)], spot)
+        found.rows["x"] = held
+
+    def _table(self, found: Loaded) -> None:
+        """The four pairs' rotations at each row's position; the identity outside the rotary columns."""
+        problem, spot = self.problem, found.spot
+        head = problem.width // problem.heads
+        first = spot.column % head - (head - problem.rotary)
+        found.rotates = first >= 0
+        at = cutlass.max(first, 0) // 2
+        positions = [self.named["positions"][row] for row in spot.source]
+        for name in ("cos", "sin"):
+            held = cute.make_rmem_tensor((VECTOR // 2, spot.vectors), Float32)
+            for i in range(spot.vectors):
+                cute.autovec_copy(vector(self.named[name], positions[i], at, VECTOR // 2), held[None, i])
+            found.rows[name] = held
+
+    def term(self, found: Loaded, i: int) -> Float32:
+        """This thread's part of the sum over row i."""
+        if self.problem.body == "rms_norm":
+            x = found.floats("x", i)
+            product = x * x
+        else:
+            x, dy = found.floats("x", i), found.floats("dy", i)
+            product = dy * found.columns["w"].load() * (x * found.rstd[i])
+        return product.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+
+    def statistic(self, total: Float32, eps: Float32 | None) -> Float32:
+        """Of a row's sum: rstd, or mean(w · dy · x̂)."""
+        mean = total * (1.0 / self.problem.width)
+        return cute.math.rsqrt(mean + eps) if self.problem.body == "rms_norm" else mean
+
+    def value(self, found: Loaded, i: int, statistic: Float32 | None):  # type: ignore[no-untyped-def]
+        kind = self.problem.body
+        x = found.floats("x", i)
+        if kind == "rms_norm":
+            return x * statistic * found.columns["w"].load()
+        if kind == "rms_norm_bwd":
+            grad = found.floats("dy", i) * found.columns["w"].load()
+            return (grad - x * found.rstd[i] * statistic) * found.rstd[i]
+        if kind == "swiglu":
+            return self._swiglu(found, i)
+        if kind == "rope":
+            return self._rotated(found, i)
+        return x
+
+    def _swiglu(self, found: Loaded, i: int):  # type: ignore[no-untyped-def]
+        gate, up = found.floats("x", i), found.floats("up", i)
+        out = cute.make_rmem_tensor(VECTOR, Float32)
+        for j in range(VECTOR):
+            out[j] = activation.swiglu(gate[j], up[j], found.weights[i])
+        return out.load()
+
+    @cute.jit
+    def _rotated(self, found: Loaded, i: int):  # type: ignore[no-untyped-def]
+        x, out = found.floats("x", i), cute.make_rmem_tensor(VECTOR, Float32)
+        for pair in cutlass.range_constexpr(VECTOR // 2):
+            even, odd = x[2 * pair], x[2 * pair + 1]
+            c, s = found.rows["cos"][pair, i], found.rows["sin"][pair, i]
+            if cutlass.const_expr(self.problem.inverse):
+                s = -s
+            out[2 * pair] = even * c - odd * s if found.rotates else even
+            out[2 * pair + 1] = even * s + odd * c if found.rotates else odd
+        return out.load()
+
+    def gradient(self, found: Loaded, i: int):  # type: ignore[no-untyped-def]
+        """Row i's part of the norm weight's gradient: dy · x̂."""
+        return found.floats("dy", i) * (found.floats("x", i) * found.rstd[i])

@@ -1,0 +1,84 @@
+"""Sums over ranks in the order of one fixed tree, so that the same terms give the same bits on any number of ranks.
+
+The terms are paired: (0 + 1), (2 + 3), …, then those sums, and so on; a last one without a partner waits. Aligned
+blocks of 2^n terms are subtrees. Hence a rank, or a group of ranks, that holds such a block may add its own terms
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nmoe.rdep.transfer import Transfers
+from nmoe.rdep.transport import Buffer
+
+ROW = 64  # elements; a tensor to be summed is a multiple of it
+SLICE = 4096  # rows that a rank adds at a time
+
+
+def buffers(ranks: int, slice: int = SLICE) -> dict[str, Buffer]:
+    """What a transport must hold for `Sums` among so many ranks."""
+    rows = Buffer((ranks * slice, ROW), torch.float32)
+    return {"terms.data": rows, "totals.data": rows}
+
+
+def tree_sum(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of the terms in the tree's order, in a tensor of its own unless there is one term."""
+    while len(terms) > 1:
+        pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + list(terms[len(pairs) * 2 :])
+    return terms[0]
+
+
+def depth(terms: int) -> int:
+    """Partial sums that exist at once when the tree is walked term by term."""
+    return (terms - 1).bit_length() + 1
+
+
+class Sums:
+    """Each rank adds up one slice of the tensor and hands it to the others, a piece of the tensor after the other.
+    Every rank has a block of its own in the buffers of each, so that sums among some ranks meet none among others."""
+
+    def __init__(self, transfers: Transfers, slice: int = SLICE) -> None:
+        self._transfers, self._slice = transfers, slice
+
+    def add(self, tensor: Tensor, members: Sequence[int]) -> None:
+        """Replaces FP32 tensor[n·ROW] by its sum over the ranks `members`, in their order, on all of them. The
+        other ranks do the same meanwhile, in groups of the same size."""
+        if len(members) == 1:
+            return
+        rows = tensor.view(-1, ROW)
+        piece = self._slice * len(members)
+        for start in range(0, len(rows), piece):
+            self._add(members, rows[start : start + piece])
+
+    def _add(self, members: Sequence[int], rows: Tensor) -> None:
+        transfers = self._transfers.among(members)
+        t = transfers.transport
+        share = -(-len(rows) // t.ranks)
+        slices = [rows[i * share : (i + 1) * share] for i in range(t.ranks)]
+        blocks = [member * self._slice for member in members]  # where each rank's begins
+        mine = slices[t.rank]
+        peers = [(t.rank + i) % t.ranks for i in range(1, t.ranks)]
+
+        def put(buffer: str, pieces: list[Tensor]) -> None:
+            for peer in peers:
+                index = torch.arange(len(pieces[peer])) + blocks[t.rank]
+                t.put(peer, buffer, index, pieces[peer])
+
+        def add() -> None:
+            terms = t.local("terms.data")
+            mine.copy_(
+                tree_sum([mine if i == t.rank else terms[at : at + len(mine)] for i, at in enumerate(blocks)])
+            )
+
+        def read() -> None:
+            totals = t.local("totals.data")
+            for peer in peers:
+                slices[peer].copy_(totals[blocks[peer] : blocks[peer] + len(slices[peer])])
+
+        transfers.run("terms", lambda: put("terms.data", slices), add)
+        transfers.run("totals", lambda: put("totals.data", [mine] * t.ranks), read)
