@@ -201,7 +201,9 @@ def _clear(problem: RouterProblem, choice: torch.Tensor, slack: torch.Tensor) ->
         values, near = best.values.sum(2), slacks.gather(2, best.indices).sum(2)
         found &= _apart(values, near, problem.topk_groups)
         dropped = values.sort(dim=1, descending=True, stable=True).indices[:, problem.topk_groups :]
-        choice = members.scatter(1, dropped[:, :, None].expand(-1, -1, members.shape[2]), -torch.inf).flatten(1)
+        choice = members.scatter(1, dropped[:, :, None].expand(-1, -1, members.shape[2]), -torch.inf).flatten(
+            1
+        )
     return found & _apart(choice, slack, problem.topk)
 
 
