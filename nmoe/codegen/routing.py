@@ -137,7 +137,7 @@ class DispatchProblem(RoutingProblem):
         return "dispatch.Dispatch"
 
     def configs(self, target: str) -> Sequence[RoutingConfig]:
-        return [RoutingConfig(blocks=blocks) for blocks in (4, 2, 8)]
+        return [RoutingConfig(blocks=blocks) for blocks in (8, 4, 2)]
 
     def small(self) -> DispatchProblem:
         return replace(self, experts=min(self.experts, self.topk + 3), hidden=8 * 67)

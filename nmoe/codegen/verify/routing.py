@@ -188,20 +188,27 @@ def _attrs(problem: ScoredProblem, values: Tensors) -> dict[str, Any]:
 
 
 def _clear(problem: RouterProblem, choice: torch.Tensor, slack: torch.Tensor) -> torch.Tensor:
-    """The tokens whose choices do not depend on rounding: any two experts, and any two groups, are equal or further
-    apart than their `slack` together."""
-    ranked = [(choice, slack)]
+    """The tokens whose choices do not depend on rounding: the best groups with the best of the others, then the best
+    experts of those groups with the best of their others, are equal or further apart than their `slack` together."""
+    found = torch.ones(len(choice), dtype=torch.bool, device=choice.device)
     if problem.groups > 1:
         members, slacks = (t.view(len(choice), problem.groups, -1) for t in (choice, slack))
         best = members.topk(min(2 if problem.score == "sigmoid" else 1, members.shape[2]))
-        ranked.append((best.values.sum(2), slacks.gather(2, best.indices).sum(2)))
-    found = torch.ones(len(choice), dtype=torch.bool, device=choice.device)
-    for values, slacks in ranked:
-        order = values.sort(1)
-        near = slacks.gather(1, order.indices)
-        gaps = order.values.diff(dim=1)
-        found &= ((gaps == 0) | (gaps > near[:, 1:] + near[:, :-1])).all(1)
-    return found
+        values, near = best.values.sum(2), slacks.gather(2, best.indices).sum(2)
+        found &= _apart(values, near, problem.topk_groups)
+        dropped = values.sort(dim=1, descending=True, stable=True).indices[:, problem.topk_groups :]
+        choice = members.scatter(1, dropped[:, :, None].expand(-1, -1, members.shape[2]), -torch.inf).flatten(
+            1
+        )
+    return found & _apart(choice, slack, problem.topk)
+
+
+def _apart(values: torch.Tensor, slack: torch.Tensor, count: int) -> torch.Tensor:
+    """Whether each row's `count` + 1 largest values are equal or further apart than their `slack` together."""
+    order = values.sort(1, descending=True)
+    gaps = -order.values[:, : count + 1].diff(dim=1)
+    near = slack.gather(1, order.indices[:, : count + 1])
+    return ((gaps == 0) | (gaps > near[:, 1:] + near[:, :-1])).all(1)
 
 
 @check.register
