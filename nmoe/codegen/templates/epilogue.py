@@ -100,13 +100,13 @@ class Epilogue(Fixed):
             if self.fragment.leads:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
                 for p in cutlass.range_constexpr(2):
-                    self._fetch(p, self._row(place), place.column * self.pieces + (p ^ flip))
+                    self.fetch(p, self.row(place), place.column * self.pieces + (p ^ flip))
 
     @cute.jit
     def run(self, acc, place, plain, turn: Int32, flip=0, free=None):  # type: ignore[no-untyped-def]
         """Finishes a tile in `steps` steps, number p of them on piece p ^ flip (swiglu: of gate and of up); returns the
         phase of the read barriers for the next tile. The barrier `free` hears when the first step's have been read."""
-        factor = self._factor(place, plain)
+        factor = self.factor(place, plain)
         if cutlass.const_expr(self.problem.epilogue == "swiglu"):
             self._swiglu(acc, place, plain, factor, flip, free)
         elif cutlass.const_expr(len(self.reads) > 0):
@@ -114,10 +114,10 @@ class Epilogue(Fixed):
         else:
             batch = place.expert if cutlass.const_expr(self.problem.epilogue == "accumulate") else 0
             for p in cutlass.range_constexpr(self.pieces):
-                at = (self._row(place), place.column * self.pieces + (p ^ flip), batch)
+                at = (self.row(place), place.column * self.pieces + (p ^ flip), batch)
                 values = self._piece(acc, p ^ flip, factor)
                 self._release(free, p)
-                self._put(values, p % self.buffers, self.problem.stored[0], at)
+                self.put(values, p % self.buffers, self.problem.stored[0], at)
         return turn
 
     @cute.jit
@@ -137,10 +137,10 @@ class Epilogue(Fixed):
         """This thread's elements of a buffer."""
         return self.fragment.stored(self.tile[None, None, buffer])
 
-    def _row(self, place) -> Int32:  # type: ignore[no-untyped-def]
+    def row(self, place) -> Int32:  # type: ignore[no-untyped-def]
         return place.row * self.units + self.unit
 
-    def _factor(self, place, plain) -> Float32 | None:  # type: ignore[no-untyped-def]
+    def factor(self, place, plain) -> Float32 | None:  # type: ignore[no-untyped-def]
         """The product of the operands' global scales (NVFP4)."""
         if plain.a_amax is None:
             return None
@@ -153,23 +153,28 @@ class Epilogue(Fixed):
         return piece
 
     @cute.jit
-    def _put(self, values, buffer, result: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
+    def put(self, values, buffer, result: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
         """Stores one piece from registers through the next buffer."""
         self._write(values, buffer)
-        self._send(((result, buffer),), at)
+        self.send(((result, buffer),), at)
 
     @cute.jit
     def _write(self, values, buffer) -> None:  # type: ignore[no-untyped-def]
-        """Writes one piece into the next buffer. The other buffers' stores may still be reading them."""
-        if self.fragment.leads:
-            cute.arch.cp_async_bulk_wait_group(self.buffers - 1, read=True)
-        self.fragment.sync()
+        """Writes one piece into the next buffer."""
+        self.reserve()
         rounded = cute.make_rmem_tensor(values.shape, self.gemm.out_type)
         rounded.store(values.load().to(self.gemm.out_type))
         cute.autovec_copy(rounded, self._spot(buffer))
 
     @cute.jit
-    def _send(self, sources, at) -> None:  # type: ignore[no-untyped-def]
+    def reserve(self) -> None:
+        """Waits until the next buffer's last store has left it. The other buffers' may still be reading them."""
+        if self.fragment.leads:
+            cute.arch.cp_async_bulk_wait_group(self.buffers - 1, read=True)
+        self.fragment.sync()
+
+    @cute.jit
+    def send(self, sources, at) -> None:  # type: ignore[no-untyped-def]
         """Stores results from shared memory: (result, place among its buffers) each."""
         cute.arch.fence_proxy("async.shared", space="cta")
         self.fragment.sync()
@@ -179,18 +184,18 @@ class Epilogue(Fixed):
                 cute.copy(atom, source[None, index], target[(None, *at)])
             cute.arch.cp_async_bulk_commit_group()
 
-    def _weights(self, weight, place) -> list[Float32]:  # type: ignore[no-untyped-def]
+    def weights(self, weight, place) -> list[Float32]:  # type: ignore[no-untyped-def]
         """The router weights of this thread's rows; one in a dense layer."""
         if weight is None:
             return [Float32(1.0) for _ in self.fragment.mine]
-        first = self._row(place) * self.fragment.rows
+        first = self.row(place) * self.fragment.rows
         return [weight[first + row] for row in self.fragment.mine]
 
     @cute.jit
     def _swiglu(self, acc, place, plain, factor, flip, free) -> None:  # type: ignore[no-untyped-def]
         """h = [gate | up] and act = weight · silu(gate) · up, of h as it is stored, so that recomputing act from h
         gives the same bits."""
-        weights = self._weights(plain.weight, place)
+        weights = self.weights(plain.weight, place)
         if cutlass.const_expr(self.fragment.parts > 0):
             for p in cutlass.range(self.steps, unroll=1):
                 self._swiglu_step(acc, place, plain, factor, weights, p, flip, free)
@@ -200,7 +205,7 @@ class Epilogue(Fixed):
 
     @cute.jit
     def _swiglu_step(self, acc, place, plain, factor, weights, p, flip, free) -> None:  # type: ignore[no-untyped-def]
-        row, at = self._row(place), place.column * self.steps + (p ^ flip)
+        row, at = self.row(place), place.column * self.steps + (p ^ flip)
         gate, up = self._piece(acc, p ^ flip, factor), self._piece(acc, self.steps + (p ^ flip), factor)
         self._release(free, p)
         gate.store(gate.load().to(BFloat16).to(Float32))
@@ -208,8 +213,8 @@ class Epilogue(Fixed):
         buffer = p  # the number of the piece that is stored next
         if cutlass.const_expr(self.problem.keeps_h):
             buffer = 3 * p + 2
-            self._put(gate, 3 * p % self.buffers, "h", (row, at, 0))
-            self._put(up, (3 * p + 1) % self.buffers, "h", (row, at, 1))
+            self.put(gate, 3 * p % self.buffers, "h", (row, at, 0))
+            self.put(up, (3 * p + 1) % self.buffers, "h", (row, at, 1))
         for i in cutlass.range_constexpr(cute.size(gate)):
             gate[i] = activation.swiglu(gate[i], up[i], weights[self.fragment.row(i)])
         if cutlass.const_expr(len(self.problem.copies) > 0):
@@ -220,7 +225,7 @@ class Epilogue(Fixed):
                 self._quantize(buffer % self.buffers, (row, at, 0), place, plain)
             self._send_copies(buffer % self.buffers, (row, at, 0))
         else:
-            self._put(gate, buffer % self.buffers, "act", (row, at, 0))
+            self.put(gate, buffer % self.buffers, "act", (row, at, 0))
 
     @cute.jit
     def _quantize(self, buffer, at, place, plain) -> None:  # type: ignore[no-untyped-def]
@@ -254,10 +259,10 @@ class Epilogue(Fixed):
 
     @cute.jit
     def _send_copies(self, buffer, at) -> None:  # type: ignore[no-untyped-def]
-        self._send(tuple((copy, 2 * buffer + i) for i, copy in enumerate(self.problem.copies)), at)
+        self.send(tuple((copy, 2 * buffer + i) for i, copy in enumerate(self.problem.copies)), at)
 
     @cute.jit
-    def _fetch(self, slot: cutlass.Constexpr, row: Int32, at: Int32) -> None:
+    def fetch(self, slot: cutlass.Constexpr, row: Int32, at: Int32) -> None:
         """What is read for a piece into a slot's buffers; of h, gate and up."""
         count = len(self.reads)
         with cute.arch.elect_one():
@@ -273,7 +278,7 @@ class Epilogue(Fixed):
     @cute.jit
     def _reading(self, acc, place, plain, factor, turn: Int32, flip, free):  # type: ignore[no-untyped-def]
         """Results in place of what was read in the buffers, and for dSwiGLU this tile's part of d weight."""
-        weights = self._weights(plain.weight, place)
+        weights = self.weights(plain.weight, place)
         sums = [Float32(0.0) for _ in self.fragment.mine]
         if cutlass.const_expr(self.fragment.parts > 0):
             for pair in cutlass.range(self.pieces // 2, unroll=1):
@@ -290,7 +295,7 @@ class Epilogue(Fixed):
                 if cutlass.const_expr(p % 2 == 1):
                     turn ^= 1
         if cutlass.const_expr(plain.partial is not None):
-            self._partial(sums, place, plain.partial)
+            self.partial(sums, place, plain.partial)
         return turn
 
     @cute.jit
@@ -298,7 +303,7 @@ class Epilogue(Fixed):
         self, acc, place, plain, factor, weights, sums, p, slot: cutlass.Constexpr, turn: Int32, flip
     ):
         piece = p ^ flip
-        row, at = self._row(place), place.column * self.pieces + piece
+        row, at = self.row(place), place.column * self.pieces + piece
         cute.arch.mbarrier_wait(self.arrived + slot, turn)
         if cutlass.const_expr(self.problem.epilogue == "dswiglu"):
             if cutlass.const_expr(self.fragment.parts > 0):
@@ -312,7 +317,7 @@ class Epilogue(Fixed):
         if p + 2 < self.pieces:
             if self.fragment.leads:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-                self._fetch(slot, row, place.column * self.pieces + (p + 2 ^ flip))
+                self.fetch(slot, row, place.column * self.pieces + (p + 2 ^ flip))
         return sums
 
     @cute.jit
@@ -326,7 +331,7 @@ class Epilogue(Fixed):
             cute.autovec_copy(self._spot(count * slot + i), addend)
             total.store((total.load().to(Float32) + addend.load().to(Float32)).to(BFloat16))
         cute.autovec_copy(total, self._spot(count * slot))
-        self._send((("y", count * slot),), at)
+        self.send((("y", count * slot),), at)
 
     @cute.jit
     def _dswiglu(self, acc, p, factor, weights, sums, slot: cutlass.Constexpr, part):  # type: ignore[no-untyped-def]
@@ -361,12 +366,12 @@ class Epilogue(Fixed):
                 self._send_copies(2 * slot + half, (*at, half))
         else:
             for half in cutlass.range_constexpr(2):
-                self._send((("dh", 2 * slot + half),), (*at, half))
+                self.send((("dh", 2 * slot + half),), (*at, half))
 
     @cute.jit
-    def _partial(self, sums, place, partial) -> None:  # type: ignore[no-untyped-def]
+    def partial(self, sums, place, partial) -> None:  # type: ignore[no-untyped-def]
         """Sums over the threads that share a row, in a fixed order, into partial[column tile, row]."""
-        first = self._row(place) * self.fragment.rows
+        first = self.row(place) * self.fragment.rows
         for i in cutlass.range_constexpr(len(sums)):
             total = sums[i]
             distance = 1
