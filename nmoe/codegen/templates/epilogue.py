@@ -11,6 +11,9 @@ Fragment: where a thread's values lie in a piece, and how the unit's threads wai
               the two halves of a buffer ─▶ TMA store; the scales go from registers to their atoms
 
 A unit of 32 rows holds whole blocks of both copies: a thread scales two blocks of a row, then two columns.
+
+`prefetch`, `run` and all that they alone call are Blackwell's, whose accumulators are outside the registers: a tile at
+a time. Hopper has one slot for what it reads, and an order of its own (deferred.py).
 """
 
 from __future__ import annotations
@@ -32,14 +35,14 @@ class Fragment(Fixed):
     """What a unit's threads hold of a piece [rows, 128 bytes].
 
     `rows`: of the unit; `mine`: the rows of this thread; `lanes`: threads that share a row, neighbours in the warp;
-    `leads`: does this thread's warp issue the unit's copies. `parts`: into how many a piece may be cut, numbered at run
-    time (accumulators outside the registers), so that dSwiGLU, which holds three values of every element, is a loop and
-    not one long sequence that the compiler spreads over more registers than there are; 0 where it may not.
+    `leads`: does this thread's warp issue the unit's copies. `parts`: into how many a piece is cut, numbered at run
+    time, so that dSwiGLU, which holds three values of every element, is a loop and not one long sequence that the
+    compiler spreads over more registers than there are.
     """
 
     rows: int
     lanes: int
-    parts = 0
+    parts = 1
     mine: tuple[Int32, ...]
     leads: cutlass.Boolean
 
@@ -196,12 +199,8 @@ class Epilogue(Fixed):
         """h = [gate | up] and act = weight · silu(gate) · up, of h as it is stored, so that recomputing act from h
         gives the same bits."""
         weights = self.weights(plain.weight, place)
-        if cutlass.const_expr(self.fragment.parts > 0):
-            for p in cutlass.range(self.steps, unroll=1):
-                self._swiglu_step(acc, place, plain, factor, weights, p, flip, free)
-        else:
-            for p in cutlass.range_constexpr(self.steps):
-                self._swiglu_step(acc, place, plain, factor, weights, p, flip, free)
+        for p in cutlass.range(self.steps, unroll=1):
+            self._swiglu_step(acc, place, plain, factor, weights, p, flip, free)
 
     @cute.jit
     def _swiglu_step(self, acc, place, plain, factor, weights, p, flip, free) -> None:  # type: ignore[no-untyped-def]
@@ -280,20 +279,14 @@ class Epilogue(Fixed):
         """Results in place of what was read in the buffers, and for dSwiGLU this tile's part of d weight."""
         weights = self.weights(plain.weight, place)
         sums = [Float32(0.0) for _ in self.fragment.mine]
-        if cutlass.const_expr(self.fragment.parts > 0):
-            for pair in cutlass.range(self.pieces // 2, unroll=1):
-                for slot in cutlass.range_constexpr(2):
-                    sums = self._read_piece(
-                        acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn, flip
-                    )
-                    if cutlass.const_expr(slot == 0):
-                        self._release(free, pair)
-                turn ^= 1
-        else:
-            for p in cutlass.range_constexpr(self.pieces):
-                sums = self._read_piece(acc, place, plain, factor, weights, sums, p, p % 2, turn, flip)
-                if cutlass.const_expr(p % 2 == 1):
-                    turn ^= 1
+        for pair in cutlass.range(self.pieces // 2, unroll=1):
+            for slot in cutlass.range_constexpr(2):
+                sums = self._read_piece(
+                    acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn, flip
+                )
+                if cutlass.const_expr(slot == 0):
+                    self._release(free, pair)
+            turn ^= 1
         if cutlass.const_expr(plain.partial is not None):
             self.partial(sums, place, plain.partial)
         return turn
@@ -306,11 +299,8 @@ class Epilogue(Fixed):
         row, at = self.row(place), place.column * self.pieces + piece
         cute.arch.mbarrier_wait(self.arrived + slot, turn)
         if cutlass.const_expr(self.problem.epilogue == "dswiglu"):
-            if cutlass.const_expr(self.fragment.parts > 0):
-                for part in cutlass.range(self.fragment.parts, unroll=1):
-                    sums = self._dswiglu(acc, piece, factor, weights, sums, slot, part)
-            else:
-                sums = self._dswiglu(acc, piece, factor, weights, sums, slot, None)
+            for part in cutlass.range(self.fragment.parts, unroll=1):
+                sums = self._dswiglu(acc, piece, factor, weights, sums, slot, part)
             self._store_dh((row, at), place, plain, slot)
         else:
             self._add(self._piece(acc, piece, factor), (row, at, 0), slot)
@@ -335,14 +325,13 @@ class Epilogue(Fixed):
 
     @cute.jit
     def _dswiglu(self, acc, p, factor, weights, sums, slot: cutlass.Constexpr, part):  # type: ignore[no-untyped-def]
-        """d gate and d up in place of gate and up: of a piece, or a part of it."""
-        spots = [self._spot(2 * slot), self._spot(2 * slot + 1)]
-        parts = 1
-        if cutlass.const_expr(part is not None):
-            parts = self.fragment.parts
-            spots = [cute.flat_divide(spot, (self.width // parts,))[None, part] for spot in spots]
-            p = parts * p + part
-        grad = self._piece(acc, p, factor, parts)
+        """d gate and d up in place of gate and up: of a part of a piece."""
+        parts = self.fragment.parts
+        spots = [
+            cute.flat_divide(self._spot(2 * slot + half), (self.width // parts,))[None, part]
+            for half in range(2)
+        ]
+        grad = self._piece(acc, parts * p + part, factor, parts)
         gate, up = (cute.make_rmem_tensor(grad.shape, BFloat16) for _ in range(2))
         cute.autovec_copy(spots[0], gate)
         cute.autovec_copy(spots[1], up)
