@@ -69,12 +69,13 @@ def test_a_moe_layer_of_generated_kernels(target: str) -> None:
 @pytest.mark.usefixtures("emulator")
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
-def test_a_moe_model_in_mxfp8(target: str) -> None:
+@pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
+def test_a_moe_model_in_low_precision(precision: str, target: str) -> None:
     """Copies, their scale factors in the target's layout and products: as far from float64 as the CPU's numerics."""
     wide = {"hidden_size": 128, "layers": (LayerGroup("moe"),)}
     latent = {"kv_lora_rank": 128, "qk_nope_head_dim": 32, "v_head_dim": 64}
     ours, cpu = (tiny_config(target={"device": t}, model=wide, attention=latent, moe={"intermediate_size": 128},
-                             schedule={"precision": "mxfp8"}) for t in (target, "cpu"))  # fmt: skip
+                             schedule={"precision": precision}) for t in (target, "cpu"))  # fmt: skip
     schedule = lower(ours, kernels=binding.kernels(target))
     launcher = EmulatedLauncher()
     tensors = launcher.tensors(schedule, "param", "grad", "state", "input", "const")
