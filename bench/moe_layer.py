@@ -3,6 +3,7 @@
     python bench/moe_layer.py build DIR     compile the kernels of the layers below into DIR; needs no GPU
     python bench/moe_layer.py run DIR       on the GPU: the odd layers against float64, then the large ones, timed;
                                             --json FILE keeps the numbers, --only NAME takes those of one name
+    python bench/moe_layer.py saved         bytes that the backward reads of what the forward wrote, from the schedules
 
 The layer's schedule comes from the same builder, passes and planner as a model's. Its results are compared with the
 ops' reference math in float64, without quantization, and held to 1.5 times the error of that math in the layer's
@@ -24,8 +25,9 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from timing import median
@@ -40,7 +42,7 @@ from nmoe.config import Config, layers, load
 from nmoe.differentiate import differentiate
 from nmoe.executor import Executor, allocate
 from nmoe.graph import Graph, Spec
-from nmoe.ops import OPS
+from nmoe.ops import OPS, nbytes
 from nmoe.ops.base import OpDef
 from nmoe.schedule import Kernels, Schedule, no_kernel, passes, place
 
@@ -139,7 +141,8 @@ def config_of(shape: Shape, precision: str) -> Config:
     )
 
 
-def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str | None = None) -> Schedule:
+def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str | None = None,
+                recompute: passes.Recompute = "none") -> Schedule:  # fmt: skip
     config = config_of(shape, precision)
     builder = model.Builder(config, "train", activation)
     g, layer = builder.g, next(x for x in layers(config) if x.ffn == "moe")
@@ -149,7 +152,7 @@ def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str 
     (y,) = builder.moe(x, "moe", layer)
     g.add("loss.left", (1,), "f32", "output")
     g.emit("layer.leave", "y", [y], into={"left": "loss.left"})
-    g = passes.quantize_operands(differentiate(g))
+    g = passes.recompute(passes.quantize_operands(differentiate(g)), recompute)
     (dx,) = (op.inputs[0] for op in g.ops if op.name == "dx")
     # They stay in memory until the end, for the bench to fill and to read.
     for name in (x, y, dx, "moe.route.logits", "moe.route.indices"):
@@ -313,6 +316,31 @@ def check(shape: Shape, precision: str, found: Found, seed: int) -> dict[str, An
     return {"ours": ours, "reference": theirs, "apart": apart, "others": others}
 
 
+# ---- what is saved for backward -----------------------------------------------------------------------------
+
+
+def saved(schedule: Schedule) -> dict[str, int]:
+    """Bytes of each activation that a forward call wrote and a backward call reads, padding of experts included."""
+    written, read = (
+        {schedule.aliases.get(name, name) for call in schedule.calls
+         if call.phase == "micro" and call.ops[0].stage == stage for name in getattr(call, side)}
+        for stage, side in (("forward", "outputs"), ("backward", "inputs"))
+    )  # fmt: skip
+    return {
+        name: nbytes(schedule.spec(name)) for name in sorted(written & read) if name in schedule.lifetimes
+    }
+
+
+def print_saved() -> None:
+    for name, shape in LARGE.items():
+        least = 2 * shape.tokens * (shape.hidden + 2 * shape.topk * shape.inter)
+        print(f"{name} {shape}: 2Td + 4TKn bytes are {least / 2**20:.0f} MiB")
+        for precision, recompute in product(("bf16", "mxfp8", "nvfp4"), get_args(passes.Recompute)[:2]):
+            found = saved(schedule_of(shape, precision, binding.kernels(TARGET), recompute=recompute))
+            largest = ", ".join(f"{n} {size / 2**20:.0f}" for n, size in found.items() if size > least / 100)
+            print(f"    {precision:6} {recompute:9} {sum(found.values()) / 2**20:6.0f} MiB: {largest}")
+
+
 # ---- time ---------------------------------------------------------------------------------------------------
 
 
@@ -454,15 +482,17 @@ def one(name: str, shape: Shape, precision: str, kernels: Kernels, launcher: Cud
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("action", choices=("build", "run"))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("action", choices=("build", "run", "saved"))
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "mxfp8", "nvfp4"))
     parser.add_argument("--only", choices=("odd", *LARGE))
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.action == "build":
+    if args.action == "saved":
+        print_saved()
+    elif args.action == "build":
         build(args.folder, args.precision, args.only, args.workers)
     else:
         run(args.folder, args.precision, args.only, args.repeats, args.json)
