@@ -128,8 +128,8 @@ class Executor:
         if spec.format not in QUANTIZED:
             return self._plain(offset, spec.shape, DTYPES[spec.format])
         parts = {}
-        for label, (shape, dtype) in buffers(spec).items():
-            parts[label] = self._plain(offset, shape, dtype)
+        for label, (shape, element) in buffers(spec).items():
+            parts[label] = self._plain(offset, shape, DTYPES[element])
             offset += parts[label].nbytes
         maker = self._quantizers[name]
         segments, hadamard = self.operand(maker.inputs[1]), maker.attrs["hadamard"]

@@ -1,4 +1,7 @@
-"""What an op kind is: one `OpDef` holds its shape rule, gradient, cost and reference math."""
+"""What an op kind is: one `OpDef` holds its shape rule, gradient, cost and reference math.
+
+The reference math, and it alone, imports torch, when it is called: whatever only describes a step needs none.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from nmoe import formats
 from nmoe.graph import ELEMENT_BYTES, QUANTIZED, Graph, Name, Op, Shape, Spec
+from nmoe.storage import storage
 
 Attrs = Mapping[str, Any]
 Specs = list[Any]  # of operands in order: a Spec with concrete shape, or None where one is absent
@@ -31,16 +32,17 @@ def numel(shape: Shape) -> int:
     return math.prod(int(d) for d in shape)
 
 
-def buffers(spec: Spec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def buffers(spec: Spec) -> dict[str, tuple[tuple[int, ...], str]]:
     """The parts of a quantized value in memory, widest elements first so that each is aligned."""
-    parts = formats.storage(spec.format, spec.shape, spec.axis, spec.segments or None, spec.atoms)  # type: ignore[arg-type]
-    return dict(sorted(parts.items(), key=lambda part: -part[1][1].itemsize))
+    assert spec.axis is not None
+    parts = storage(spec.format, spec.shape, spec.axis, spec.segments or None, spec.atoms)
+    return dict(sorted(parts.items(), key=lambda part: -ELEMENT_BYTES[part[1][1]]))
 
 
 def nbytes(spec: Spec) -> int:
     """Bytes of a value whose shape is concrete, scale factors and amax included."""
     if spec.format in QUANTIZED:
-        return sum(numel(shape) * dtype.itemsize for shape, dtype in buffers(spec).values())
+        return sum(numel(shape) * ELEMENT_BYTES[element] for shape, element in buffers(spec).values())
     return numel(spec.shape) * ELEMENT_BYTES[spec.format]
 
 
