@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -343,7 +344,7 @@ def build(folder: Path, precision: str, workers: int) -> None:
     found = {}
     for shape in [*odd_shapes(), *LARGE.values()]:
         found |= specs(schedule_of(shape, precision, binding.kernels(TARGET, folder)))
-    made = build_kernels(list(found), folder, workers=workers, progress=lambda line: print(line, flush=True))
+    made = build_kernels(list(found), folder, workers=workers, progress=sys.stdout)
     print(format_build("moe_layer", made))
 
 
