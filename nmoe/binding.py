@@ -134,8 +134,15 @@ def bind(
 def _check_shapes(
     call: Call, problem: Problem, operands: Sequence[Operand], tensors: Sequence[torch.Tensor]
 ) -> None:
-    """Raises UserError where a tensor is not as the kernel will read it."""
+    """Raises UserError where a tensor is not as the kernel will read it, or is empty: a launch without thread blocks is
+    an error to CUDA, and a config's micro-batch has at least one token."""
     extents: dict[int, int] = {}
+    for operand, tensor in zip(operands, tensors, strict=True):
+        if not tensor.numel():
+            raise UserError(
+                f"{call.name}: {operand.name} has the shape {tuple(tensor.shape)}, kernels take at least one token: "
+                "raise [train] micro_batch_size or seq_len"
+            )
     for operand, tensor in zip(operands, tensors, strict=True):
         for code, size in zip(operand.shape, tensor.shape, strict=False):
             if -PARTS < code < 0:

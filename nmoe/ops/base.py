@@ -32,17 +32,39 @@ def numel(shape: Shape) -> int:
     return math.prod(int(d) for d in shape)
 
 
-def buffers(spec: Spec) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The parts of a quantized value in memory, widest elements first so that each is aligned."""
+PART_ALIGNMENT = 16  # bytes: what vector loads and TMA ask of an address
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One buffer of a quantized value: where it starts in the value's memory, in bytes, and what it holds."""
+
+    offset: int
+    shape: tuple[int, ...]
+    format: str  # of an element
+
+    @property
+    def end(self) -> int:
+        return self.offset + numel(self.shape) * ELEMENT_BYTES[self.format]
+
+
+def parts(spec: Spec) -> dict[str, Part]:
+    """The buffers of a quantized value in the order of `storage`, each on a multiple of PART_ALIGNMENT."""
+    placed: dict[str, Part] = {}
+    end = 0
     assert spec.axis is not None
-    parts = storage(spec.format, spec.shape, spec.axis, spec.segments or None, spec.atoms)
-    return dict(sorted(parts.items(), key=lambda part: -ELEMENT_BYTES[part[1][1]]))
+    stored = storage(spec.format, spec.shape, spec.axis, spec.segments or None, spec.atoms)
+    for label, (shape, element) in stored.items():
+        placed[label] = Part(-(-end // PART_ALIGNMENT) * PART_ALIGNMENT, shape, element)
+        end = placed[label].end
+    return placed
 
 
 def nbytes(spec: Spec) -> int:
-    """Bytes of a value whose shape is concrete, scale factors and amax included."""
+    """Bytes of a value whose shape is concrete; of a quantized one with its scale factors, amax and the gaps that
+    align them."""
     if spec.format in QUANTIZED:
-        return sum(numel(shape) * ELEMENT_BYTES[element] for shape, element in buffers(spec).values())
+        return max(part.end for part in parts(spec).values())
     return numel(spec.shape) * ELEMENT_BYTES[spec.format]
 
 

@@ -34,9 +34,7 @@ def target(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def built(
-    request: pytest.FixtureRequest, tmp_path: Path, name: str, precision: str, target: str
-) -> Build:
+def built(request: pytest.FixtureRequest, tmp_path: Path, name: str, precision: str, target: str) -> Build:
     config = load(CONFIGS / f"{name}.toml")
     config = replace(config, target=Target(target), schedule=replace(config.schedule, precision=precision))
     cache = request.config.cache
@@ -94,7 +92,9 @@ def _gemm(p: GemmProblem, c: GemmConfig, found: Mapping[str, Any], target: str) 
     if kind != "bf16":
         atoms = slice_ // {"mxfp8": 128, "nvfp4": 64}[kind]
         boxes += [512 * atoms] * (1 + c.tile_n // 128)  # of A, and of each 128 columns of B
-    waited = sum(boxes) * (2 if pair and blackwell else 1)  # one barrier waits for both thread blocks of a pair
+    waited = sum(boxes) * (
+        2 if pair and blackwell else 1
+    )  # one barrier waits for both thread blocks of a pair
     products = slice_ // DEPTH[kind]
     sass = found["sass"]
     loads = Counter({op: n for op, n in sass["tma"].items() if op.startswith("UTMALDG")})
