@@ -128,7 +128,7 @@ class Executor:
         if spec.format not in QUANTIZED:
             return self._plain(offset, spec.shape, DTYPES[spec.format])
         buffers = {
-            label: self._plain(offset + part.offset, part.shape, part.dtype)
+            label: self._plain(offset + part.offset, part.shape, DTYPES[part.format])
             for label, part in parts(spec).items()
         }
         maker = self._quantizers[name]

@@ -1,4 +1,7 @@
-"""What an op kind is: one `OpDef` holds its shape rule, gradient, cost and reference math."""
+"""What an op kind is: one `OpDef` holds its shape rule, gradient, cost and reference math.
+
+The reference math, and it alone, imports torch, when it is called: whatever only describes a step needs none.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from nmoe import formats
 from nmoe.graph import ELEMENT_BYTES, QUANTIZED, Graph, Name, Op, Shape, Spec
+from nmoe.storage import storage
 
 Attrs = Mapping[str, Any]
 Specs = list[Any]  # of operands in order: a Spec with concrete shape, or None where one is absent
@@ -40,20 +41,21 @@ class Part:
 
     offset: int
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    format: str  # of an element
 
     @property
     def end(self) -> int:
-        return self.offset + numel(self.shape) * self.dtype.itemsize
+        return self.offset + numel(self.shape) * ELEMENT_BYTES[self.format]
 
 
 def parts(spec: Spec) -> dict[str, Part]:
-    """The buffers of a quantized value in the order of `formats.storage`, each on a multiple of PART_ALIGNMENT."""
+    """The buffers of a quantized value in the order of `storage`, each on a multiple of PART_ALIGNMENT."""
     placed: dict[str, Part] = {}
     end = 0
-    stored = formats.storage(spec.format, spec.shape, spec.axis, spec.segments or None, spec.atoms)  # type: ignore[arg-type]
-    for label, (shape, dtype) in stored.items():
-        placed[label] = Part(-(-end // PART_ALIGNMENT) * PART_ALIGNMENT, shape, dtype)
+    assert spec.axis is not None
+    stored = storage(spec.format, spec.shape, spec.axis, spec.segments or None, spec.atoms)
+    for label, (shape, element) in stored.items():
+        placed[label] = Part(-(-end // PART_ALIGNMENT) * PART_ALIGNMENT, shape, element)
         end = placed[label].end
     return placed
 
