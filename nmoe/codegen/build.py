@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,6 +26,7 @@ from nmoe.codegen.cache import Cache, Entry
 from nmoe.codegen.problem import Config, Problem
 from nmoe.codegen.report import COLUMNS, cells, disassemble, tool
 from nmoe.codegen.spec import KernelSpec
+from nmoe.errors import UserError
 
 
 @dataclass
@@ -78,13 +80,23 @@ def build(
 
 
 def _require_compiler(work: Sequence[KernelSpec], root: Path) -> None:
+    """Raises CompilerError when the kernels that are missing can be neither built here nor kept."""
+    names = list(dict.fromkeys(spec.name for spec in work))
+    shown = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+    missing = f"{len(work)} kernels ({shown}) are not in the cache {root}"
     try:
         compiler.check_toolchain()
     except compiler.CompilerError as error:
-        names = sorted({spec.name for spec in work})
         raise compiler.CompilerError(
-            f"{len(work)} kernels are not in the cache {root} ({', '.join(names)}), and this machine cannot build "
-            f"them: {error}; or bring a cache that nmoe compile has filled elsewhere, with the same nmoe"
+            f"{missing}, and cannot be built here: {error}; or bring a cache that nmoe compile has filled elsewhere, "
+            "with the same nmoe"
+        ) from None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise compiler.CompilerError(
+            f"{missing}, which cannot be written ({error.strerror}): choose another by --cache or NMOE_HOME"
         ) from None
 
 
@@ -128,6 +140,12 @@ def emit(result: Build, folder: Path) -> str:
     """Writes each kernel's PTX, machine code (where nvdisasm is installed) and report to a folder of its own, named
     by what it computes and its key; returns a line that says so."""
     ready = {**result.warm, **result.built}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--emit {folder}: cannot be written ({error.strerror}): name another folder"
+        ) from None
     for spec, entry in ready.items():
         place = folder / f"{spec.name}-{spec.key}"
         place.mkdir(parents=True, exist_ok=True)

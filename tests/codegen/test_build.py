@@ -94,6 +94,31 @@ def test_what_has_no_template_is_named(moonlet: list[KernelSpec], tmp_path: Path
 
 
 @pytest.mark.usefixtures("compiler")
+def test_a_cache_that_cannot_be_written_is_an_error_before_anything_is_compiled(
+    moonlet: list[KernelSpec], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(compiler.CompilerError) as error:
+        build(moonlet, tmp_path / "file" / "kernels")
+    assert str(error.value) == (
+        f"6 kernels (grouped_gemm.fprop, grouped_gemm.wgrad, grouped_gemm.dgrad) are not in the cache {tmp_path}/file/"
+        "kernels, which cannot be written (Not a directory): choose another by --cache or NMOE_HOME"
+    )
+
+
+def test_without_the_compiler_the_remedies_are_named(
+    moonlet: list[KernelSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nmoe.codegen.compiler.TOOLCHAIN", {"nvidia-no-such-compiler": "1.0"})
+    with pytest.raises(compiler.CompilerError) as error:
+        build(moonlet, tmp_path)
+    assert str(error.value).endswith(
+        "and cannot be built here: kernels are compiled with nvidia-no-such-compiler 1.0, found nothing: pip install "
+        "nvidia-no-such-compiler==1.0; or bring a cache that nmoe compile has filled elsewhere, with the same nmoe"
+    )
+
+
+@pytest.mark.usefixtures("compiler")
 def test_a_failing_kernel_fails_alone(
     moonlet: list[KernelSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +141,9 @@ def test_hoppers_products_follow_each_other_without_waits(role: Role, epilogue: 
     cubin = compiler.generate(problem, cost.choose(problem, "sm_90a"), "sm_90a")["kernel.cubin"]
     products = [line for line in (report.disassemble(cubin) or "").splitlines() if "HGMMA" in line]
     slices = sum("gsb0" in line for line in products)
-    assert slices > 1 and len(products) == 4 * slices, "a slice is four products, and only its last is committed"
+    assert slices > 1 and len(products) == 4 * slices, (
+        "a slice is four products, and only its last is committed"
+    )
 
 
 @pytest.mark.usefixtures("compiler")
