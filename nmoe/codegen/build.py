@@ -67,22 +67,23 @@ def build(
             result.warm[spec] = entry
         else:
             work.append(spec)
-    if work:
-        _require_compiler(work, root)
-        _compile(work, root, workers, result, progress)
     result.repaired = sorted(set(cache.quarantined()) - before)
+    if work:
+        _require_compiler(work, result.repaired, root)
+        _compile(work, root, workers, result, progress)
     result.seconds = time.monotonic() - begin
     return result
 
 
-def _require_compiler(work: Sequence[KernelSpec], root: Path) -> None:
+def _require_compiler(work: Sequence[KernelSpec], damaged: Sequence[str], root: Path) -> None:
     try:
         compiler.check_toolchain()
     except compiler.CompilerError as error:
         names = sorted({spec.name for spec in work})
+        aside = f"; damaged and set aside: {', '.join(damaged)}" if damaged else ""
         raise compiler.CompilerError(
-            f"{len(work)} kernels are not in the cache {root} ({', '.join(names)}), and this machine cannot build "
-            f"them: {error}; or bring a cache that nmoe compile has filled elsewhere, with the same nmoe"
+            f"{len(work)} kernels are not in the cache {root} ({', '.join(names)}{aside}), and this machine cannot "
+            f"build them: {error}; or bring a cache that nmoe compile has filled elsewhere, with the same nmoe"
         ) from None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -30,6 +31,9 @@ from nmoe.errors import UserError
 
 # Exactly the versions that the templates were verified with; part of every key.
 TOOLCHAIN = {"nvidia-cutlass-dsl": "4.8.1", "apache-tvm-ffi": "0.1.15.post2"}
+COMPILER = (
+    "dsl_packages/cutlass/_mlir/_mlir_libs/_cutlass_ir*.so"  # what a machine that only runs kernels may lack
+)
 PACKAGE = Path(__file__).parents[1]
 IMPORT = re.compile(r"^\s*from (nmoe[.\w]*) import (?:\(([^)]*)\)|([^\n#]*))", re.MULTILINE)
 
@@ -70,7 +74,7 @@ def problem_key(problem: Problem, config: Config | None, target: str) -> str:
 
 
 def check_toolchain() -> None:
-    """Raises when the compiler, in its pinned version, or gcc is missing."""
+    """Raises CompilerError when the compiler, in its pinned version, or gcc is missing."""
     for package, wanted in TOOLCHAIN.items():
         try:
             found = importlib.metadata.version(package)
@@ -80,8 +84,18 @@ def check_toolchain() -> None:
             raise CompilerError(
                 f"kernels are compiled with {package} {wanted}, found {found}: pip install {package}=={wanted}"
             )
+    if not any(next(root.glob(COMPILER), None) for root in map(Path, _package_folders())):
+        raise CompilerError(
+            "kernels are compiled with nvidia-cutlass-dsl, found its runtime library alone (no "
+            f"{Path(COMPILER).name}): pip install --force-reinstall nvidia-cutlass-dsl, in the same version"
+        )
     if shutil.which("gcc") is None:
         raise CompilerError("kernels are linked with gcc, found none: apt-get install gcc")
+
+
+def _package_folders() -> list[str]:
+    found = importlib.util.find_spec("nvidia_cutlass_dsl")
+    return list(found.submodule_search_locations or ()) if found else []
 
 
 def compile_kernel(spec: KernelSpec, config: Config, cache: Cache) -> Entry:

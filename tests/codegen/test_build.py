@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,23 @@ def test_a_damaged_kernel_is_rebuilt_and_reported(
     again = build(moonlet, root, workers=1)
     assert list(again.built) == [spec] and len(again.warm) == 5
     assert "damaged entry set aside and rebuilt: " in format_build("moonlet", again)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_damaged_kernel_where_nothing_can_be_built(
+    moonlet: list[KernelSpec],
+    built: tuple[Path, Build, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = shutil.copytree(built[0], tmp_path / "kernels")
+    next(iter(build(moonlet, root).warm.values())).library.write_bytes(b"")
+    monkeypatch.setattr(compiler, "_package_folders", list)
+    with pytest.raises(
+        compiler.CompilerError,
+        match=r"1 kernels are not in .*; damaged and set aside: .*/kernel\.so: its SHA-256.*runtime library alone",
+    ):
+        build(moonlet, root)
 
 
 def test_what_has_no_template_is_named(moonlet: list[KernelSpec], tmp_path: Path) -> None:
