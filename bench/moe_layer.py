@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -438,7 +439,7 @@ def build(folder: Path, precision: str, only: str, workers: int) -> None:
     found = {}
     for shape in shapes(precision, only).values():
         found |= specs(schedule_of(shape, precision, binding.kernels(TARGET, folder)))
-    made = build_kernels(list(found), folder, workers=workers, progress=lambda line: print(line, flush=True))
+    made = build_kernels(list(found), folder, workers=workers, progress=sys.stdout)
     print(format_build(f"moe_layer, {precision}", made))
 
 
