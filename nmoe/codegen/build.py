@@ -71,19 +71,20 @@ def build(
             result.warm[spec] = entry
         else:
             work.append(spec)
-    if work:
-        _require_compiler(work, root)
-        _compile(work, root, workers, result, progress)
     result.repaired = sorted(set(cache.quarantined()) - before)
+    if work:
+        _require_compiler(work, result.repaired, root)
+        _compile(work, root, workers, result, progress)
     result.seconds = time.monotonic() - begin
     return result
 
 
-def _require_compiler(work: Sequence[KernelSpec], root: Path) -> None:
+def _require_compiler(work: Sequence[KernelSpec], damaged: Sequence[str], root: Path) -> None:
     """Raises CompilerError when the kernels that are missing can be neither built here nor kept."""
     names = list(dict.fromkeys(spec.name for spec in work))
     shown = ", ".join(names[:3]) + ", …" * (len(names) > 3)
-    missing = f"{len(work)} kernels ({shown}) are not in the cache {root}"
+    aside = f" (damaged and set aside: {', '.join(damaged)})" if damaged else ""
+    missing = f"{len(work)} kernels ({shown}) are not in the cache {root}{aside}"
     try:
         compiler.check_toolchain()
     except compiler.CompilerError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -30,6 +31,9 @@ from nmoe.errors import UserError
 
 # Exactly the versions that the templates were verified with; part of every key.
 TOOLCHAIN = {"nvidia-cutlass-dsl": "4.8.1", "apache-tvm-ffi": "0.1.15.post2"}
+COMPILER = (
+    "dsl_packages/cutlass/_mlir/_mlir_libs/_cutlass_ir*.so"  # what a machine that only runs kernels may lack
+)
 PACKAGE = Path(__file__).parents[1]
 IMPORT = re.compile(r"^\s*from (nmoe[.\w]*) import (?:\(([^)]*)\)|([^\n#]*))", re.MULTILINE)
 
@@ -71,7 +75,7 @@ def problem_key(problem: Problem, config: Config | None, target: str) -> str:
 
 
 def check_toolchain() -> None:
-    """Raises when the compiler, in its pinned version, or gcc is missing."""
+    """Raises CompilerError when the compiler, in its pinned version, or gcc is missing."""
     for package, wanted in TOOLCHAIN.items():
         try:
             found = importlib.metadata.version(package)
@@ -81,8 +85,18 @@ def check_toolchain() -> None:
             raise CompilerError(
                 f"kernels are compiled with {package} {wanted}, found {found}: pip install {package}=={wanted}"
             )
+    if not any(next(root.glob(COMPILER), None) for root in map(Path, _package_folders())):
+        raise CompilerError(
+            "kernels are compiled with nvidia-cutlass-dsl, found its runtime library alone (no "
+            f"{Path(COMPILER).name}): pip install --force-reinstall nvidia-cutlass-dsl, in the same version"
+        )
     if shutil.which("gcc") is None:
         raise CompilerError("kernels are linked with gcc, found none: apt-get install gcc")
+
+
+def _package_folders() -> list[str]:
+    found = importlib.util.find_spec("nvidia_cutlass_dsl")
+    return list(found.submodule_search_locations or ()) if found else []
 
 
 def compile_kernel(spec: KernelSpec, config: Config, cache: Cache) -> Entry:
@@ -115,6 +129,7 @@ def generate(problem: Problem, config: Config, target: str) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         compiled = trace(problem, config, target)
+        check_ptx(compiled.__ptx__)
         compiled.export_to_c(str(folder / "kernel.o"), FUNCTION)
         library = folder / "kernel.so"
         done = subprocess.run(
@@ -124,6 +139,17 @@ def generate(problem: Problem, config: Config, target: str) -> dict[str, bytes]:
             raise CompilerError(f"gcc could not link a kernel: {done.stderr.strip()}")
         return {"kernel.so": library.read_bytes(), "kernel.ptx": compiled.__ptx__.encode(),
                 "kernel.cubin": compiled.__cubin__}  # fmt: skip
+
+
+def check_ptx(text: str) -> None:
+    """Raises CompilerError where ptxas would miscompile: of a register that is twice the same pair of FP8 codes, 12.8
+    and later make one F2FP.PACK_AB_MERGE_C, half of which is undefined."""
+    pairs = set(re.findall(r"cvt\.rn\.satfinite\.e\dm\dx2\.f32\s+(%rs\d+)", text))
+    if lost := pairs & set(re.findall(r"mov\.b32\s+%r\d+, \{\s*(%rs\d+), \1\s*\}", text)):
+        raise CompilerError(
+            f"a kernel's PTX makes a register of twice the pair of codes {min(lost)}, of which ptxas loses one: "
+            "convert each value once (templates/nvfp4.py, square_scales)"
+        )
 
 
 def trace(problem: Problem, config: Config, target: str, options: str = "") -> Any:
