@@ -192,7 +192,7 @@ class MoveProblem(RdepProblem):
         runs untuned: near the fastest on two H100s (docs/rdep.md), on half of the multiprocessors that it takes."""
         rows = 1 if self.channel == "rows" else max(1, min(8, 8192 // sum(self.parts)))
         found = []
-        for blocks, warps in product((16, 32, 8), (8, 4)):
+        for blocks, warps in product((24, 16, 32), (8, 4)):
             for stages in range(16, 2, -1):
                 config = RdepConfig(blocks, warps, stages, rows, stages // 2)
                 if not self.violations(config, target):
