@@ -316,6 +316,7 @@ def check_case(me: Rank, seed: int) -> None:
         expected += out
     same("sum", y.view(torch.int16), expected.bfloat16().view(torch.int16))
 
+    dist.barrier()  # from now on peers overwrite what was released
     # backward: other rows to the same slots; rows and a value each back
     second = (grads[rank].cuda(), *mine[1:])
     me.exchange.send_rows(second, None, routing, seed)

@@ -26,7 +26,8 @@ LINE = 16  # int64 words between flags: 128 bytes
 # What `addresses` int64[ranks, len(COLUMNS)] holds: where each buffer of the symmetric heap lies on each rank.
 COLUMNS = ("flags", "counts", "origin", "value", "data", "scale", "returned", "returned value")
 # Words of `state` int64[len(STATE)], this rank's own: the epoch of the last transfer that it sent on each channel,
-# thread blocks that are done, units that `move` has given out, whether a layer overflowed, ns that a wait may last, where the host reads of a fault.
+# thread blocks that are done, units that a launch of `move` has given out, whether a layer overflowed, ns that a wait
+# may last, where the host reads of a fault.
 STATE = ("counts", "rows", "returns", "done", "taken", "overflow", "timeout", "report")
 FLAGS = ("counts.full", "counts.free", "rows.full", "rows.free", "returns.full", "returns.free")
 # A fault, one row a peer of the host's report: what happened, to whom, in which layer, which flag and epoch was awaited

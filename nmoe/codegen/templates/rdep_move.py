@@ -4,7 +4,7 @@ A unit is a stage full of consecutive rows. Every warp works alone on a ring of 
 
     lane of the stage   take a unit ─▶ load it when the stores of the unit before have read the stage
                           global ── cp.async.bulk ──▶ stage, full[stage] counts the bytes
-    all lanes           wait full[stage]; lane l: destination l of the unit: one bulk store a part, origin and value by st
+    all lanes           wait full[stage]; lane l: destination l of the unit: one bulk store a part, origin, value by st
                           stage ── cp.async.bulk ──▶ peer;  commit_group;  wait_group.read behind
 
 so stages − behind units are being loaded and `behind` stored at any time. The first units of a warp are given, the
@@ -98,7 +98,7 @@ class Move(Kernel):
     @cute.jit
     def _send(self, link: Link, named: Named, stages: Stages, units: Int32, warp: Int32) -> None:
         """Units of rows to their destinations, until none is left."""
-        problem, config = self.problem, self.config
+        config = self.config
         lane, blocks = Int32(cute.arch.lane_idx()), Int32(cute.arch.grid_dim()[0])
         ahead = config.stages - config.behind
         given = blocks * config.warps * ahead
