@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from nmoe import autotune
@@ -21,6 +22,7 @@ from nmoe.autotune import Record
 from nmoe.codegen import compiler, families
 from nmoe.codegen.cache import Cache, Entry
 from nmoe.codegen.problem import Config, Problem
+from nmoe.codegen.rdep import RdepProblem
 from nmoe.codegen.report import disassemble, format_report, tool
 from nmoe.codegen.spec import KernelSpec
 
@@ -68,20 +70,35 @@ def build(
         else:
             work.append(spec)
     if work:
-        _require_compiler(work, root)
+        _require_compiler([spec.name for spec in work], root)
         _compile(work, root, workers, result, progress)
     result.repaired = sorted(set(cache.quarantined()) - before)
     result.seconds = time.monotonic() - begin
     return result
 
 
-def _require_compiler(work: Sequence[KernelSpec], root: Path) -> None:
+def build_transfers(problems: Sequence[RdepProblem], target: str, root: Path, workers: int = 0) -> str:
+    """RDEP's kernels, which no spec states: as `build` does. Returns a line that says what was done."""
+    begin, cache = time.monotonic(), Cache(root)
+    keys = {p: compiler.problem_key(p, p.untuned(target), target) for p in problems}
+    work = [problem for problem, key in keys.items() if not cache.get(key, target)]
+    if work:
+        _require_compiler([str(problem) for problem in work], root)
+        with _workers(workers, len(work)) as pool:
+            list(pool.map(partial(_transfer, target=target, root=root), work))
+    return (
+        f"RDEP: {len(keys)} kernels ready ({len(keys) - len(work)} cached, {len(work)} built), "
+        f"{time.monotonic() - begin:.1f} s"
+    )
+
+
+def _require_compiler(names: Sequence[str], root: Path) -> None:
     try:
         compiler.check_toolchain()
     except compiler.CompilerError as error:
-        names = sorted({spec.name for spec in work})
+        listed = ", ".join(sorted(set(names)))
         raise compiler.CompilerError(
-            f"{len(work)} kernels are not in the cache {root} ({', '.join(names)}), and this machine cannot build "
+            f"{len(names)} kernels are not in the cache {root} ({listed}), and this machine cannot build "
             f"them: {error}; or bring a cache that nmoe compile has filled elsewhere, with the same nmoe"
         ) from None
 
@@ -93,9 +110,7 @@ def _compile(
     result: Build,
     progress: Callable[[str], None],
 ) -> None:
-    count = min(workers or len(os.sched_getaffinity(0)), len(work))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_start) as pool:
+    with _workers(workers, len(work)) as pool:
         futures = {pool.submit(_one, spec.json(), result.chosen[spec][1], root): spec for spec in work}
         for done, future in enumerate(as_completed(futures), 1):
             spec = futures[future]
@@ -110,6 +125,13 @@ def _compile(
             )
 
 
+def _workers(count: int, work: int) -> ProcessPoolExecutor:
+    """Processes for so much work: `count`, or one a core."""
+    context = multiprocessing.get_context("spawn")
+    count = min(count or len(os.sched_getaffinity(0)), work)
+    return ProcessPoolExecutor(count, mp_context=context, initializer=_start)
+
+
 def _start() -> None:
     """A worker hears of Ctrl-C from its parent, sees no GPU and prints nothing of its own."""
     import signal
@@ -122,6 +144,10 @@ def _start() -> None:
 
 def _one(spec: str, config: Config, root: Path) -> Entry:
     return compiler.compile_kernel(KernelSpec.from_json(spec), config, Cache(root))
+
+
+def _transfer(problem: RdepProblem, target: str, root: Path) -> None:
+    compiler.compile_problem(problem, problem.untuned(target), target, Cache(root))
 
 
 def emit(result: Build, folder: Path) -> str:
