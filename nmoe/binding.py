@@ -10,6 +10,7 @@ nobody takes them for kernels.
 from __future__ import annotations
 
 import fcntl
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,9 +100,10 @@ def launcher(schedules: Sequence[Schedule], say: Callable[[str], None]) -> CudaL
     device_of(schedules[0].target)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # references sum in FP32
     root = default_root()
+    wanted = list(dict.fromkeys(spec for s in schedules for spec in specs(s)))
     transfers = list(dict.fromkeys(problem for s in schedules for problem in transfers_of(s)))
     with _alone(root):
-        made = build(list(dict.fromkeys(spec for s in schedules for spec in specs(s))), root, progress=say)
+        made = build(wanted, root, progress=sys.stderr)
         moved = build_transfers(transfers, schedules[0].target, root)
     if made.failed:
         name, why = next((spec.name, why) for spec, why in made.failed.items())

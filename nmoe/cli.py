@@ -69,14 +69,11 @@ def _compile(args: argparse.Namespace) -> int:
     from nmoe.codegen.build import build, build_transfers, emit, format_build
     from nmoe.codegen.rdep import transfers_of
 
-    def progress(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     if args.tune:
         from nmoe.autotune.measure import tune_all
 
         tune_all(list(uses), root, _line)
-    result = build(list(uses), root, workers=args.workers or 0, progress=progress)
+    result = build(list(uses), root, workers=args.workers or 0, progress=sys.stderr)
     _line(format_build(config.run.name, result))
     if transfers := transfers_of(schedule):
         _line(build_transfers(transfers, config.target.device, root, args.workers or 0))
