@@ -170,7 +170,7 @@ class Rank:
         from nmoe.rdep.symmetric import Heap
 
         self.shape, self.rank, self.folder = shape, rank, folder
-        self.heap = Heap(shape, timeout=timeout)
+        self.heap = Heap(shape.mailboxes() | shape.slots(), range(RANKS), timeout=timeout)
         self.exchange = self.with_configs({})
 
     def with_configs(self, configs: dict[str, RdepConfig]) -> Exchange:
@@ -458,7 +458,7 @@ def speed(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> Non
 
     from cuda.bindings import runtime
 
-    size = min(int(wire), shape.buffers()["data"].bytes)
+    size = min(int(wire), shape.slots()["data"].bytes)
     to, source = (
         int(heap.addresses[1 - rank, COLUMNS.index("data")]),
         torch.empty(size, dtype=torch.uint8, device="cuda"),

@@ -9,18 +9,21 @@ nobody takes them for kernels.
 
 from __future__ import annotations
 
+import fcntl
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from nmoe import autotune
 from nmoe.codegen import families
-from nmoe.codegen.build import build
+from nmoe.codegen.build import build, build_transfers
 from nmoe.codegen.cache import Cache, default_root
 from nmoe.codegen.launch import CudaLauncher, device_of
 from nmoe.codegen.problem import EXTENTS, PARTS, ROWS, Operand, Problem, resolve, stored_formats
+from nmoe.codegen.rdep import transfers_of
 from nmoe.codegen.spec import KernelSpec, spec_of, specs
 from nmoe.config import Config
 from nmoe.errors import UserError
@@ -80,9 +83,9 @@ def lowered(config: Config, sequences: int = 0, root: Path | None = None) -> Sch
 
 
 def by_torch(schedule: Schedule) -> str:
-    """What has no kernel: "run by torch: attention 12x, …"."""
+    """What has no kernel: "run by torch: attention 12x, …". Transfers between ranks have kernels of their own."""
     calls = (call for call in schedule.calls if call.workspace is None and call.phase != "init")
-    kinds = Counter(op.kind for call in calls for op in call.ops)
+    kinds = Counter(op.kind for call in calls for op in call.ops if op.attrs.get("ranks", 1) == 1)
     listed = ", ".join(f"{kind} {count}x" for kind, count in kinds.most_common())
     return f"run by torch: {listed or 'nothing'}"
 
@@ -97,14 +100,27 @@ def launcher(schedules: Sequence[Schedule], say: Callable[[str], None]) -> CudaL
     device_of(schedules[0].target)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # references sum in FP32
     root = default_root()
-    made = build(list(dict.fromkeys(spec for s in schedules for spec in specs(s))), root, progress=sys.stderr)
+    wanted = list(dict.fromkeys(spec for s in schedules for spec in specs(s)))
+    transfers = list(dict.fromkeys(problem for s in schedules for problem in transfers_of(s)))
+    with _alone(root):
+        made = build(wanted, root, progress=sys.stderr)
+        moved = build_transfers(transfers, schedules[0].target, root)
     if made.failed:
         name, why = next((spec.name, why) for spec, why in made.failed.items())
         raise UserError(f"{len(made.failed)} kernels could not be built, first {name}: {why}")
     say(f"kernels: {len(made.warm)} from {root}, {len(made.built)} built, {made.seconds:.1f} s")
-    for note in dict.fromkeys(map(by_torch, schedules)):
+    for note in dict.fromkeys([*([moved] if transfers else []), *map(by_torch, schedules)]):
         say(note)
     return CudaLauncher(Cache(root))
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """The ranks of a run build one after the other: all but the first find the kernels there."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "building").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def bind(

@@ -66,7 +66,8 @@ def _compile(args: argparse.Namespace) -> int:
     if args.list or not uses:
         _line(format_specs(config, uses))
         return 0
-    from nmoe.codegen.build import build, emit, format_build
+    from nmoe.codegen.build import build, build_transfers, emit, format_build
+    from nmoe.codegen.rdep import transfers_of
 
     if args.tune:
         from nmoe.autotune.measure import tune_all
@@ -74,6 +75,8 @@ def _compile(args: argparse.Namespace) -> int:
         tune_all(list(uses), root, _line)
     result = build(list(uses), root, workers=args.workers or 0, progress=sys.stderr)
     _line(format_build(config.run.name, result))
+    if transfers := transfers_of(schedule):
+        _line(build_transfers(transfers, config.target.device, root, args.workers or 0))
     _line(by_torch(schedule))
     if args.emit:
         _line(emit(result, args.emit))

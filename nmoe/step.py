@@ -96,13 +96,11 @@ class Step:
         self.tensors |= dict(zip(counted, sums.split([*sizes, len(sums) - sum(sizes)]), strict=False))
         self._replicated = (self.parameters.grad[: self.parameters.experts], sums)
         self._experts = self.parameters.grad[self.parameters.experts :]
-        # A GPU adds its micro-batches in place: it has no room for partial sums.
-        terms = self.micro_batches if device.type == "cpu" else 1
-        self._sums = Accumulator((self.parameters.grad, sums), terms)
-        arena = torch.empty(max(s.arena_bytes for s in self.schedules), dtype=torch.uint8, device=device)
-        self.executors = [
-            Executor(s, self.tensors, arena, launcher, self.ranks.implementations) for s in self.schedules
-        ]
+        # A GPU adds its micro-batches in place, for it has no room for partial sums, and those of all ranks at the end.
+        self._in_tree = device.type == "cpu"
+        self._sums = Accumulator((self.parameters.grad, sums), self.micro_batches if self._in_tree else 1)
+        arena, moved = self.ranks.place(max(s.arena_bytes for s in self.schedules), device, launcher)
+        self.executors = [Executor(s, self.tensors, arena, launcher, moved) for s in self.schedules]
         self._losses = {n: t for n, t in self.tensors.items() if n.startswith("loss.")}
         self._loads = {n.removesuffix(".load"): t for n, t in self.tensors.items() if n.endswith(".load")}
         self._biases = {
@@ -130,7 +128,8 @@ class Step:
                 self.tensors[model.COUNTER].fill_(turn)
                 self._feed(batch, slice(micro * self.sequences, (micro + 1) * self.sequences))
                 executor.run("micro")
-                self._add_up()
+                if self._in_tree or micro + 1 == self.micro_batches:
+                    self._add_up()
         with self._range("optimizer"):
             losses = {name.removeprefix("loss."): float(t) for name, t in self._losses.items()}
             norms = self._grad_norms()

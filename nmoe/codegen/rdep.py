@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import TOKENS, Config, Operand, Problem
+from nmoe.schedule import Schedule
 
 TILES, SLOTS = -4, -5  # dynamic extents: tiles of choices, slots or tokens that are moved
 THREADS = 256
@@ -78,6 +79,10 @@ class RdepProblem(Problem):
 
     def configs(self, target: str) -> list[RdepConfig]:
         return [RdepConfig()]
+
+    def untuned(self, target: str) -> RdepConfig:
+        """The first of `configs`: what runs."""
+        return self.configs(target)[0]
 
     def violations(self, config: RdepConfig, target: str) -> list[str]:
         found = []
@@ -258,3 +263,38 @@ class CombineProblem(RdepProblem):
 
     def template(self, target: str) -> str:
         return "rdep_combine.Combine"
+
+
+def transfers(
+    ranks: int, experts: int, topk: int, align: int, parts: tuple[int, ...], width: int
+) -> dict[str, RdepProblem]:
+    """Every kernel of a layer's forward and backward, by the step of nmoe.rdep.device.Exchange that launches it."""
+
+    def move(channel: Channel, parts: tuple[int, ...], describes: bool) -> MoveProblem:
+        return MoveProblem(ranks, channel, parts, topk, experts // ranks, describes)
+
+    returned = (2 * width,)
+    return {
+        "send_counts": CountProblem(ranks, experts, topk),
+        "receive_counts": PlaceProblem(ranks, experts, topk, align),
+        "send_rows": move("rows", parts, True),
+        "resend_rows": move("rows", parts, False),
+        "receive_rows": FlagProblem(ranks, "await"),
+        "release_rows": FlagProblem(ranks, "raise"),
+        "send_returns": move("returns", returned, False),
+        "send_returns_values": move("returns", returned, True),
+        "receive_returns": CombineProblem(ranks, topk, width),
+    }
+
+
+def transfers_of(schedule: Schedule) -> list[RdepProblem]:
+    """What the layers of a schedule for several ranks launch. Rows travel in BF16."""
+    found: dict[RdepProblem, None] = {}
+    for op in schedule.graph.ops:
+        if op.kind == "dispatch" and "ranks" in op.attrs:
+            (width,) = schedule.graph.shape(op.outputs[0])[1:]
+            plan = next(o for o in schedule.graph.ops if o.kind == "moe_plan" and op.inputs[2] in o.outputs)
+            (topk,) = schedule.graph.shape(plan.inputs[0])[1:]
+            sizes = plan.attrs["ranks"], plan.attrs["experts"], topk, plan.attrs["align"]
+            found |= dict.fromkeys(transfers(*sizes, (2 * width,), width).values())
+    return list(found)

@@ -301,11 +301,11 @@ def match(spec: KernelSpec) -> RoutingProblem | str:
     addends = len(spec.parts) - 1
     if addends and not (anchor.kind == "combine" and all(part.kind == "add" for part in spec.parts[1:])):
         return f"no template for {' + '.join(map(str, spec.parts))} yet"
+    if anchor.kind in ("moe_plan", "dispatch", "combine") and attrs.get("ranks", 1) > 1:
+        return f"{anchor.kind} of {attrs['ranks']} ranks is several kernels of RDEP (codegen/rdep.py)"
     problem: RoutingProblem
     if anchor.kind == "moe_plan":
         problem = PlanProblem(attrs["experts"], int(ins[0].shape[1]), attrs["align"])
-        if attrs["ranks"] != 1:
-            return f"a plan of {attrs['ranks']} ranks is made by RDEP"
     elif anchor.kind in ("dispatch", "combine"):
         rows, given, slots, _, offsets = (None if i is None else spec.values[i] for i in anchor.inputs)
         assert rows and slots and offsets
