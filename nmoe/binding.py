@@ -9,6 +9,7 @@ nobody takes them for kernels.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def launcher(schedules: Sequence[Schedule], say: Callable[[str], None]) -> CudaL
     device_of(schedules[0].target)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # references sum in FP32
     root = default_root()
-    made = build(list(dict.fromkeys(spec for s in schedules for spec in specs(s))), root, progress=say)
+    made = build(list(dict.fromkeys(spec for s in schedules for spec in specs(s))), root, progress=sys.stderr)
     if made.failed:
         name, why = next((spec.name, why) for spec, why in made.failed.items())
         raise UserError(f"{len(made.failed)} kernels could not be built, first {name}: {why}")

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from nmoe.codegen import families
-from nmoe.codegen.cache import FUNCTION, Cache, Entry
+from nmoe.codegen.cache import FORMAT, FUNCTION, Cache, Entry
 from nmoe.codegen.problem import Config, Operand, Problem
-from nmoe.codegen.report import resources
+from nmoe.codegen.report import resources, stated
 from nmoe.codegen.spec import KernelSpec
 from nmoe.errors import UserError
 
@@ -65,6 +65,7 @@ def problem_key(problem: Problem, config: Config | None, target: str) -> str:
     parts = {
         "family": problem.family, "problem": asdict(problem), "config": config and config.json(), "target": target,
         "sources": sources(problem.template(target).split(".")[0]), "toolchain": TOOLCHAIN, "host": "x86_64-linux",
+        "format": FORMAT,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -102,7 +103,8 @@ def compile_problem(problem: Problem, config: Config, target: str, cache: Cache)
     files = generate(problem, config, target)
     report = {
         "family": problem.family, "problem": asdict(problem), "target": target, "config": str(config),
-        "shared_bytes": problem.shared_bytes(config, target), **resources(files["kernel.cubin"]),
+        "stages": getattr(config, "stages", 0), "shared_bytes": problem.shared_bytes(config, target),
+        **stated(files["kernel.ptx"].decode()), **resources(files["kernel.cubin"]),
         "seconds": round(time.monotonic() - begin, 2),
     }  # fmt: skip
     return cache.put(key, target, files, report)
