@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -90,10 +90,24 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """One function of a Triton template: its arguments, which are operands, scalars and "tokens", the extent; its
+    constants; warps and stages; and the grid for the values of its arguments that are numbers."""
+
+    function: str
+    arguments: tuple[str, ...]
+    constants: Mapping[str, int]
+    warps: int
+    stages: int
+    grid: Callable[[Mapping[str, Any]], tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
 class Problem(ABC):
     """What a kernel computes, as its template sees it. Subclasses are frozen dataclasses of plain values."""
 
     family: ClassVar[str]
+    language: ClassVar[Literal["cutedsl", "triton"]] = "cutedsl"  # of its template
 
     @abstractmethod
     def operands(self, config: Any) -> tuple[Operand, ...]:
@@ -116,7 +130,11 @@ class Problem(ABC):
     @abstractmethod
     def template(self, target: str) -> str:
         """ "module.Class" under nmoe.codegen.templates. `Class(problem, config)` is called with the operands, the
-        number of clusters and the stream."""
+        number of clusters and the stream. In Triton the module of the functions that `launches` names."""
+
+    def launches(self, config: Any) -> tuple[Launch, ...]:
+        """What a Triton kernel launches, in order."""
+        raise NotImplementedError(f"{self.family} is not written in Triton")
 
     @abstractmethod
     def clusters(self, config: Any, sms: int) -> int:
