@@ -153,11 +153,15 @@ def time_attention(launcher: CudaLauncher) -> None:
             print(f"torch {name}: {str(error).splitlines()[0]}", flush=True)
 
 
-def time_loss(launcher: CudaLauncher) -> None:
+def copy_rate() -> float:
+    """GB/s, read and written."""
     source = torch.randn(1 << 29, device="cuda").bfloat16()
     target = torch.empty_like(source)
-    copied = 2 * source.nbytes / median(lambda: target.copy_(source)) / 1e6
-    del source, target
+    return 2 * source.nbytes / median(lambda: target.copy_(source)) / 1e6
+
+
+def time_loss(launcher: CudaLauncher) -> None:
+    copied = copy_rate()
     for problem in LOSSES:
         rows = min(16384, (1 << 31) // problem.vocabulary)
         config = problem.configs(TARGET)[0]
