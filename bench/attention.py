@@ -35,13 +35,12 @@ TARGET = "sm_90a"
 SEQUENCES, SEQ_LEN, HEADS, NOPE, ROPE, VALUE = 4, 4096, 16, 128, 64, 128
 FORWARD = AttentionProblem("forward", HEADS, NOPE, ROPE, VALUE)
 BACKWARD = replace(FORWARD, kind="backward")
-QUERIES = (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 2))
+QUERIES = (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 4), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3))
 GRADIENTS = (
-    (Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 2)),
-    (Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2)),
-    (Blocks(128, 32, 8, 3), Blocks(64, 128, 8, 2)),
-    (Blocks(64, 64, 8, 2), Blocks(32, 128, 8, 3)),
-    (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
+    (Blocks(128, 64, 8, 3), Blocks(32, 128, 8, 3)),
+    (Blocks(128, 32, 8, 3), Blocks(32, 128, 8, 4)),
+    (Blocks(128, 32, 8, 4), Blocks(64, 128, 8, 2)),
+    (Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 3)),
 )
 LOSSES = (CrossEntropyProblem(201088), CrossEntropyProblem(32768), CrossEntropyProblem(4096))
 

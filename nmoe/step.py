@@ -26,6 +26,7 @@ from nmoe.ranks import Ranks
 from nmoe.rdep.sums import ROW
 
 Range = Callable[[str], AbstractContextManager]
+ALIGNED = 4  # FP32 numbers of 16 bytes, on which a kernel's operands begin
 
 
 class NonFinite(UserError):
@@ -91,9 +92,10 @@ class Step:
         self.optimizer = AdamW(self.parameters, config.optim)
         self.tensors = allocate(self.schedule, "state", "input", device=device) | self.parameters.tensors()
         counted = [n for n in self.tensors if n.startswith("loss.") or n.endswith(".load")]
-        sizes = [self.tensors[n].numel() for n in counted]
+        sizes = [-(-self.tensors[n].numel() // ALIGNED) * ALIGNED for n in counted]
         sums = _rows(sum(sizes)).to(device)
-        self.tensors |= dict(zip(counted, sums.split([*sizes, len(sums) - sum(sizes)]), strict=False))
+        parts = sums.split([*sizes, len(sums) - sum(sizes)])
+        self.tensors |= {n: part[: self.tensors[n].numel()] for n, part in zip(counted, parts, strict=False)}
         self._replicated = (self.parameters.grad[: self.parameters.experts], sums)
         self._experts = self.parameters.grad[self.parameters.experts :]
         # A GPU adds its micro-batches in place: it has no room for partial sums.

@@ -46,7 +46,7 @@ class AttentionConfig(Config):
 # The fastest measured by bench/attention.py on an H100; on a B200 nothing has been measured.
 CONFIGS: dict[tuple[str, Pass], AttentionConfig] = {
     ("sm_90a", "forward"): AttentionConfig(Blocks(128, 64, 8, 3)),
-    ("sm_90a", "backward"): AttentionConfig(Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 2)),
+    ("sm_90a", "backward"): AttentionConfig(Blocks(128, 64, 8, 3), Blocks(32, 128, 8, 3)),
     ("sm_100a", "forward"): AttentionConfig(Blocks(128, 64, 8, 3)),
     ("sm_100a", "backward"): AttentionConfig(Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
 }

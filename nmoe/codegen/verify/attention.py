@@ -2,8 +2,8 @@
 
 With u = 2^-24 and exact products of BF16: a score is a sum of nope + rope products, scaled, within (nope + rope + 4) ·
 2u of the sum of magnitudes (tensor cores may truncate), which is `slack` at most over a query's keys; a probability is
-then within a factor exp(slack + 2^-18), and rounded to BF16 where it is multiplied (2^-9). Sums over keys or queries
-add (their number) · 2u of the magnitudes, stores 2^-9. Gradients take o and lse as they are given.
+then within a factor exp(slack + 2^-18), and rounded to BF16 where it is multiplied (2^-8). Sums over keys or queries
+add (their number) · 2u of the magnitudes, stores 2^-8. Gradients take o and lse as they are given.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nmoe.codegen.verify.base import Mismatch, Tensors
 from nmoe.codegen.verify.gemm import STORE, TINY, U
 from nmoe.codegen.verify.rows import DTYPES
 
-ROUND = 2.0**-9  # to BF16
+ROUND = 2.0**-8  # to BF16
 EXP = 2.0**-18  # of exp2, and of its argument's rounding where the maximum is subtracted
 DOCUMENT = 0.02  # chance that a token begins a document
 
