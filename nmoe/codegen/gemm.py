@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import ROWS, Config, Operand, Problem, per, quantized
 from nmoe.codegen.spec import KernelSpec
-from nmoe.formats import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES, BLOCK
+from nmoe.storage import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES, BLOCK
 
 Role = Literal["fprop", "dgrad", "wgrad"]
 Epilogue = Literal["store", "swiglu", "dswiglu", "accumulate"]

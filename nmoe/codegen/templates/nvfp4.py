@@ -9,7 +9,7 @@ import cutlass
 from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint32, cute
 
 from nmoe.codegen.templates.quantize import as_bits, as_float
-from nmoe.formats.block_scaled import FLT_MAX, HADAMARD_SIZE, SIGNS
+from nmoe.storage import FLT_MAX, HADAMARD_SIZE, SIGNS
 
 NVFP4_BLOCK = 16
 SCALE_MAX = 448.0 * 6.0  # what a tensor's amax becomes: both types' largest

@@ -17,7 +17,7 @@ from nmoe.codegen.rows import Copy
 from nmoe.codegen.templates import nvfp4, quantize
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.rows_body import line
-from nmoe.formats import ATOM_ROWS, ATOM_SCALES
+from nmoe.storage import ATOM_ROWS, ATOM_SCALES
 
 PAIRS = VECTOR // 2
 UNSIGNED = 0x7FFF_7FFF  # a pair of BF16 without signs
