@@ -26,7 +26,6 @@ from nmoe import binding, devices
 from nmoe.bench import synthetic
 from nmoe.codegen.build import build as build_kernels
 from nmoe.codegen.build import format_build
-from nmoe.codegen.spec import specs
 from nmoe.config import Config, load
 from nmoe.executor import executor_bytes
 from nmoe.predict import model_flops
@@ -184,7 +183,7 @@ def main() -> None:
     if args.action == "run":
         run()
         return
-    found = list(specs(binding.lowered(config())))
+    found = list(binding.needed(config(), [binding.lowered(config())]))
     made = build_kernels(found, args.folder / "kernels", progress=lambda line: print(line, flush=True))
     print(format_build("moonlet", made))
 

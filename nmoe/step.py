@@ -87,9 +87,11 @@ class Step:
         self.schedule = self.schedules[0]
         launcher, device = None, torch.device("cpu")
         if config.target.device != "cpu":
-            launcher, device = binding.launcher(self.schedules, say), device_of(config.target.device)
+            launcher, device = binding.launcher(config, self.schedules, say), device_of(config.target.device)
         self.parameters = Parameters(self.schedule.graph, device, self.ranks.share)
         self.optimizer = AdamW(self.parameters, config.optim)
+        if launcher is not None:
+            self.optimizer.bind(launcher, config.target.device)
         self.tensors = allocate(self.schedule, "state", "input", device=device) | self.parameters.tensors()
         counted = [n for n in self.tensors if n.startswith("loss.") or n.endswith(".load")]
         sizes = [-(-self.tensors[n].numel() // ALIGNED) * ALIGNED for n in counted]

@@ -17,7 +17,7 @@ from nmoe.codegen.compiler import problem_key
 from nmoe.codegen.driver import Functions
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import Problem
-from nmoe.codegen.triton import tokens
+from nmoe.codegen.triton import counts
 from nmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class CudaLauncher:
         kernel = self._kernel(problem, config, target)
         if isinstance(kernel, Functions):
             named = {o.name: a for o, a in zip(problem.operands(config), arguments, strict=True)}
-            return kernel.bind(problem.launches(config), named | {"tokens": tokens(problem, config, named)})
+            return kernel.bind(problem.launches(config), named | counts(problem, config, named))
         import torch
         import tvm_ffi
 

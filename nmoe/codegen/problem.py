@@ -17,9 +17,10 @@ from nmoe.errors import UserError
 from nmoe.storage import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES, BLOCK
 
 # Dynamic extents, known at launch: expert rows of the rank (spec.py's "R"), its tokens ("T"), positions of the rotary
-# table ("S").
-ROWS, TOKENS, POSITIONS = -1, -2, -3
-EXTENTS = {"R": ROWS, "T": TOKENS, "S": POSITIONS}
+# table ("S"), elements of a segment of parameters ("P").
+ROWS, TOKENS, POSITIONS, PARAMETERS = -1, -2, -3, -4
+EXTENTS = {"R": ROWS, "T": TOKENS, "S": POSITIONS, "P": PARAMETERS}
+COUNTS = {"tokens": TOKENS, "parameters": PARAMETERS}  # those that Triton's functions take as arguments
 
 VECTOR = 8  # BF16 in the 16 bytes that a thread loads at once
 
@@ -91,7 +92,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Launch:
-    """One function of a Triton template: its arguments, which are operands, scalars and "tokens", the extent; its
+    """One function of a Triton template: its arguments, which are operands, scalars and COUNTS; its
     constants; warps and stages; and the grid for the values of its arguments that are numbers."""
 
     function: str

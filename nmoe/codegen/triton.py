@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from nmoe.codegen.hardware import HARDWARE
-from nmoe.codegen.problem import TOKENS, Config, Launch, Problem
+from nmoe.codegen.problem import COUNTS, Config, Launch, Problem
 from nmoe.codegen.report import resources
 from nmoe.errors import UserError
 
@@ -89,7 +89,7 @@ def interpret(problem: Problem, config: Config, target: str, arguments: dict[str
 
     wide = {n: x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x
             for n, x in arguments.items()}  # fmt: skip
-    values = wide | {"tokens": tokens(problem, config, arguments)}
+    values = wide | counts(problem, config, arguments)
     with _interpreter():
         module = _interpreted(_module(problem, target))
         for launch in problem.launches(config):
@@ -101,10 +101,14 @@ def interpret(problem: Problem, config: Config, target: str, arguments: dict[str
             arguments[name].copy_(tensor)
 
 
-def tokens(problem: Problem, config: Config, arguments: dict[str, Any]) -> int:
-    """The extent TOKENS of the operands."""
-    operand = next(o for o in problem.operands(config) if TOKENS in o.shape)
-    return int(arguments[operand.name].shape[operand.shape.index(TOKENS)])
+def counts(problem: Problem, config: Config, arguments: dict[str, Any]) -> dict[str, int]:
+    """The dynamic extents of the operands, by the names that functions have for them."""
+    return {
+        name: int(arguments[operand.name].shape[operand.shape.index(extent)])
+        for name, extent in COUNTS.items()
+        for operand in problem.operands(config)
+        if extent in operand.shape
+    }
 
 
 @contextmanager

@@ -21,14 +21,14 @@ from nmoe import autotune
 from nmoe.codegen import compiler, families, triton
 from nmoe.codegen.problem import Config, Problem
 from nmoe.codegen.spec import KernelSpec
-from nmoe.codegen.verify import attention, gemm, loss, routing, rows
+from nmoe.codegen.verify import attention, gemm, loss, optimizer, routing, rows
 from nmoe.codegen.verify.base import Mismatch, Tensors
 from nmoe.errors import UserError
 
 ORACLES: dict[str, ModuleType] = {  # by Problem.family
     "gemm": gemm, "moe_plan": routing, "dispatch": routing, "combine": routing, "router": routing,
     "router_bwd": routing, "rows": rows, "attention": attention,
-    "cross_entropy": loss,
+    "cross_entropy": loss, "adamw": optimizer,
 }  # fmt: skip
 SCHEDULES = (1, 2)
 
