@@ -14,6 +14,7 @@ import argparse
 import os
 import re
 import statistics
+import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -184,7 +185,7 @@ def main() -> None:
         run()
         return
     found = list(binding.needed(config(), [binding.lowered(config())]))
-    made = build_kernels(found, args.folder / "kernels", progress=lambda line: print(line, flush=True))
+    made = build_kernels(found, args.folder / "kernels", progress=sys.stderr)
     print(format_build("moonlet", made))
 
 

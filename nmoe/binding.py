@@ -9,6 +9,7 @@ nobody takes them for kernels.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -105,7 +106,7 @@ def launcher(config: Config, schedules: Sequence[Schedule], say: Callable[[str],
     device_of(config.target.device)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # references sum in FP32
     root = default_root()
-    made = build(list(needed(config, schedules)), root, progress=say)
+    made = build(list(needed(config, schedules)), root, progress=sys.stderr)
     if made.failed:
         name, why = next((spec.name, why) for spec, why in made.failed.items())
         raise UserError(f"{len(made.failed)} kernels could not be built, first {name}: {why}")

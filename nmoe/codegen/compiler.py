@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from nmoe.codegen import families, triton
-from nmoe.codegen.cache import FUNCTION, Cache, Entry
+from nmoe.codegen.cache import FORMAT, FUNCTION, Cache, Entry
 from nmoe.codegen.problem import Config, Operand, Problem
-from nmoe.codegen.report import resources
+from nmoe.codegen.report import resources, stated
 from nmoe.codegen.spec import KernelSpec
 from nmoe.errors import UserError
 
@@ -66,6 +66,7 @@ def problem_key(problem: Problem, config: Config | None, target: str) -> str:
     parts: dict[str, Any] = {
         "family": problem.family, "problem": asdict(problem), "config": config and config.json(), "target": target,
         "sources": sources(problem.template(target).split(".")[0]), "toolchain": TOOLCHAIN, "host": "x86_64-linux",
+        "format": FORMAT,
     }  # fmt: skip
     if problem.language == "triton":
         parts["toolchain"] = TRITON
@@ -109,10 +110,10 @@ def compile_problem(problem: Problem, config: Config, target: str, cache: Cache)
         files, used = triton.generate(problem, config, target)
     else:
         files = generate(problem, config, target)
-        used = resources(files["kernel.cubin"])
+        used = stated(files["kernel.ptx"].decode()) | resources(files["kernel.cubin"])
     report = {
         "family": problem.family, "problem": asdict(problem), "target": target, "config": str(config),
-        "shared_bytes": problem.shared_bytes(config, target), **used,
+        "stages": getattr(config, "stages", 0), "shared_bytes": problem.shared_bytes(config, target), **used,
         "seconds": round(time.monotonic() - begin, 2),
     }  # fmt: skip
     return cache.put(key, target, files, report)

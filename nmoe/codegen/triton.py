@@ -32,7 +32,7 @@ def generate(problem: Problem, config: Config, target: str) -> tuple[dict[str, b
     module = importlib.import_module(f"nmoe.codegen.templates.{_module(problem, target)}")
     hardware = HARDWARE[target]
     files: dict[str, bytes] = {}
-    report: dict[str, Any] = {"functions": {}, "kernels": {}, "sass": {}}
+    report: dict[str, Any] = {"functions": {}, "tensor_columns": 0, "kernels": {}, "sass": {}}
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         for launch in problem.launches(config):
@@ -56,6 +56,7 @@ def generate(problem: Problem, config: Config, target: str) -> tuple[dict[str, b
             files |= {f"{launch.function}.cubin": cubin, f"{launch.function}.ptx": made.asm["ptx"].encode()}
             report["functions"][launch.function] = {"threads": 32 * used.num_warps, "shared": used.shared}
             found = resources(cubin)
+            report["tensor_columns"] = max(report["tensor_columns"], used.tmem_size)
             report["kernels"] |= found.get("kernels", {})
             for kind, counts in found.get("sass", {}).items():
                 total = report["sass"].setdefault(kind, {})

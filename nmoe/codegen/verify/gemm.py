@@ -3,7 +3,7 @@
 Bounds, with u = 2^-24. Products of BF16 are exact in FP32. A tensor core adds a step's products to the accumulator
 with truncation at FP32's last place or below it, so a sum of `d` terms is within (d / 16 + 16) · 4u of Σ|a·b|.
 Storing rounds by 2^-8 relative (BF16). sigmoid from ex2.approx and rcp.approx is within 2^-20 relative plus the
-error of its argument, |x|·log2(e)·u·2 in the exponent.
+error of its argument, |x|·log2(e)·u·2 in the exponent. dSwiGLU may round the gradient of act before it uses it.
 """
 
 from __future__ import annotations
@@ -226,14 +226,14 @@ def check(problem: GemmProblem, before: Tensors, after: Tensors) -> dict[str, fl
     # slope is a sum whose terms may cancel: its error is relative to the terms
     steep = sigma + silu.abs() * (2 - sigma)
     bound = torch.cat([
-        s * up.abs() * (product * slope.abs() + exact.abs() * steep * slack),
-        s * silu.abs() * (product + exact.abs() * slack),
+        s * up.abs() * (rounded * slope.abs() + exact.abs() * steep * slack),
+        s * silu.abs() * (rounded + exact.abs() * slack),
     ], 1)  # fmt: skip
     result("dh", want, bound)
     if problem.dense:
         return worst
     terms = (exact * silu * up).abs()
-    bound = (product * (silu * up).abs() + terms * slack).sum(1) + (problem.k + 8) * U * terms.sum(1)
+    bound = (rounded * (silu * up).abs() + terms * slack).sum(1) + (problem.k + 8) * U * terms.sum(1)
     compare("ds", (exact * silu * up).sum(1), bound)
     return worst
 
