@@ -56,13 +56,13 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from nmoe.binding import by_torch, lowered
+    from nmoe.binding import by_torch, lowered, needed
     from nmoe.codegen.cache import default_root
-    from nmoe.codegen.spec import format_specs, specs
+    from nmoe.codegen.spec import format_specs
 
     config, root = args.load(), args.cache or default_root()
     schedule = lowered(config, root=root)
-    uses = specs(schedule)
+    uses = needed(config, [schedule])
     if args.list or not uses:
         _line(format_specs(config, uses))
         return 0

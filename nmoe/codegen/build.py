@@ -174,10 +174,11 @@ def emit(result: Build, folder: Path) -> str:
     for spec, entry in ready.items():
         place = folder / f"{spec.name}-{spec.key}"
         place.mkdir(parents=True, exist_ok=True)
-        for name in ("kernel.ptx", "report.json"):
-            shutil.copyfile(entry.folder / name, place / name)
-        if sass := disassemble((entry.folder / "kernel.cubin").read_bytes()):
-            (place / "kernel.sass").write_text(sass)
+        for path in (*entry.folder.glob("*.ptx"), entry.folder / "report.json"):
+            shutil.copyfile(path, place / path.name)
+        for path in entry.folder.glob("*.cubin"):
+            if sass := disassemble(path.read_bytes()):
+                (place / f"{path.stem}.sass").write_text(sass)
     without = "" if tool("nvdisasm") else "; no SASS: nvdisasm is not installed (pip install triton)"
     return f"PTX, SASS and reports of {len(ready)} kernels are in {folder}{without}"
 
