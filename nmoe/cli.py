@@ -56,17 +56,18 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from nmoe.binding import by_torch, lowered
+    from nmoe.binding import by_torch, lowered, needed
     from nmoe.codegen.cache import default_root
-    from nmoe.codegen.spec import format_specs, specs
+    from nmoe.codegen.spec import format_specs
 
     config, root = args.load(), args.cache or default_root()
     schedule = lowered(config, root=root)
-    uses = specs(schedule)
+    uses = needed(config, [schedule])
     if args.list or not uses:
         _line(format_specs(config, uses))
         return 0
-    from nmoe.codegen.build import build, emit, format_build
+    from nmoe.codegen.build import build, build_transfers, emit, format_build
+    from nmoe.codegen.rdep import transfers_of
 
     if args.tune:
         from nmoe.autotune.measure import tune_all
@@ -74,6 +75,8 @@ def _compile(args: argparse.Namespace) -> int:
         tune_all(list(uses), root, _line)
     result = build(list(uses), root, workers=args.workers or 0, progress=sys.stderr)
     _line(format_build(config.run.name, result))
+    if transfers := transfers_of(schedule):
+        _line(build_transfers(transfers, config.target.device, root, args.workers or 0))
     _line(by_torch(schedule))
     if args.emit:
         _line(emit(result, args.emit))
