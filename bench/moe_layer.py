@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from timing import median
+from timing import median, provenance
 
 from nmoe import binding, model
 from nmoe.codegen.build import build as build_kernels
@@ -456,7 +456,7 @@ def run(folder: Path, precision: str, only: str, repeats: int, save: Path | None
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {precision}, {repeats} replays each")
     launcher = CudaLauncher(Cache(folder))
     kernels = binding.kernels(TARGET, folder)
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    results: dict[str, Any] = provenance()
     print(binding.by_torch(schedule_of(LARGE["moonlet"], precision, kernels)))
     right = wrong = 0
     for seed, (name, shape) in enumerate(shapes(precision, only).items()):
