@@ -103,7 +103,7 @@ def test_matrix_loads_and_stores_belong_to_the_whole_warp():
     ):
         lanes(MATRIX.format(**good | {"first": ""}))
     with pytest.raises(
-        EmulationError, match="this read by lane 0 is not ordered after the write by the whole warp"
+        EmulationError, match="this read by lane 0 is not ordered after the write by several lanes"
     ):
         lanes(MATRIX.format(**good | {"third": ""}))
 
