@@ -2,24 +2,34 @@
 
     python bench/moe_layer.py build DIR     compile the kernels of the layers below into DIR; needs no GPU
     python bench/moe_layer.py run DIR       on the GPU: the odd layers against float64, then the large ones, timed;
-                                            --json FILE keeps the numbers, --only NAME takes one of the large ones
+                                            --json FILE keeps the numbers, --only odd, large or the name of one
+    python bench/moe_layer.py saved         bytes that the backward reads of what the forward wrote, from the schedules
 
 The layer's schedule comes from the same builder, passes and planner as a model's. Its results are compared with the
-ops' reference math in float64, and held to 1.5 times the error of that math in BF16, which rounds at the same places,
-and to what few tokens leave to chance. Memory starts as NaN. Times are medians of CUDA graph replays; the table of
-kernels is from one eager run with events.
+ops' reference math in float64, without quantization, and held to 1.5 times the error of that math in the layer's
+precision, which rounds where the kernels do or more often, and to what few tokens leave to chance. From that math
+itself they may be half as far.
+
+Whether two nearly equal experts come in this order or that is decided by the last bits of an FP32 sum, and a token that
+goes elsewhere has other gradients. Both references are therefore given the kernels' choices, and those are checked by
+themselves: logits against float64, choices against the kernels' own logits.
+
+Memory starts as NaN. Times are medians of CUDA graph replays; the table of kernels is from one eager run with events.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import sys
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from timing import median
@@ -34,7 +44,7 @@ from nmoe.config import Config, layers, load
 from nmoe.differentiate import differentiate
 from nmoe.executor import Executor, allocate
 from nmoe.graph import Graph, Spec
-from nmoe.ops import OPS
+from nmoe.ops import OPS, nbytes
 from nmoe.ops.base import OpDef
 from nmoe.schedule import Kernels, Schedule, no_kernel, passes, place
 
@@ -64,13 +74,18 @@ LARGE = {
     "moonlight-ep8": Shape(8192, 2048, 1408, 8, 6),
     "dsv3-ep8": Shape(8192, 7168, 2048, 32, 8),
 }
-# hidden, intermediate, experts, topk of which few tiles are full; each with several token counts and routings
-ODD = [(64, 32, 4, 2), (136, 72, 3, 1), (520, 264, 8, 3), (272, 1032, 5, 5)]
+# hidden, intermediate, experts, topk of which few tiles are full, each with several token counts and routings; "any":
+# blocks of scale factors divide them
+ODD = {
+    "bf16": [(136, 72, 4, 1), (520, 264, 8, 3)],
+    "any": [(64, 32, 4, 2), (96, 160, 12, 3), (544, 288, 8, 8), (288, 1056, 20, 5)],
+}
 ODD_TOKENS = (1, 127, 128, 385, 1000)
 
 
-def odd_shapes() -> list[Shape]:
-    pairs = [(size, tokens) for size in ODD for tokens in ODD_TOKENS]
+def odd_shapes(precision: str) -> list[Shape]:
+    sizes = ODD["any"] + ODD.get(precision, [])
+    pairs = [(size, tokens) for size in sizes for tokens in ODD_TOKENS]
     return [Shape(tokens, *size, ROUTING[i % 3]) for i, (size, tokens) in enumerate(pairs)]
 
 
@@ -128,7 +143,8 @@ def config_of(shape: Shape, precision: str) -> Config:
     )
 
 
-def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str | None = None) -> Schedule:
+def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str | None = None,
+                recompute: passes.Recompute = "none") -> Schedule:  # fmt: skip
     config = config_of(shape, precision)
     builder = model.Builder(config, "train", activation)
     g, layer = builder.g, next(x for x in layers(config) if x.ffn == "moe")
@@ -138,7 +154,7 @@ def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str 
     (y,) = builder.moe(x, "moe", layer)
     g.add("loss.left", (1,), "f32", "output")
     g.emit("layer.leave", "y", [y], into={"left": "loss.left"})
-    g = passes.quantize_operands(differentiate(g))
+    g = passes.recompute(passes.quantize_operands(differentiate(g)), recompute)
     (dx,) = (op.inputs[0] for op in g.ops if op.name == "dx")
     # They stay in memory until the end, for the bench to fill and to read.
     for name in (x, y, dx, "moe.route.logits", "moe.route.indices"):
@@ -151,13 +167,15 @@ def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str 
 
 
 class Runner:
-    """An executor of one layer with its data."""
+    """An executor of one layer with its data. `choices`: the experts that its router, run by torch, is to choose."""
 
-    def __init__(self, shape: Shape, schedule: Schedule, launcher: CudaLauncher | None = None) -> None:
+    def __init__(self, shape: Shape, schedule: Schedule, launcher: CudaLauncher | None = None,
+                 choices: torch.Tensor | None = None) -> None:  # fmt: skip
         self.shape, self.schedule = shape, schedule
         self.tensors = allocate(schedule, device=DEVICE)
         arena = torch.full((schedule.arena_bytes,), 0xFF, dtype=torch.uint8, device=DEVICE)
-        self.executor = Executor(schedule, self.tensors, arena, launcher)
+        given = None if choices is None else {"router": partial(route, choices)}
+        self.executor = Executor(schedule, self.tensors, arena, launcher, given)
         (self.dx,) = (op.inputs[0] for op in schedule.graph.ops if op.name == "dx")
         self.y = next(op.inputs[0] for op in schedule.graph.ops if op.name == "y")
 
@@ -198,63 +216,139 @@ class Runner:
         return found | {n: t for n, t in self.tensors.items() if n.endswith(".grad")}
 
 
-def errors(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Relative to the norm."""
-    return {n: float((found[n].double() - w).norm() / w.norm().clamp(min=1e-300)) for n, w in exact.items()}
+def route(choices: torch.Tensor, attrs: Any, ins: Any, outs: Any, scratch: Any) -> None:
+    """The router's reference math with the experts given."""
+    OPS["router"].reference(attrs, ins, outs, scratch)
+    indices, weights, logits = outs[:3]
+    indices.copy_(choices)
+    weights.copy_(scores(attrs, logits).gather(1, choices.long()))
+    if attrs["normalize"]:
+        weights.div_(weights.sum(-1, keepdim=True))
+    weights.mul_(attrs["route_scale"])
 
 
-def flips(shape: Shape, runner: Runner, exact: Runner) -> int:
-    """The tokens whose experts are others than float64's. AssertionError when a token's are not tied with those: when
-    their logits differ by more than the error of FP32 sums in any order, H·2⁻²⁴ Σ|x·w| of either."""
-    logits = exact.executor.operand("moe.route.logits")
-    x, w = exact.executor.operand("x.x").double(), exact.tensors["moe.router"].double()
-    bound = 2 * shape.hidden * 2.0**-24 * (x.abs() @ w.abs().t()).amax(1)
-    score = next(op.attrs["score"] for op in runner.schedule.graph.ops if op.kind == "router")
-    preference = (logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)) + exact.tensors[
-        "moe.router_bias"
-    ]
-    mine, best = (r.executor.operand("moe.route.indices").long() for r in (runner, exact))
-    lost = preference.gather(1, best).amin(1) - preference.gather(1, mine).amin(1)
-    differ = (mine.sort(1).values != best.sort(1).values).any(1)
-    assert bool((lost[differ] <= bound[differ]).all()), f"{shape}: a token's experts are not the best"
-    return int(differ.sum())
+def scores(attrs: Any, logits: torch.Tensor) -> torch.Tensor:
+    return logits.sigmoid() if attrs["score"] == "sigmoid" else logits.softmax(-1)
 
 
-def check(shape: Shape, precision: str, runner: Runner, seed: int, repeats: int) -> dict[str, Any]:
-    """Raises AssertionError when a result is wrong or not the same every time."""
+@dataclass
+class Found:
+    """What the kernels made of a layer."""
+
+    results: dict[str, torch.Tensor]
+    logits: torch.Tensor
+    choices: torch.Tensor
+
+
+def observe(runner: Runner, seed: int, repeats: int) -> Found:
+    """One eager step, then `repeats` replays of the graph. AssertionError unless all give the same bits."""
     runner.fill(seed)
-    runner.step()  # eager
-    first = {n: t.clone() for n, t in runner.results().items()}
+    runner.step()
+    found = Found({n: t.clone() for n, t in runner.results().items()},
+                  *(runner.executor.operand(f"moe.route.{n}").clone() for n in ("logits", "indices")))  # fmt: skip
     differing = 0
-    for _ in range(repeats):  # replays
+    for _ in range(repeats):
         runner.step()
-        differing += sum(not torch.equal(t, first[n]) for n, t in runner.results().items())
-    torch.cuda.synchronize()
-    assert not differing, f"{shape}: {differing} of {repeats} repeats differ from the first run"
+        differing += sum(not same_bits(t, found.results[n]) for n, t in runner.results().items())
+    assert not differing, (
+        f"{runner.shape}: {differing} results of {repeats} repeats differ from the first run"
+    )
+    return found
 
-    def by_reference(activation: str | None) -> Runner:
-        plain = Runner(shape, schedule_of(shape, precision, no_kernel, activation))
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def check_choices(found: Found, exact: Runner) -> int:
+    """The tokens whose experts float64 would choose otherwise. AssertionError when a logit is further from float64 than
+    a chain of H FP32 multiply-adds may be, H·2⁻²⁴ Σ|x·w|, or a token's experts are not the best by the kernel's logits,
+    but for the FP32 error of the scores."""
+    x, w = exact.executor.operand("x.x").double(), exact.tensors["moe.router"].double()
+    wanted = x @ w.t()
+    allowed = exact.shape.hidden * 2.0**-24 * (x.abs() @ w.abs().t())
+    worst = float(((found.logits.double() - wanted).abs() / allowed).max())
+    assert worst <= 1, f"{exact.shape}: a logit's error is {worst:.2e} of its bound"
+    attrs = next(op.attrs for op in exact.schedule.graph.ops if op.kind == "router")
+    bias, topk = exact.tensors["moe.router_bias"].double(), found.choices.shape[1]
+    preference = scores(attrs, found.logits.double()) + bias
+    best = preference.topk(topk).values.amin(1)
+    lost = best - preference.gather(1, found.choices.long()).amin(1)
+    assert bool((lost <= 2.0**-20 + 2.0**-23 * bias.abs().amax()).all()), (
+        f"{exact.shape}: a token's experts are not the best by the kernel's logits"
+    )
+    assert found.choices.sort(1).values.diff().ne(0).all(), f"{exact.shape}: an expert was chosen twice"
+    others = (scores(attrs, wanted) + bias).topk(topk).indices.sort(1).values
+    return int((others != found.choices.long().sort(1).values).any(1).sum())
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor],
+             norm: dict[str, torch.Tensor]) -> dict[str, float]:  # fmt: skip
+    """Of each result, relative to a norm; in pieces, because a copy in float64 of the largest would not fit."""
+
+    def square(x: torch.Tensor, y: torch.Tensor | None = None) -> float:
+        xs = x.flatten().split(1 << 26)
+        ys = [None] * len(xs) if y is None else y.flatten().split(1 << 26)
+        return sum(float((p.double() - (0 if q is None else q.double())).square().sum())
+                   for p, q in zip(xs, ys, strict=True))  # fmt: skip
+
+    return {n: (square(one[n], other[n]) / max(square(x), 1e-300)) ** 0.5 for n, x in norm.items()}
+
+
+def check(shape: Shape, precision: str, found: Found, seed: int) -> dict[str, Any]:
+    """Compares with the references. Raises AssertionError when a result is wrong."""
+
+    def by_reference(precision: str, activation: str | None) -> Runner:
+        plain = Runner(shape, schedule_of(shape, precision, no_kernel, activation), choices=found.choices)
         plain.fill(seed)
         plain.step()
         return plain
 
-    plain = by_reference("f64")
-    exact = {n: t.clone() for n, t in plain.results().items()}
-    flipped = flips(shape, runner, plain)
-    del plain
-    ours = errors(first, exact)
-    theirs = errors(by_reference(None).results(), exact)
+    reference = by_reference(precision, None).results()
+    reference = {n: t.clone() for n, t in reference.items()}
+    torch.cuda.empty_cache()
+    exact = by_reference("fp32", "f64")
+    others = check_choices(found, exact)
+    wanted = exact.results()
+    ours, theirs = (distance(x, wanted, wanted) for x in (found.results, reference))
+    apart = distance(found.results, reference, wanted)
     # The same roundings fall on other values, 2⁻⁹ at most on each side. The errors of many tokens average to the same
-    # norm; those of few, in a gradient that sums over them, differ by chance: of one token, by two roundings. A token
-    # that went to other experts gives other values, in quadrature with the rest.
+    # norm; those of few, in a gradient that sums over them, differ by chance: of one token, by two roundings.
     chance = 2.0**-8 / shape.tokens**0.5
     for name, error in ours.items():
-        bound = math.hypot(1.5 * theirs[name] + chance, (2 * flipped / shape.tokens) ** 0.5)
-        assert error <= bound, (
-            f"{shape}: {name} is {error:.2e} from float64, the reference in BF16 {theirs[name]:.2e}, "
-            f"{flipped} tokens at other experts"
+        assert error <= 1.5 * theirs[name] + chance, (
+            f"{shape}: {name} is {error:.2e} from float64, the reference in {precision} {theirs[name]:.2e}"
         )
-    return {"ours": ours, "reference": theirs, "flips": flipped}
+        # A value whose BF16 rounding differs may be quantized to the next code, or its block by the next scale.
+        assert apart[name] <= 0.5 * theirs[name] + 2.0**-8 + chance, (
+            f"{shape}: {name} is {apart[name]:.2e} from the reference in {precision}, which is {theirs[name]:.2e} off"
+        )
+    return {"ours": ours, "reference": theirs, "apart": apart, "others": others}
+
+
+# ---- what is saved for backward -----------------------------------------------------------------------------
+
+
+def saved(schedule: Schedule) -> dict[str, int]:
+    """Bytes of each activation that a forward call wrote and a backward call reads, padding of experts included."""
+    written, read = (
+        {schedule.aliases.get(name, name) for call in schedule.calls
+         if call.phase == "micro" and call.ops[0].stage == stage for name in getattr(call, side)}
+        for stage, side in (("forward", "outputs"), ("backward", "inputs"))
+    )  # fmt: skip
+    return {
+        name: nbytes(schedule.spec(name)) for name in sorted(written & read) if name in schedule.lifetimes
+    }
+
+
+def print_saved() -> None:
+    for name, shape in LARGE.items():
+        least = 2 * shape.tokens * (shape.hidden + 2 * shape.topk * shape.inter)
+        print(f"{name} {shape}: 2Td + 4TKn bytes are {least / 2**20:.0f} MiB")
+        for precision, recompute in product(("bf16", "mxfp8", "nvfp4"), get_args(passes.Recompute)[:2]):
+            found = saved(schedule_of(shape, precision, binding.kernels(TARGET), recompute=recompute))
+            largest = ", ".join(f"{n} {size / 2**20:.0f}" for n, size in found.items() if size > least / 100)
+            print(f"    {precision:6} {recompute:9} {sum(found.values()) / 2**20:6.0f} MiB: {largest}")
 
 
 # ---- time ---------------------------------------------------------------------------------------------------
@@ -313,7 +407,7 @@ def torch_layer(shape: Shape, runner: Runner) -> dict[str, float]:
     return {"forward": median(alone), "both": median(both)}
 
 
-def time_layer(name: str, shape: Shape, runner: Runner) -> dict[str, Any]:
+def time_layer(name: str, shape: Shape, precision: str, runner: Runner) -> dict[str, Any]:
     flops = 18.0 * shape.tokens * shape.topk * shape.hidden * shape.inter
     parts = profile(runner)
     stages = {op.name: op.stage for op in runner.schedule.graph.ops}
@@ -327,6 +421,8 @@ def time_layer(name: str, shape: Shape, runner: Runner) -> dict[str, Any]:
         kernel = any(c.name == call and c.workspace is not None for c in runner.schedule.calls)
         print(f"    {ms:8.3f} ms  {call}{'' if kernel else '  (torch)'}")
     result = {"ms": whole, "tflops": flops / whole / 1e9, "calls": parts, "forward": forward}
+    if precision != "bf16":
+        return result
     try:
         result["torch"] = torch_layer(shape, runner)
         print(f"    torch._grouped_mm, eager: forward {result['torch']['forward']:.2f} ms, "
@@ -339,66 +435,78 @@ def time_layer(name: str, shape: Shape, runner: Runner) -> dict[str, Any]:
 # ---- the command --------------------------------------------------------------------------------------------
 
 
-def build(folder: Path, precision: str, workers: int) -> None:
+def build(folder: Path, precision: str, only: str, workers: int) -> None:
     found = {}
-    for shape in [*odd_shapes(), *LARGE.values()]:
+    for shape in shapes(precision, only).values():
         found |= specs(schedule_of(shape, precision, binding.kernels(TARGET, folder)))
-    made = build_kernels(list(found), folder, workers=workers, progress=lambda line: print(line, flush=True))
-    print(format_build("moe_layer", made))
+    made = build_kernels(list(found), folder, workers=workers, progress=sys.stdout)
+    print(format_build(f"moe_layer, {precision}", made))
 
 
-def run(folder: Path, precision: str, only: str | None, repeats: int, save: Path | None) -> None:
+def shapes(precision: str, only: str) -> dict[str, Shape]:
+    named = {f"odd {i}": shape for i, shape in enumerate(odd_shapes(precision))} | LARGE
+    wanted = {"all": named.keys(), "odd": named.keys() - LARGE.keys(), "large": LARGE.keys()}.get(
+        only, {only}
+    )
+    return {name: shape for name, shape in named.items() if name in wanted}
+
+
+def run(folder: Path, precision: str, only: str, repeats: int, save: Path | None) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {precision}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {precision}, {repeats} replays each")
     launcher = CudaLauncher(Cache(folder))
     kernels = binding.kernels(TARGET, folder)
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     print(binding.by_torch(schedule_of(LARGE["moonlet"], precision, kernels)))
-    right, wrong = 0, []
-    for seed, shape in enumerate(odd_shapes() if only is None else []):
+    right = wrong = 0
+    for seed, (name, shape) in enumerate(shapes(precision, only).items()):
+        begin = time.monotonic()
         try:
-            runner = Runner(shape, schedule_of(shape, precision, kernels), launcher)
-            results[f"odd/{shape}"] = check(shape, precision, runner, seed, repeats)
+            results[name] = found = one(name, shape, precision, kernels, launcher, seed, repeats)
             right += 1
-        except Exception as error:
-            wrong.append(str(shape))
-            print(f"{shape}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-    print(f"odd layers: {right} right, each {repeats + 1} times the same bits, one eager and {repeats} of the graph; "
-          f"{len(wrong)} wrong", flush=True)  # fmt: skip
-    for name, shape in LARGE.items():
-        if only not in (None, name):
-            continue
-        try:
-            runner = Runner(shape, schedule_of(shape, precision, kernels), launcher)
-            runner.fill(1)
-            runner.step()
-            results[name] = time_layer(name, shape, runner)
-            results[name] |= check(shape, precision, runner, 1, repeats)
-            worst = max(e / results[name]["reference"][n] for n, e in results[name]["ours"].items())
+            ratio, n = max((e / found["reference"][n], n) for n, e in found["ours"].items())
+            far = max(found["ours"].values())
             print(
-                f"    right: at most {worst:.3f} times the reference's error in BF16; {repeats} replays equal; "
-                f"{results[name]['flips']} tied tokens at other experts than float64's"
+                f"{name:14} {shape}: right: at most {far:.1e} from float64; {n} {ratio:.3f} times the reference's; "
+                f"{max(found['apart'].values()):.1e} from that; {found['others']} tokens' experts are not float64's; "
+                f"{time.monotonic() - begin:.1f} s",
+                flush=True,
             )
-            del runner
         except Exception as error:
-            print(f"{name}: {type(error).__name__}: {str(error)[:600]}", flush=True)
+            wrong += 1
+            print(f"{name}: {shape}: {type(error).__name__}: {str(error)[:600]}", flush=True)
         torch.cuda.empty_cache()
         if save:
             save.write_text(json.dumps(results, indent=1))
+    print(
+        f"{precision}: {right} layers right, each the same bits in an eager run and {repeats} replays; {wrong} wrong"
+    )
+
+
+def one(name: str, shape: Shape, precision: str, kernels: Kernels, launcher: CudaLauncher, seed: int,
+        repeats: int) -> dict[str, Any]:  # fmt: skip
+    runner = Runner(shape, schedule_of(shape, precision, kernels), launcher)
+    found = observe(runner, seed, repeats)
+    times = time_layer(name, shape, precision, runner) if name in LARGE else {}
+    del runner  # the references need its memory
+    torch.cuda.empty_cache()
+    return times | check(shape, precision, found, seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("action", choices=("build", "run"))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("action", choices=("build", "run", "saved"))
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "mxfp8", "nvfp4"))
-    parser.add_argument("--only", choices=tuple(LARGE))
+    parser.add_argument("--only", choices=("all", "odd", "large", *LARGE), default="all")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.action == "build":
-        build(args.folder, args.precision, args.workers)
+    if args.action == "saved":
+        print_saved()
+    elif args.action == "build":
+        build(args.folder, args.precision, args.only, args.workers)
     else:
         run(args.folder, args.precision, args.only, args.repeats, args.json)
 

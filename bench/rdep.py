@@ -32,6 +32,7 @@ from nmoe.codegen.cache import Cache
 from nmoe.codegen.rdep import COLUMNS, RdepConfig, RdepProblem
 from nmoe.rdep import plan as slots
 from nmoe.rdep.device import Exchange, Group, Launcher, Routing
+from nmoe.rdep.sizes import worst_case
 
 TARGET = "sm_90a"
 RANKS, ALIGN = 2, 128
@@ -41,7 +42,7 @@ LIMIT = 60.0  # seconds that a part may take
 
 def group(experts: int, tokens: int, topk: int, width: int, quantized: bool) -> Group:
     """Rows of BF16, or of one byte an element with a scale a block of 32."""
-    capacity = slots.worst_case(RANKS, tokens, topk, experts, ALIGN)
+    capacity = worst_case(RANKS, tokens, topk, experts, ALIGN)
     parts = (width, width // 32) if quantized else (2 * width,)
     return Group(RANKS, experts, tokens, topk, capacity, ALIGN, parts, width)
 

@@ -20,7 +20,7 @@ from typing import Any
 from nmoe.codegen import compiler
 from nmoe.codegen.cache import Cache
 from nmoe.codegen.problem import ROWS, TOKENS
-from nmoe.codegen.report import format_report
+from nmoe.codegen.report import cells
 from nmoe.codegen.rows import Copy, RowConfig, RowProblem
 
 TARGET = "sm_90a"
@@ -89,7 +89,7 @@ def main() -> None:
         for problem, _ in cases:
             for config in configs(problem, args.every):
                 entry = compiler.compile_problem(problem, config, TARGET, Cache(args.folder))
-                print(f"{problem}: {format_report(entry.report)}", flush=True)
+                print(f"{problem}: {'; '.join(cells(entry.report))}", flush=True)
     else:
         run(cases, args.folder, args.json, args.every)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -117,7 +118,7 @@ def main() -> None:
         list(found),
         args.folder / "kernels",
         workers=args.workers,
-        progress=lambda line: print(line, flush=True),
+        progress=sys.stdout,
     )
     print(format_build("train_devices", made))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nmoe.rdep.sums import depth
+from nmoe.rdep.sizes import depth
 
 
 class Accumulator:

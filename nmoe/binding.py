@@ -9,12 +9,11 @@ nobody takes them for kernels.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from nmoe import autotune
 from nmoe.codegen import families
@@ -25,12 +24,16 @@ from nmoe.codegen.problem import EXTENTS, PARTS, ROWS, Operand, Problem, resolve
 from nmoe.codegen.spec import KernelSpec, spec_of, specs
 from nmoe.config import Config
 from nmoe.errors import UserError
-from nmoe.formats import Quantized
 from nmoe.graph import Graph, Op, Spec
 from nmoe.schedule import Call, Kernels, Schedule, Workspace, lower
 
+if TYPE_CHECKING:
+    import torch
+
+    from nmoe.formats import Quantized
+
 Bound = Callable[[], None]
-Argument = torch.Tensor | float | int
+Argument: TypeAlias = "torch.Tensor | float | int"
 
 SYMBOLS = {extent: symbol for symbol, extent in EXTENTS.items()}
 
@@ -89,10 +92,12 @@ def launcher(schedules: Sequence[Schedule], say: Callable[[str], None]) -> CudaL
 
     Raises UserError when the device is another one or a kernel cannot be built.
     """
+    import torch
+
     device_of(schedules[0].target)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # references sum in FP32
     root = default_root()
-    made = build(list(dict.fromkeys(spec for s in schedules for spec in specs(s))), root, progress=say)
+    made = build(list(dict.fromkeys(spec for s in schedules for spec in specs(s))), root, progress=sys.stderr)
     if made.failed:
         name, why = next((spec.name, why) for spec, why in made.failed.items())
         raise UserError(f"{len(made.failed)} kernels could not be built, first {name}: {why}")
@@ -129,8 +134,15 @@ def bind(
 def _check_shapes(
     call: Call, problem: Problem, operands: Sequence[Operand], tensors: Sequence[torch.Tensor]
 ) -> None:
-    """Raises UserError where a tensor is not as the kernel will read it."""
+    """Raises UserError where a tensor is not as the kernel will read it, or is empty: a launch without thread blocks is
+    an error to CUDA, and a config's micro-batch has at least one token."""
     extents: dict[int, int] = {}
+    for operand, tensor in zip(operands, tensors, strict=True):
+        if not tensor.numel():
+            raise UserError(
+                f"{call.name}: {operand.name} has the shape {tuple(tensor.shape)}, kernels take at least one token: "
+                "raise [train] micro_batch_size or seq_len"
+            )
     for operand, tensor in zip(operands, tensors, strict=True):
         for code, size in zip(operand.shape, tensor.shape, strict=False):
             if -PARTS < code < 0:
@@ -155,6 +167,8 @@ def _stored(schedule: Schedule, call: Call) -> Iterator[str]:
 
 
 def _buffers(value: torch.Tensor | Quantized) -> list[torch.Tensor]:
+    from nmoe.formats import Quantized
+
     if isinstance(value, Quantized):
         amax = [] if value.amax is None else [value.amax.view(-1)]  # of a tensor without segments: one number
         return [value.data, value.scale, *amax]

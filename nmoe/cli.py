@@ -68,14 +68,11 @@ def _compile(args: argparse.Namespace) -> int:
         return 0
     from nmoe.codegen.build import build, emit, format_build
 
-    def progress(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     if args.tune:
         from nmoe.autotune.measure import tune_all
 
         tune_all(list(uses), root, _line)
-    result = build(list(uses), root, workers=args.workers or 0, progress=progress)
+    result = build(list(uses), root, workers=args.workers or 0, progress=sys.stderr)
     _line(format_build(config.run.name, result))
     _line(by_torch(schedule))
     if args.emit:

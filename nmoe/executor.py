@@ -23,7 +23,7 @@ from nmoe.binding import Bound, Launcher
 from nmoe.errors import UserError
 from nmoe.graph import QUANTIZED, Kind, Phase, Spec
 from nmoe.ops import OPS
-from nmoe.ops.base import buffers
+from nmoe.ops.base import parts
 from nmoe.schedule import Call, Schedule
 from nmoe.streams import Streams
 
@@ -127,17 +127,17 @@ class Executor:
     def _view(self, offset: int, spec: Spec, name: str = "") -> Any:
         if spec.format not in QUANTIZED:
             return self._plain(offset, spec.shape, DTYPES[spec.format])
-        parts = {}
-        for label, (shape, dtype) in buffers(spec).items():
-            parts[label] = self._plain(offset, shape, dtype)
-            offset += parts[label].nbytes
+        buffers = {
+            label: self._plain(offset + part.offset, part.shape, DTYPES[part.format])
+            for label, part in parts(spec).items()
+        }
         maker = self._quantizers[name]
         segments, hadamard = self.operand(maker.inputs[1]), maker.attrs["hadamard"]
         return formats.from_buffers(
             maker.attrs["format"],
             spec.shape,
             maker.attrs["axis"],
-            parts,
+            buffers,
             segments=segments,
             hadamard=hadamard,
             atoms=spec.atoms,

@@ -13,7 +13,7 @@ from nmoe.config import Config, Layer, layers
 from nmoe.graph import Graph, Name
 from nmoe.ops.attention import yarn_mscale
 from nmoe.ops.base import wide
-from nmoe.rdep.plan import worst_case
+from nmoe.rdep.sizes import worst_case
 
 Mode = Literal["train", "logits"]
 GROUPS = ("dense", "router", "expert")

@@ -22,7 +22,7 @@ from nmoe.errors import UserError
 from nmoe.model import group_of
 from nmoe.ops import nbytes, numel
 from nmoe.predict import Wire
-from nmoe.rdep.sums import depth
+from nmoe.rdep.sizes import depth
 from nmoe.schedule import Schedule, lower, memory
 
 GRADIENT_BYTES = MASTER_BYTES = 4

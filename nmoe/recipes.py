@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nmoe.config import Precision
-from nmoe.formats import Axis, Format, Rounding
+from nmoe.storage import Axis, Format, Rounding
 
 Pass = Literal["fprop", "dgrad", "wgrad"]
 Slot = Literal["A", "B"]

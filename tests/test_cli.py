@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,17 @@ def test_a_config_without_a_gpu(capfd):
     assert "grouped_gemm" in capfd.readouterr().out
     assert main(["plan", str(CONFIGS / "dsv3.toml"), "--world", "8"]) == 2
     assert "[rdep] ranks" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["compile", "--list"], ["explain"]])
+def test_what_only_describes_a_step_needs_no_torch(command):
+    """Its import takes longer than all that these commands do; a warm `nmoe compile` is one of them."""
+    code = (
+        "import sys; from nmoe.cli import main; assert main(sys.argv[1:]) == 0; print('torch' in sys.modules)"
+    )
+    arguments = [sys.executable, "-c", code, *command, str(CONFIGS / "moonlet.toml")]
+    done = subprocess.run(arguments, text=True, capture_output=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_off_target_is_an_error_that_says_what_to_do(config, capfd, monkeypatch):

@@ -151,7 +151,7 @@ class Terminal(io.StringIO):
 
 
 def test_progress_redraws_its_line_on_a_terminal(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("nmoe.data.progress.TERMINAL_INTERVAL", 0.0)
+    monkeypatch.setattr("nmoe.bar.TERMINAL_INTERVAL", 0.0)
     screen = Terminal()
     prep.prepare(text_data(corpus, tmp_path), workers=1, progress=screen)
     lines = screen.getvalue().split("\r")

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import defaultdict
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -105,6 +106,22 @@ def test_planned_bytes_are_what_is_allocated(precision, recompute):
     schedule = executor.schedule
     assert executor_bytes(executor) == schedule.arena_bytes + sum(schedule.persistent_bytes().values())
     assert executor.arena.untyped_storage().nbytes() == schedule.arena_bytes
+
+
+@pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
+def test_parts_of_quantized_values_are_where_kernels_can_load_them(precision):
+    """On 16 bytes, apart from each other, and all that was planned for the value."""
+    executor = prepared(schedule={"precision": precision})
+    schedule, base = executor.schedule, executor.arena.data_ptr()
+    for op in schedule.graph.ops:
+        if op.kind == "quantize":
+            (name,), q = op.outputs, executor.operand(op.outputs[0])
+            held = [t for t in (q.data, q.scale, q.amax) if t is not None]
+            spans = sorted((t.data_ptr() - base, t.data_ptr() - base + t.nbytes) for t in held)
+            assert len(spans) == {"mxfp8": 2, "nvfp4": 3}[precision]
+            assert all(start % 16 == 0 for start, _ in spans), name
+            assert all(end <= start < end + 16 for (_, end), (start, _) in pairwise(spans)), name
+            assert spans[-1][1] - spans[0][0] == schedule.lifetimes[name].bytes, name
 
 
 def test_an_arena_is_shared_by_schedules():

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmoe import formats
-from nmoe.formats import BLOCK, block_scaled, dequantize, quantize
+from nmoe.formats import block_scaled, dequantize, quantize
+from nmoe.storage import BLOCK, storage
 
 INF, NAN = math.inf, math.nan
 
@@ -257,11 +258,13 @@ def test_every_byte_of_out_is_written(format, axis, offsets):
 @pytest.mark.parametrize(("format", "axis"), COPIES)
 @pytest.mark.parametrize(("shape", "segments"), [((64, 96), None), ((4, 64, 96), None), ((64, 96), 3)])
 def test_storage_describes_the_buffers(format, axis, shape, segments):
-    described = formats.storage(format, shape, axis, segments)
+    described = storage(format, shape, axis, segments)
     offsets = None if segments is None else torch.tensor([0, 32, 32, 64])
     q = quantize(torch.randn(shape), format, axis, segments=offsets)
     found = {name: getattr(q, name) for name in described}
-    assert {name: (tuple(b.shape), b.dtype) for name, b in found.items()} == described
+    assert {name: (tuple(b.shape), b.dtype) for name, b in found.items()} == {
+        name: (size, block_scaled.DTYPES[element]) for name, (size, element) in described.items()
+    }
     bits = 8 * sum(b.numel() * b.element_size() for b in (q.data, q.scale))
     assert bits == math.prod(shape) * {"mxfp8": 8.25, "nvfp4": 4.5}[format]
     rebuilt = formats.from_buffers(format, shape, axis, found, segments=offsets)

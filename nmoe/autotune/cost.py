@@ -66,8 +66,9 @@ def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: i
     epilogue = problem.pieces(config) * PIECE_CLOCKS * 2 / config.buffers
     if problem.epilogue == "dswiglu":
         epilogue *= 4  # each piece is read, computed and stored twice over
-    if hardware.tensor_columns:  # two accumulators: hidden behind the next tile's products
-        multiply, epilogue = max(multiply, epilogue / slices), 0.0
+    # Hidden behind the next tile's products, but for what Hopper's registers cannot hold.
+    shown = epilogue / 2 if problem.epilogue == "accumulate" and not hardware.tensor_columns else 0.0
+    multiply, epilogue = max(multiply, (epilogue - shown) / slices), shown
     multiply *= 1 + STALL / (config.stages - 1) ** 2
     waves = -(-tiles // (hardware.sms // config.cluster))
     return (waves * (slices * max(multiply, load) + epilogue) + SETUP_CLOCKS) / clock

@@ -11,17 +11,19 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from nmoe import autotune
 from nmoe.autotune import Record
+from nmoe.bar import Bar
 from nmoe.codegen import compiler, families
 from nmoe.codegen.cache import Cache, Entry
 from nmoe.codegen.problem import Config, Problem
-from nmoe.codegen.report import disassemble, format_report, tool
+from nmoe.codegen.report import COLUMNS, cells, disassemble, tool
 from nmoe.codegen.spec import KernelSpec
 
 
@@ -48,9 +50,9 @@ def build(
     root: Path,
     *,
     workers: int = 0,
-    progress: Callable[[str], None] = lambda line: None,
+    progress: TextIO | None = None,
 ) -> Build:
-    """Every spec's artifact. `progress` is told of each kernel that is done; `workers` 0 means one a core."""
+    """Every spec's artifact. `progress`: where to draw a bar while kernels compile; `workers` 0 means one a core."""
     begin = time.monotonic()
     cache = Cache(root)
     before = set(cache.quarantined())
@@ -91,23 +93,21 @@ def _compile(
     root: Path,
     workers: int,
     result: Build,
-    progress: Callable[[str], None],
+    progress: TextIO | None,
 ) -> None:
     count = min(workers or len(os.sched_getaffinity(0)), len(work))
+    bar = Bar(progress, "compiling")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=context, initializer=_start) as pool:
         futures = {pool.submit(_one, spec.json(), result.chosen[spec][1], root): spec for spec in work}
         for done, future in enumerate(as_completed(futures), 1):
             spec = futures[future]
             try:
-                entry = future.result()
-                result.built[spec] = entry
-                outcome = f"{entry.report['seconds']:.1f} s"
+                result.built[spec] = future.result()
             except Exception as error:
-                result.failed[spec] = outcome = f"{type(error).__name__}: {error}"
-            progress(
-                f"[{done:>{len(str(len(work)))}}/{len(work)}] {spec.key} {spec.name}: {outcome.splitlines()[0]}"
-            )
+                result.failed[spec] = f"{type(error).__name__}: {error}"
+            bar.update(done / len(work), f"{done} of {len(work)} kernels", spec.name)
+    bar.finish(f"{len(result.built)} kernels in {bar.seconds:.1f} s on {count} cores")
 
 
 def _start() -> None:
@@ -140,30 +140,34 @@ def emit(result: Build, folder: Path) -> str:
 
 
 def format_build(name: str, result: Build) -> str:
-    """A line a kernel, then what is missing and the sum."""
-    lines = []
-    for spec, entry in {**result.warm, **result.built}.items():
-        problem, config, record = result.chosen[spec]
-        predicted = autotune.predict(problem, config, spec.target)
-        tuning = f"tuned on {record.device}, {record.date}" if record else "untuned"
-        lines.append(
-            f"{spec.key}  {' + '.join(map(str, spec.parts))}: {format_report(entry.report)}; {tuning}, predicted "
-            f"{predicted['microseconds']:.0f} µs at {100 * predicted['roofline']:.0f} % of roofline"
-        )
-    lines += [
-        f"{spec.key}  {' + '.join(map(str, spec.parts))}: FAILED: {why}"
-        for spec, why in result.failed.items()
+    """A table with a line a kernel, in the schedule's order; then what failed or is missing, and the sum."""
+    ready = {**result.warm, **result.built}
+    rows: list[tuple[str, ...]] = [("key", "kernel", *COLUMNS, "predicted", "of roofline", "")]
+    for spec, (problem, config, record) in result.chosen.items():
+        if entry := ready.get(spec):
+            predicted = autotune.predict(problem, config, spec.target)
+            rows.append(
+                (spec.key, _name(spec), *cells(entry.report), f"{predicted['microseconds']:.0f} µs",
+                 f"{100 * predicted['roofline']:.0f} %",
+                 f"tuned on {record.device}, {record.date}" if record else "untuned")
+            )  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
+    lines += [f"{spec.key}  {_name(spec)}: FAILED: {why}" for spec, why in result.failed.items()]
     lines += [f"damaged entry set aside and rebuilt: {reason}" for reason in result.repaired]
     if result.missing:
         lines.append(f"not built, for want of a template ({len(result.missing)}):")
-        lines += [
-            f"{spec.key}  {' + '.join(map(str, spec.parts))}: {why}" for spec, why in result.missing.items()
-        ]
-    total = len(result.warm) + len(result.built) + len(result.failed) + len(result.missing)
+        lines += [f"{spec.key}  {_name(spec)}: {why}" for spec, why in result.missing.items()]
+    total = len(ready) + len(result.failed) + len(result.missing)
     lines.append(
-        f"{name} for {result.target}: {len(result.warm) + len(result.built)} of {total} kernels ready "
+        f"{name} for {result.target}: {len(ready)} of {total} kernels ready "
         f"({len(result.warm)} cached, {len(result.built)} built), {len(result.failed)} failed, "
         f"{len(result.missing)} without a template, {result.seconds:.1f} s"
     )
     return "\n".join(lines)
+
+
+def _name(spec: KernelSpec) -> str:
+    return " + ".join(map(str, spec.parts))

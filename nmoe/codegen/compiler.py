@@ -22,18 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from nmoe.codegen import families
-from nmoe.codegen.cache import FUNCTION, Cache, Entry
+from nmoe.codegen.cache import FORMAT, FUNCTION, Cache, Entry
 from nmoe.codegen.problem import Config, Operand, Problem
-from nmoe.codegen.report import resources
+from nmoe.codegen.report import resources, stated
 from nmoe.codegen.spec import KernelSpec
 from nmoe.errors import UserError
 
 # Exactly the versions that the templates were verified with; part of every key.
 TOOLCHAIN = {"nvidia-cutlass-dsl": "4.8.1", "apache-tvm-ffi": "0.1.15.post2"}
-FOLDER = Path(__file__).parent
-IMPORT = re.compile(
-    r"^\s*from nmoe\.codegen(?:\.templates)?(?:\.(\w+) import| import (\w+(?:, \w+)*))", re.MULTILINE
-)
+PACKAGE = Path(__file__).parents[1]
+IMPORT = re.compile(r"^\s*from (nmoe[.\w]*) import (?:\(([^)]*)\)|([^\n#]*))", re.MULTILINE)
 
 
 class CompilerError(UserError):
@@ -42,21 +40,22 @@ class CompilerError(UserError):
 
 @cache
 def sources(template: str) -> str:
-    """SHA-256 of the sources that a template module generates code from: its own and those that it imports of
-    nmoe.codegen."""
-    found: dict[str, bytes] = {}
-    wanted = [template]
+    """SHA-256 of the sources that a template module generates code from: its own and those that it imports, at any
+    remove, of nmoe.codegen and nmoe.storage."""
+    found: dict[str, str] = {}
+    wanted = [f"nmoe.codegen.templates.{template}"]
     while wanted:
-        name = wanted.pop()
-        path = FOLDER / "templates" / f"{name}.py"
-        path = path if path.exists() else FOLDER / f"{name}.py"
-        if name not in found:
-            found[name] = path.read_bytes()
-            for module, modules in IMPORT.findall(found[name].decode()):
-                wanted += [module] if module else modules.split(", ")
+        module = wanted.pop()
+        path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        generates = module.startswith("nmoe.codegen.") or module == "nmoe.storage"
+        if generates and module not in found and path.exists():
+            found[module] = path.read_text()
+            for parent, several, one in IMPORT.findall(found[module]):
+                names = (name.strip() for name in (several or one).split(","))
+                wanted += [parent, *(f"{parent}.{name}" for name in names)]
     digest = hashlib.sha256()
-    for name in sorted(found):
-        digest.update(name.encode() + b"\0" + found[name] + b"\0")
+    for module in sorted(found):
+        digest.update(f"{module}\0{found[module]}\0".encode())
     return digest.hexdigest()
 
 
@@ -66,6 +65,7 @@ def problem_key(problem: Problem, config: Config | None, target: str) -> str:
     parts = {
         "family": problem.family, "problem": asdict(problem), "config": config and config.json(), "target": target,
         "sources": sources(problem.template(target).split(".")[0]), "toolchain": TOOLCHAIN, "host": "x86_64-linux",
+        "format": FORMAT,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -103,7 +103,8 @@ def compile_problem(problem: Problem, config: Config, target: str, cache: Cache)
     files = generate(problem, config, target)
     report = {
         "family": problem.family, "problem": asdict(problem), "target": target, "config": str(config),
-        "shared_bytes": problem.shared_bytes(config, target), **resources(files["kernel.cubin"]),
+        "stages": getattr(config, "stages", 0), "shared_bytes": problem.shared_bytes(config, target),
+        **stated(files["kernel.ptx"].decode()), **resources(files["kernel.cubin"]),
         "seconds": round(time.monotonic() - begin, 2),
     }  # fmt: skip
     return cache.put(key, target, files, report)

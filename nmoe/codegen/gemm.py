@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import ROWS, Config, Operand, Problem, per, quantized
 from nmoe.codegen.spec import KernelSpec
-from nmoe.formats import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES, BLOCK
+from nmoe.storage import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES, BLOCK
 
 Role = Literal["fprop", "dgrad", "wgrad"]
 Epilogue = Literal["store", "swiglu", "dswiglu", "accumulate"]
@@ -235,7 +235,7 @@ class GemmProblem(Problem):
         """Of each tile, cluster and number of buffers the most stages that fit. 128 wide and alone is left out: it
         reads the most from L2 and was never within 20 % of the best on the H100."""
         found = []
-        for (tile_n, cluster), buffers in product(((256, 2), (256, 1), (128, 2)), (2, 3, 4)):
+        for (tile_n, cluster), buffers in product(((256, 2), (256, 1), (128, 2)), (1, 2, 3, 4)):
             for stages in range(8, 1, -1):
                 config = GemmConfig(tile_n, stages, cluster, buffers)
                 if not self.violations(config, target):
@@ -302,8 +302,9 @@ class GemmProblem(Problem):
             limit(config.tile_n == 256 or not self.b_mn_major,
                   f"tile_n {config.tile_n}: a half of B is a box of 128 one-byte elements across: 256")  # fmt: skip
         if self.read:
-            limit(config.buffers == 2 * len(self.read),
-                  f"{config.buffers} buffers: two slots of {len(self.read)} pieces that are read")  # fmt: skip
+            slots = 1 if target == "sm_90a" else 2
+            limit(config.buffers == slots * len(self.read),
+                  f"{config.buffers} buffers: {slots} times the {len(self.read)} pieces that are read")  # fmt: skip
         else:
             count = self.pieces(config)
             limit(config.buffers >= 2 and count % config.buffers == 0,

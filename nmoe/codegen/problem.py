@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from nmoe.errors import UserError
-from nmoe.formats import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES, BLOCK
+from nmoe.storage import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES, BLOCK
 
 # Dynamic extents, known at launch: expert rows of the rank (spec.py's "R"), its tokens ("T"), positions of the rotary
 # table ("S").
@@ -69,7 +69,7 @@ def stored_formats(format: str) -> tuple[str, ...]:
 def quantized(
     name: str, format: str, shape: tuple[int, ...], axis: int, amax: tuple[int, ...], atoms: bool
 ) -> tuple[Operand, ...]:
-    """The buffers of a value [..., M, K] quantized along `axis`: formats.storage, for shapes with dynamic extents."""
+    """The buffers of a value [..., M, K] quantized along `axis`: storage.storage, for shapes with dynamic extents."""
     *lead, m, k = shape
     lines, length = (m, k) if axis else (k, m)
     block = BLOCK[format]

@@ -1,4 +1,4 @@
-"""What a compiled kernel uses, read from its machine code: registers, spills, shared memory, instructions that matter.
+"""What a compiled kernel uses, read from what was compiled: registers, spills, tensor memory, instructions that matter.
 
 The disassembler is NVIDIA's, as triton's wheel carries it or as it lies on PATH; without one the report has only what
 the compiler says.
@@ -24,6 +24,9 @@ PATTERNS = {
     "local": re.compile(r"^(LDL|STL)\b"),
 }
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)")
+CONSTANT = re.compile(r"mov\.b32\s+(%r\d+), (\d+);")
+EXPECTED = re.compile(r"mbarrier\.arrive\.expect_tx\S* [^;]*, (%?\w+);")
+ALLOCATED = re.compile(r"tcgen05\.alloc\S*\s+[^;]*, (%?\w+);")
 USAGE = re.compile(r"Function ([^:]+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -52,6 +55,17 @@ def resources(cubin: bytes) -> dict[str, Any]:
         for name, reg, stack, _, local in USAGE.findall(usage)
     }
     return {"kernels": kernels, "sass": count(sass)}
+
+
+def stated(ptx: str) -> dict[str, Any]:
+    """{"tensor_columns": columns of tensor memory that a thread block takes, "expected_bytes": what barriers are told
+    to wait for}, from the PTX, which states both as constants."""
+    constants = dict(CONSTANT.findall(ptx))
+
+    def numbers(pattern: re.Pattern[str]) -> set[int]:
+        return {int(constants.get(operand, operand)) for operand in pattern.findall(ptx)}
+
+    return {"tensor_columns": sum(numbers(ALLOCATED)), "expected_bytes": sorted(numbers(EXPECTED))}
 
 
 def disassemble(cubin: bytes) -> str | None:
@@ -84,14 +98,21 @@ def _output(command: list[str]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def format_report(report: Mapping[str, Any]) -> str:
-    """One line: config, registers, spills, shared memory, products found."""
-    parts = [report["config"], f"smem {report['shared_bytes']}"]
-    for name, used in report.get("kernels", {}).items():
-        spilled = used["stack"] + used["local"]
-        parts.append(
-            f"{name}: {used['registers']} regs, " + (f"{spilled} B SPILLED" if spilled else "no spills")
-        )
-    for opcode, n in report.get("sass", {}).get("mma", {}).items():
-        parts.append(f"{n}x {opcode}")
-    return "; ".join(parts)
+def cells(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of a kernel's line: config, registers a thread, bytes spilled, shared memory, columns of tensor memory, stages,
+    products in the machine code. What consists of several kernels shows the most that one of them takes."""
+    kernels = report.get("kernels", {}).values()
+    spilled = max((used["stack"] + used["local"] for used in kernels), default=0)
+    products = (f"{n}x {opcode}" for opcode, n in report.get("sass", {}).get("mma", {}).items())
+    return (
+        report["config"],
+        str(max((used["registers"] for used in kernels), default="?")),
+        f"{spilled} B" if kernels else "?",
+        f"{report['shared_bytes'] / 1024:.1f} KB",
+        str(report["tensor_columns"] or "-"),
+        str(report["stages"] or "-"),
+        " ".join(products) or "-",
+    )
+
+
+COLUMNS = ("config", "registers", "spilled", "shared", "tensor columns", "stages", "products")

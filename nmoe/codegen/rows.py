@@ -23,7 +23,7 @@ from nmoe.codegen.problem import (
     stored_formats,
 )
 from nmoe.codegen.spec import KernelSpec, Part, Value
-from nmoe.formats import ATOM_ROWS, BLOCK
+from nmoe.storage import ATOM_ROWS, BLOCK
 
 Body = Literal["load", "swiglu", "rms_norm", "rms_norm_bwd", "rope", "concat", "split", "embedding"]
 BODIES: dict[str, Body] = {

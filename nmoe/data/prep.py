@@ -197,7 +197,7 @@ def _write(
             writer = writer or ShardWriter(folder, len(manifest.shards), manifest.dtype)
             writer.append(ids)
             total, count = total + len(ids), count + 1
-            line.update(total, count, min(1.0, max(batch.fraction, total / limit)) or None)
+            line.count(total, count, min(1.0, max(batch.fraction, total / limit)) or None)
             if total >= limit:
                 break
             if writer.tokens >= shard_tokens:

@@ -10,12 +10,8 @@ each element, so results are bitwise repeatable on any number of threads.
 """
 
 from nmoe.formats.block_scaled import (
-    BLOCK,
-    Axis,
     ErrorBound,
-    Format,
     Quantized,
-    Rounding,
     check_operand,
     dequantize,
     empty,
@@ -24,7 +20,6 @@ from nmoe.formats.block_scaled import (
     global_scale,
     hadamard_transform,
     quantize,
-    storage,
 )
 from nmoe.formats.elements import (
     decode_e2m1,
@@ -36,19 +31,12 @@ from nmoe.formats.elements import (
     pack_e2m1,
     unpack_e2m1,
 )
-from nmoe.formats.layout import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES, from_blocked, to_blocked
+from nmoe.formats.layout import from_blocked, to_blocked
 from nmoe.formats.philox import philox, random_bits
 
 __all__ = [
-    "ATOM_BYTES",
-    "ATOM_ROWS",
-    "ATOM_SCALES",
-    "BLOCK",
-    "Axis",
     "ErrorBound",
-    "Format",
     "Quantized",
-    "Rounding",
     "check_operand",
     "decode_e2m1",
     "decode_e4m3",
@@ -67,7 +55,6 @@ __all__ = [
     "philox",
     "quantize",
     "random_bits",
-    "storage",
     "to_blocked",
     "unpack_e2m1",
 ]

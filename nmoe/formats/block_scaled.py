@@ -27,21 +27,18 @@ from nmoe.formats.elements import (
     pack_e2m1,
     unpack_e2m1,
 )
-from nmoe.formats.layout import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES
 from nmoe.formats.philox import random_bits
-
-Format = Literal["mxfp8", "nvfp4"]
-Axis = Literal[0, 1]
-Rounding = Literal["nearest", "stochastic"]
-
-BLOCK: dict[str, int] = {"mxfp8": 32, "nvfp4": 16}
-HADAMARD_SIZE = 16
-
-FLT_MAX = torch.finfo(torch.float32).max
-
-# The diagonal of the random Hadamard transform. It is fixed, not drawn: TransformerEngine ships this vector,
-# and both operands of wgrad must use the same one.
-SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+from nmoe.storage import (
+    BLOCK,
+    FLT_MAX,
+    HADAMARD_SIZE,
+    SIGNS,
+    Axis,
+    Format,
+    Rounding,
+    check_divides,
+    storage,
+)
 
 
 @dataclass(frozen=True)
@@ -152,29 +149,9 @@ def check_operand(q: Quantized, axis: Axis) -> None:
         )
 
 
-# Storage
+# Buffers
 
-
-def storage(
-    format: Format, shape: tuple[int, ...], axis: Axis, segments: int | None = None, atoms: bool = False
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name → (shape, dtype) of the buffers of a Quantized of logical `shape` with so many `segments`, its scales in
-    rows or in `atoms` of 128 x 4 (`to_blocked`), 512 bytes each.
-
-    Raises ValueError if the blocks do not divide the axis.
-    """
-    _check_divides(format, shape, axis)
-    *batch, m, k = shape
-    lines, length = (m, k) if axis == 1 else (k, m)
-    blocks = length // BLOCK[format]
-    scale = (*batch, lines, blocks)
-    if atoms:
-        scale = (*batch, -(-lines // ATOM_ROWS), -(-blocks // ATOM_SCALES), ATOM_BYTES)
-    if format == "mxfp8":
-        return {"data": (tuple(shape), torch.uint8), "scale": (scale, torch.uint8)}
-    data = (*batch, lines, length // 2)
-    amax = tuple(batch) if segments is None else (segments,)
-    return {"data": (data, torch.uint8), "scale": (scale, torch.uint8), "amax": (amax, torch.float32)}
+DTYPES = {"u8": torch.uint8, "f32": torch.float32}
 
 
 def from_buffers(
@@ -204,8 +181,8 @@ def empty(
 ) -> Quantized:
     """Uninitialised buffers, for `quantize(..., out=)`."""
     buffers = {
-        name: torch.empty(size, dtype=dtype, device=device)
-        for name, (size, dtype) in storage(format, shape, axis, segments).items()
+        name: torch.empty(size, dtype=DTYPES[element], device=device)
+        for name, (size, element) in storage(format, shape, axis, segments).items()
     }
     return Quantized(format, axis, tuple(shape), buffers["data"], buffers["scale"], buffers.get("amax"))
 
@@ -422,7 +399,7 @@ def error_bound(format: Format, rounding: Rounding = "nearest") -> ErrorBound:
 def _check_request(
     x: Tensor, format: Format, axis: Axis, rounding: str, seed: int | None, hadamard: bool, square: bool
 ) -> None:
-    _check_divides(format, x.shape, axis)
+    check_divides(format, x.shape, axis)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"x is {x.dtype}, expected float32, bfloat16 or float64")
     if format == "mxfp8" and (rounding != "nearest" or hadamard or square):
@@ -436,22 +413,7 @@ def _check_request(
     if seed is not None and not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}, expected 0 ≤ seed < 2^64")
     if square:
-        _check_divides(format, x.shape, 1 - axis)
-
-
-def _check_divides(format: Format, shape: tuple[int, ...], axis: int) -> None:
-    if format not in BLOCK:
-        raise ValueError(f"unknown format {format!r}, expected one of {', '.join(BLOCK)}")
-    if axis not in (0, 1):
-        raise ValueError(f"axis is {axis!r}, expected 0 (blocks along rows) or 1 (along the last dimension)")
-    if len(shape) < 2:
-        raise ValueError(f"shape is {tuple(shape)}, expected [..., M, K]")
-    name, size = ("M", shape[-2]) if axis == 0 else ("K", shape[-1])
-    if size % BLOCK[format]:
-        raise ValueError(
-            f"{name} = {size} of shape {tuple(shape)} is not a multiple of {format}'s block of "
-            f"{BLOCK[format]}: pad it with zeros"
-        )
+        check_divides(format, x.shape, 1 - axis)
 
 
 def _check_segments(segments: Tensor, shape: torch.Size, block: int) -> None:
@@ -476,7 +438,10 @@ def _check_buffers(
             f"buffers are for {q.format}, axis {q.axis}, {tuple(q.shape)}; "
             f"expected {format}, axis {axis}, {tuple(shape)}"
         )
-    wanted = storage(q.format, q.shape, q.axis, segments, atoms)
+    wanted = {
+        name: (size, DTYPES[element])
+        for name, (size, element) in storage(q.format, q.shape, q.axis, segments, atoms).items()
+    }
     for name in ("data", "scale", "amax"):
         buffer = getattr(q, name)
         found = None if buffer is None else (tuple(buffer.shape), buffer.dtype)

@@ -7,12 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ATOM_ROWS, ATOM_SCALES, ATOM_BYTES = (
-    128,
-    4,
-    512,
-)  # lines and blocks whose scale factors an atom holds, and its size
-
 
 def to_blocked(scale: Tensor, segments: Tensor | None = None, dim: Literal[-2, -1] = -2) -> Tensor:
     """Scales uint8 [..., R, C] → atoms [..., ceil(R/128), ceil(C/4), 32, 4, 4], padded with 0.

@@ -7,12 +7,13 @@ gradient without the expert's output: <dy, W₂a> = <W₂ᵀdy, a>.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from nmoe.graph import Graph, Name, Op, Spec
 from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_ELEMENTS = 1 << 17  # of a piece of rows, all of whose intermediates stay in a core's cache
 
@@ -56,6 +57,8 @@ class SwiGlu(OpDef):
         return [] if outs[0].format == fmt else [Spec((_block_rows(rows, width), width), fmt)] * 3
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         block = _block_rows(*outs[0].shape)
         for h, a, weight in _pieces(block, ins[0], outs[0], ins[1]):
             rest = [x[: len(h)] for x in scratch]
@@ -90,6 +93,8 @@ class SwiGluBwd(OpDef):
         return [full] * (2 if ins[0].format == fmt else 7)
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         block = _block_rows(*ins[0].shape)
         for da, h, weight, dh, ds in _pieces(block, *ins, *outs):
             sigmoid, scaled, *rest = (x[: len(h)] for x in scratch)

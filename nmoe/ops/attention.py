@@ -8,12 +8,13 @@ document, says both where it starts and which rotation applies.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nmoe.graph import Graph, Name, Op, Spec
 from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, register, wide
+
+if TYPE_CHECKING:
+    import torch
 
 QUERY_BLOCK = 128  # queries that the reference scores at once
 
@@ -25,6 +26,8 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 def rope_frequencies(dim: int, theta: float, yarn: dict[str, float]) -> tuple[torch.Tensor, float]:
     """Angular frequencies float64[dim/2] and the factor on cos and sin, extended by YaRN when factor > 1."""
+    import torch
+
     exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
     frequencies = theta**-exponent
     factor = yarn["factor"]
@@ -56,6 +59,8 @@ class RopeTable(OpDef):
         return {"cos": spec, "sin": spec}
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         frequencies, scale = rope_frequencies(attrs["dim"], attrs["theta"], attrs["yarn"])
         angles = torch.arange(attrs["seq_len"], dtype=torch.float64)[:, None] * frequencies
         outs[0].copy_(angles.cos() * scale)
@@ -91,6 +96,8 @@ class Rope(OpDef):
         return [table, table, pair, pair, pair]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         (x, positions, cos, sin), (c, s, even, odd, t) = ins, scratch
         y = outs[0]
         if y.data_ptr() != x.data_ptr():
@@ -120,6 +127,8 @@ class _Heads:
     """The operands of one sequence, per head and in the wide format: q, k [H, S, dq], v [H, S, dv]."""
 
     def __init__(self, attrs: Attrs, ins: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         self.attrs = attrs
         self.seq, self.heads = attrs["seq_len"], attrs["heads"]
         self.nope, self.rope, self.vdim = attrs["nope"], attrs["rope"], attrs["v"]
@@ -133,6 +142,8 @@ class _Heads:
         torch.arange(self.seq, out=self.index)
 
     def load(self, sequence: int) -> None:
+        import torch
+
         q, kv, k_rope = (t[sequence].transpose(0, 1) for t in self.source)
         self.q.copy_(q).mul_(self.attrs["scale"])
         self.k[..., : self.nope].copy_(kv[..., : self.nope])
@@ -147,6 +158,8 @@ class _Heads:
 
     def blocks(self) -> Any:
         """(queries, keys, scores [H, m, n] with −inf where a query does not see a key) of each query block."""
+        import torch
+
         for start in range(0, self.seq, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, self.seq)
             # The documents follow each other, so `low` never falls. A GPU's value is not waited for: the mask hides
@@ -209,6 +222,8 @@ class Attention(OpDef):
         return [*_common_scratch(attrs, fmt), column, column, out]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         heads = _Heads(attrs, ins, scratch)
         count, seq = heads.heads, heads.seq
         o = outs[0].view(-1, seq, count, heads.vdim)
@@ -255,6 +270,8 @@ class AttentionBwd(OpDef):
         return [*common, value, key, value, scores, column, column, queries, shared]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         do_, o_, lse_ = ins[0], ins[5], ins[6]
         heads = _Heads(attrs, ins[1:5], scratch)
         count, seq, vdim, nope = heads.heads, heads.seq, heads.vdim, heads.nope

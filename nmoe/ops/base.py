@@ -1,4 +1,7 @@
-"""What an op kind is: one `OpDef` holds its shape rule, gradient, cost and reference math."""
+"""What an op kind is: one `OpDef` holds its shape rule, gradient, cost and reference math.
+
+The reference math, and it alone, imports torch, when it is called: whatever only describes a step needs none.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from nmoe import formats
 from nmoe.graph import ELEMENT_BYTES, QUANTIZED, Graph, Name, Op, Shape, Spec
+from nmoe.storage import storage
 
 Attrs = Mapping[str, Any]
 Specs = list[Any]  # of operands in order: a Spec with concrete shape, or None where one is absent
@@ -31,16 +32,39 @@ def numel(shape: Shape) -> int:
     return math.prod(int(d) for d in shape)
 
 
-def buffers(spec: Spec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The parts of a quantized value in memory, widest elements first so that each is aligned."""
-    parts = formats.storage(spec.format, spec.shape, spec.axis, spec.segments or None, spec.atoms)  # type: ignore[arg-type]
-    return dict(sorted(parts.items(), key=lambda part: -part[1][1].itemsize))
+PART_ALIGNMENT = 16  # bytes: what vector loads and TMA ask of an address
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One buffer of a quantized value: where it starts in the value's memory, in bytes, and what it holds."""
+
+    offset: int
+    shape: tuple[int, ...]
+    format: str  # of an element
+
+    @property
+    def end(self) -> int:
+        return self.offset + numel(self.shape) * ELEMENT_BYTES[self.format]
+
+
+def parts(spec: Spec) -> dict[str, Part]:
+    """The buffers of a quantized value in the order of `storage`, each on a multiple of PART_ALIGNMENT."""
+    placed: dict[str, Part] = {}
+    end = 0
+    assert spec.axis is not None
+    stored = storage(spec.format, spec.shape, spec.axis, spec.segments or None, spec.atoms)
+    for label, (shape, element) in stored.items():
+        placed[label] = Part(-(-end // PART_ALIGNMENT) * PART_ALIGNMENT, shape, element)
+        end = placed[label].end
+    return placed
 
 
 def nbytes(spec: Spec) -> int:
-    """Bytes of a value whose shape is concrete, scale factors and amax included."""
+    """Bytes of a value whose shape is concrete; of a quantized one with its scale factors, amax and the gaps that
+    align them."""
     if spec.format in QUANTIZED:
-        return sum(numel(shape) * dtype.itemsize for shape, dtype in buffers(spec).values())
+        return max(part.end for part in parts(spec).values())
     return numel(spec.shape) * ELEMENT_BYTES[spec.format]
 
 

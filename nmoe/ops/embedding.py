@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from nmoe.graph import ELEMENT_BYTES, Graph, Name, Op, Spec
 from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
 
@@ -32,6 +30,8 @@ class Embedding(OpDef):
         return [ins[0]]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         index = torch.clamp(ins[0], min=0, out=scratch[0])
         torch.index_select(ins[1], 0, index, out=outs[0])
 
@@ -55,6 +55,8 @@ class EmbeddingBwd(OpDef):
         return [ins[1], Spec(ins[0].shape, outs[0].format)]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         index = torch.clamp(ins[1], min=0, out=scratch[0])
         rows = scratch[1].copy_(ins[0])
         if rows.is_cuda:  # there index_add_ adds in any order, this one sorts

@@ -12,14 +12,14 @@ Operands may be quantized along the contracted dimension. Accumulation is FP32 a
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from nmoe import formats
 from nmoe.graph import QUANTIZED, Graph, Name, Op, Spec
 from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
-from nmoe.rdep.sums import depth
+from nmoe.rdep.sizes import depth
+
+if TYPE_CHECKING:
+    import torch
 
 # Which axis of each operand, in its own layout, a role contracts: 1 is the last one.
 CONTRACTED = {"fprop": (1, 1), "dgrad": (1, 0), "wgrad": (0, 0)}
@@ -38,6 +38,8 @@ def _compute_format(role: str, a: Spec, b: Spec, out: Spec) -> str:
 
 def _load(operand: Any, scratch: list[torch.Tensor]) -> torch.Tensor:
     """The operand in the compute format: itself, or a copy in the next piece of scratch."""
+    from nmoe import formats
+
     if isinstance(operand, formats.Quantized):
         return formats.dequantize(operand, out=scratch.pop(0))
     if scratch and scratch[0].shape == operand.shape and scratch[0].dtype != operand.dtype:
@@ -104,6 +106,8 @@ class _Product(OpDef):
             y.copy_(target)
 
     def multiply(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, ins: list[Any]) -> None:
+        import torch
+
         torch.mm(a, b, out=out)
 
     def accumulate(
@@ -142,6 +146,8 @@ class GroupedGemm(_Product):
         return need
 
     def multiply(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, ins: list[Any]) -> None:
+        import torch
+
         ends = ins[2].tolist()
         runs = (len(ends) - 1) // len(b)
         for i, (start, end) in enumerate(pairwise(ends)):
@@ -151,6 +157,7 @@ class GroupedGemm(_Product):
     def accumulate(
         self, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, ins: list[Any], partial: list[torch.Tensor]
     ) -> None:
+
         segments = list(pairwise(ins[2].tolist()))
         runs = len(segments) // len(dw)
 

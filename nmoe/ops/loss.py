@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from nmoe.graph import Graph, Name, Op, Spec
 from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
 
@@ -54,6 +52,8 @@ class _LinearCrossEntropy(OpDef):
         return need
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         (h, w, targets, scale), (loss, dh, dw) = ins, outs
         logits_, top_, total_, picked_, seen_, target_, partial = scratch[:7]
         narrow = len(scratch) > 7

@@ -7,18 +7,21 @@ to `align` rows, so that a GEMM tile never straddles experts and scale-factor bl
 from __future__ import annotations
 
 import math
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from nmoe.graph import Graph, Name, Op, Spec
 from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
-from nmoe.rdep.plan import CapacityError, worst_case
+from nmoe.rdep.sizes import CapacityError, worst_case
+
+if TYPE_CHECKING:
+    import torch
 
 EPSILON = 1e-20  # keeps the normalisation of all-zero scores finite (as DeepSeek-V3)
 
 
 def _scores(attrs: Attrs, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    import torch
+
     if attrs["score"] == "sigmoid":
         return torch.sigmoid(logits, out=out)
     return torch.softmax(logits, dim=-1, out=out)
@@ -70,6 +73,8 @@ class Router(OpDef):
         return need
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         (x, w, bias), (indices, weights, logits, balance, z) = ins, outs
         x32, scores, choice, ranked, order, column, total = scratch[:7]
         rest = list(scratch[7:])
@@ -102,6 +107,8 @@ class Router(OpDef):
 
     def _limit_groups(self, attrs: Attrs, choice: torch.Tensor, scratch: list[torch.Tensor]) -> None:
         """Sets the scores outside each token's best groups to −∞."""
+        import torch
+
         per, order, group, ranked, group_order, closed = scratch[:6]
         members = choice.view_as(per)
         torch.sort(members, dim=-1, descending=True, stable=True, out=(per, order))
@@ -114,6 +121,8 @@ class Router(OpDef):
 
 def _normalised(attrs: Attrs, scores: torch.Tensor, out: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     """Scores that sum to one over the experts."""
+    import torch
+
     torch.sum(scores, dim=-1, keepdim=True, out=column)
     return torch.div(scores, column, out=out)
 
@@ -165,6 +174,8 @@ class RouterBwd(OpDef):
         return need
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         (dweights, x, w, indices, logits), (dx, dw) = ins, outs
         x32, scores, d, index, selected, t, column, dot = scratch[:8]
         rest = list(scratch[8:])
@@ -208,6 +219,8 @@ class RouterBwd(OpDef):
         rest: list[torch.Tensor],
     ) -> None:
         """Adds dL/ds of L = α/B Σ_b Σ_e f_e·mean_t s'_te with s' = s / Σ_e s."""
+        import torch
+
         share = _normalised(attrs, scores, rest[0], column)
         frequency = _frequency(attrs, indices, rest[1:])
         frequency.mul_(attrs["balance"] * attrs["inverse_sequences"] / attrs["seq_len"])
@@ -260,6 +273,8 @@ class MoePlan(OpDef):
         ]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         (slots, row_source, offsets, load), align = outs[:4], attrs["align"]
         expert, ranked, order, position, counts, padded, first, shift, counts_wide, small = scratch
         expert.copy_(ins[0].view(-1))
@@ -315,6 +330,8 @@ class Dispatch(OpDef):
         return [Spec(rows, "i32"), Spec(rows, "i32"), Spec(rows, "bool")]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         x, weights, slots, row_source, offsets = ins
         # A GPU is not waited for: it copies to all rows, those past the last expert's as padding.
         n, topk = len(row_source) if x.is_cuda else int(offsets[-1]), slots.shape[1]
@@ -359,6 +376,8 @@ class Combine(OpDef):
         return [Spec(y.shape, y.format), Spec(y.shape, fmt), Spec(y.shape[:1], "i32")]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         (rows, row_values, slots, *_), (gathered, total, slot) = ins, scratch
         total.zero_()
         for k in range(slots.shape[1]):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from nmoe.graph import Graph, Name, Op, Spec
 from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
 
@@ -34,6 +32,8 @@ class RmsNorm(OpDef):
         return [Spec(ins[0].shape, wide(ins[0].format))] * 2
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         (x, w), (y, rstd), (x32, square) = ins, outs, scratch
         x32.copy_(x)
         torch.mul(x32, x32, out=square)
@@ -61,6 +61,8 @@ class RmsNormBwd(OpDef):
         return [full, full, full, row, ins[2]]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         (dy, x, w, rstd), (dx, dw), (xhat, g, product, mean, column) = ins, outs, scratch
         xhat.copy_(x).mul_(rstd.unsqueeze(-1))
         g.copy_(dy)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from nmoe import formats
 from nmoe.graph import Spec
 from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register
 
@@ -33,6 +32,8 @@ class Quantize(OpDef):
         return Cost(4.0 * numel(ins[0].shape), reads * memory_bytes(ins[0]) + memory_bytes(outs[0]))
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        from nmoe import formats
+
         x, offsets, counter = ins
         formats.quantize(
             x,

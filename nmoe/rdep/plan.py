@@ -15,11 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nmoe.errors import UserError
-
-
-class CapacityError(UserError):
-    """More expert rows would arrive than the buffers hold; nothing was sent or overwritten."""
+from nmoe.rdep.sizes import CapacityError
 
 
 @dataclass(frozen=True)
@@ -63,14 +59,6 @@ def plan(counts: Tensor, align: int) -> Plan:
     torch.cumsum(padded.view(ranks, -1), 1, out=offsets[:, 1:])
     before = counts.cumsum(0) - counts  # rows of the lower ranks for the same expert
     return Plan(counts, offsets[:, :-1].reshape(-1) + before, offsets)
-
-
-def worst_case(ranks: int, tokens: int, topk: int, experts: int, align: int) -> int:
-    """Slots that no routing exceeds: every rank's tokens choose as many of one rank's experts as they may, and all
-    these experts end one row past a multiple of `align`."""
-    local = experts // ranks
-    rows = ranks * tokens * min(topk, local) + local * (align - 1)
-    return rows // align * align
 
 
 def check_capacity(plan: Plan, capacity: int) -> None:

@@ -33,11 +33,6 @@ def tree_sum(terms: Sequence[Tensor]) -> Tensor:
     return terms[0]
 
 
-def depth(terms: int) -> int:
-    """Partial sums that exist at once when the tree is walked term by term."""
-    return (terms - 1).bit_length() + 1
-
-
 class Sums:
     """Each rank adds up one slice of the tensor and hands it to the others, a piece of the tensor after the other.
     Every rank has a block of its own in the buffers of each, so that sums among some ranks meet none among others."""

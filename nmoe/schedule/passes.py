@@ -72,7 +72,7 @@ def quantize_operands(graph: Graph, atoms: bool = False) -> Graph:
         for suffix, (how, offsets) in wanted.pop(name, {}).items():
             attrs = {"format": how.format, "axis": how.axis, "rounding": how.rounding, "hadamard": how.hadamard,
                      "square": how.square, "atoms": atoms,
-                     "seed": zlib.crc32(f"{name}.{suffix}".encode()) << 32}  # fmt: skip
+                     "seed": zlib.crc32(f"{name}.{suffix}".encode()) << 31}  # an int64  # fmt: skip
             g.stage = stage  # type: ignore[assignment]
             counter = COUNTER if how.rounding == "stochastic" else None
             g.emit("quantize", f"{name}.{suffix}", [name, offsets, counter], attrs, phase=phase)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from tiny import tiny_config
 
 from nmoe import binding
 from nmoe.config import Config, LayerGroup
+from nmoe.errors import UserError
 from nmoe.executor import Executor, allocate
 from nmoe.graph import Spec
 from nmoe.schedule import Schedule, lower, no_kernel
@@ -69,12 +70,13 @@ def test_a_moe_layer_of_generated_kernels(target: str) -> None:
 @pytest.mark.usefixtures("emulator")
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
-def test_a_moe_model_in_mxfp8(target: str) -> None:
+@pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
+def test_a_moe_model_in_low_precision(precision: str, target: str) -> None:
     """Copies, their scale factors in the target's layout and products: as far from float64 as the CPU's numerics."""
     wide = {"hidden_size": 128, "layers": (LayerGroup("moe"),)}
     latent = {"kv_lora_rank": 128, "qk_nope_head_dim": 32, "v_head_dim": 64}
     ours, cpu = (tiny_config(target={"device": t}, model=wide, attention=latent, moe={"intermediate_size": 128},
-                             schedule={"precision": "mxfp8"}) for t in (target, "cpu"))  # fmt: skip
+                             schedule={"precision": precision}) for t in (target, "cpu"))  # fmt: skip
     schedule = lower(ours, kernels=binding.kernels(target))
     launcher = EmulatedLauncher()
     tensors = launcher.tensors(schedule, "param", "grad", "state", "input", "const")
@@ -85,6 +87,26 @@ def test_a_moe_model_in_mxfp8(target: str) -> None:
     for name, want in exact.items():
         error, theirs = ((x[name] - want).norm() / want.norm() for x in (found, reference))
         assert error <= 1.5 * theirs + 1e-6, f"{name}: {error:.2e} from float64, the reference {theirs:.2e}"
+
+
+class NoLauncher:
+    """Binds anything and launches nothing."""
+
+    root = None
+
+    def bind(self, *launch: object) -> binding.Bound:
+        return lambda: None
+
+
+def test_kernels_are_not_bound_to_no_tokens() -> None:
+    """A launch of an empty grid would be CUDA's "invalid argument" at the first step."""
+    schedule = lower(config("sm_90a"), kernels=moe_kernels("sm_90a"))
+    Executor(schedule, allocate(schedule), launcher=NoLauncher())
+    empty = replace(schedule, dims={**schedule.dims, "T": 0})
+    with pytest.raises(
+        UserError, match=r"^layers\.0\.moe.*: x has the shape \(0, 64\), .* at least one token"
+    ):
+        Executor(empty, allocate(empty), launcher=NoLauncher())
 
 
 def test_a_group_without_a_kernel_is_split_and_its_values_exist() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,13 +35,6 @@ CASES = [
 ]  # fmt: skip
 
 
-def waited_for(ptx: str) -> set[int]:
-    """The bytes that the kernel tells its barriers to expect."""
-    constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (\d+);", ptx))
-    operands = re.findall(r"mbarrier\.arrive\.expect_tx\S* [^;]*, (%?\w+);", ptx)
-    return {int(constants.get(operand, operand)) for operand in operands}
-
-
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(("problem", "cluster", "mma", "products", "copies", "size"), CASES)
 def test_machine_code_holds_a_slices_products_and_scales_and_no_spills(
@@ -50,7 +42,8 @@ def test_machine_code_holds_a_slices_products_and_scales_and_no_spills(
 ) -> None:
     config = next(c for c in problem.configs("sm_100a") if (c.tile_n, c.cluster) == (256, cluster))
     function = compiler.trace(problem, config, "sm_100a")
-    assert size in waited_for(function.__ptx__)
+    stated = report.stated(function.__ptx__)
+    assert size in stated["expected_bytes"] and stated["tensor_columns"] == 512
     if report.tool("nvdisasm") is None:
         pytest.skip("no disassembler")
     found = report.resources(function.__cubin__)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ import pytest
 from nmoe.autotune import cost
 from nmoe.codegen import compiler, report
 from nmoe.codegen.build import Build, build, emit, format_build
+from nmoe.codegen.cache import Cache
 from nmoe.codegen.gemm import Epilogue, GemmProblem, Role
 from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.rows import Copy, RowProblem
 from nmoe.codegen.spec import KernelSpec, specs
 from nmoe.config import Target, load
 from nmoe.schedule import lower
@@ -29,17 +33,16 @@ def moonlet() -> list[KernelSpec]:
 
 
 @pytest.fixture(scope="module")
-def built(
-    moonlet: list[KernelSpec], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Build, list[str]]:
-    root, lines = tmp_path_factory.mktemp("kernels"), []
-    return root, build(moonlet, root, progress=lines.append), lines
+def built(moonlet: list[KernelSpec], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Build, str]:
+    root, log = tmp_path_factory.mktemp("kernels"), StringIO()
+    return root, build(moonlet, root, progress=log), log.getvalue()
 
 
 @pytest.mark.usefixtures("compiler")
-def test_blackwells_kernels_keep_within_their_budgets(built: tuple[Path, Build, list[str]]) -> None:
-    _, result, lines = built
-    assert len(result.built) == len(lines) == 6 and not result.failed and not result.complete
+def test_blackwells_kernels_keep_within_their_budgets(built: tuple[Path, Build, str]) -> None:
+    _, result, log = built
+    assert len(result.built) == 6 and not result.failed and not result.complete
+    assert re.fullmatch(r"compiling  6 kernels in \d+\.\d s on \d+ cores", log.splitlines()[-1])
     for spec, entry in result.built.items():
         found = entry.report
         assert found["shared_bytes"] <= HARDWARE["sm_100a"].shared
@@ -51,9 +54,7 @@ def test_blackwells_kernels_keep_within_their_budgets(built: tuple[Path, Build, 
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_warm_build_compiles_nothing(
-    built: tuple[Path, Build, list[str]], moonlet: list[KernelSpec]
-) -> None:
+def test_a_warm_build_compiles_nothing(built: tuple[Path, Build, str], moonlet: list[KernelSpec]) -> None:
     root, cold, _ = built
     warm = build(moonlet, root)
     assert set(warm.warm) == set(cold.built) and not warm.built
@@ -62,9 +63,7 @@ def test_a_warm_build_compiles_nothing(
 
 
 @pytest.mark.usefixtures("compiler")
-def test_emit_writes_what_the_report_was_read_from(
-    built: tuple[Path, Build, list[str]], tmp_path: Path
-) -> None:
+def test_emit_writes_what_the_report_was_read_from(built: tuple[Path, Build, str], tmp_path: Path) -> None:
     _, result, _ = built
     assert emit(result, tmp_path / "out").startswith("PTX, SASS and reports of 6 kernels are in ")
     for spec, entry in result.built.items():
@@ -77,7 +76,7 @@ def test_emit_writes_what_the_report_was_read_from(
 
 @pytest.mark.usefixtures("compiler")
 def test_a_damaged_kernel_is_rebuilt_and_reported(
-    built: tuple[Path, Build, list[str]], moonlet: list[KernelSpec]
+    built: tuple[Path, Build, str], moonlet: list[KernelSpec]
 ) -> None:
     root, cold, _ = built
     spec, entry = next(iter(cold.built.items()))
@@ -91,7 +90,7 @@ def test_what_has_no_template_is_named(moonlet: list[KernelSpec], tmp_path: Path
     attention = [spec for spec in moonlet if spec.name == "attention"]
     result = build(attention, tmp_path)
     assert not result.complete
-    assert format_build("moonlet", result).splitlines()[1].endswith("attention: no template for attention")
+    assert format_build("moonlet", result).splitlines()[2].endswith("attention: no template for attention")
 
 
 @pytest.mark.usefixtures("compiler")
@@ -116,4 +115,21 @@ def test_hoppers_products_follow_each_other_without_waits(role: Role, epilogue: 
     problem = GemmProblem(role, 8, 2816, 2048, epilogue)
     cubin = compiler.generate(problem, cost.choose(problem, "sm_90a"), "sm_90a")["kernel.cubin"]
     products = [line for line in (report.disassemble(cubin) or "").splitlines() if "HGMMA" in line]
-    assert len(products) == 4 and sum("gsb0" in line for line in products) == 1
+    slices = sum("gsb0" in line for line in products)
+    assert slices > 1 and len(products) == 4 * slices, "a slice is four products, and only its last is committed"
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
+def test_no_register_is_twice_the_same_pair_of_codes(target: str, tmp_path: Path) -> None:
+    """ptxas makes one F2FP of such a register, half of which is undefined: on an H100 every square NVFP4 copy was
+    wrong, and on the emulator, which runs PTX, right."""
+    square = tuple(
+        Copy("nvfp4", axis, "blocked" if target == "sm_100a" else "rows", square=True) for axis in (1, 0)
+    )
+    problem = RowProblem("load", 160, 416, keeps_body=False, copies=square)
+    entry = compiler.compile_problem(problem, problem.configs(target)[0], target, Cache(tmp_path))
+    ptx = (entry.folder / "kernel.ptx").read_text()
+    codes = set(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32\s+(%rs\d+)", ptx))
+    twice = set(re.findall(r"mov\.b32\s+%r\d+, \{(%rs\d+), \1\}", ptx))
+    assert codes and not codes & twice

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nmoe.codegen import compiler as kernel_compiler
 from nmoe.codegen.cache import Cache, Entry, default_root
 
 KEY, TARGET = "ab" * 32, "sm_100a"
@@ -124,3 +125,27 @@ def test_concurrent_writers_and_readers(cache: Cache, damage: bool) -> None:
 def test_the_default_root_follows_nmoe_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NMOE_HOME", str(tmp_path))
     assert default_root() == tmp_path / "kernels"
+
+
+def test_an_edited_source_names_another_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "codegen/templates/rows.py": "from nmoe.codegen.rows import A\n"
+        "from nmoe.codegen.templates import (\n    sums,\n)\n",
+        "codegen/templates/sums.py": "",
+        "codegen/rows.py": "    from nmoe.storage import BLOCK  # in a function\n",
+        "storage.py": "from nmoe.train import train\n",
+        "codegen/templates/plan.py": "",
+        "train.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(kernel_compiler, "PACKAGE", tmp_path)
+    before = kernel_compiler.sources.__wrapped__("rows")
+    changed = set()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "# edited\n")
+        if kernel_compiler.sources.__wrapped__("rows") != before:
+            changed.add(name)
+        (tmp_path / name).write_text(text)
+    assert changed == set(files) - {"codegen/templates/plan.py", "train.py"}

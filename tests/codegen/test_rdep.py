@@ -15,11 +15,12 @@ from nmoe.codegen.rdep import MoveProblem, RdepConfig
 from nmoe.rdep import plan as slots
 from nmoe.rdep.device import Group, check
 from nmoe.rdep.plan import CapacityError
+from nmoe.rdep.sizes import worst_case
 from nmoe.rdep.transport import Missing
 
 
 def sized(group: Group) -> Group:
-    worst = slots.worst_case(group.ranks, group.tokens, group.topk, group.experts, group.align)
+    worst = worst_case(group.ranks, group.tokens, group.topk, group.experts, group.align)
     return replace(group, capacity=worst)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nmoe.rdep import sums
 from nmoe.rdep.exchange import Exchange, buffers
-from nmoe.rdep.plan import worst_case
+from nmoe.rdep.sizes import worst_case
 from nmoe.rdep.transport import Buffer
 
 

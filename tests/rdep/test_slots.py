@@ -10,7 +10,8 @@ from harness import run_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmoe.rdep.plan import CapacityError, check_capacity, count, place, plan, worst_case
+from nmoe.rdep.plan import CapacityError, check_capacity, count, place, plan
+from nmoe.rdep.sizes import worst_case
 
 ALIGNS = st.sampled_from([1, 4, 16, 128])
 

@@ -22,7 +22,7 @@ from cutlass.cute.nvgpu import cpasync, tcgen05
 
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.layouts import major
-from nmoe.formats import ATOM_BYTES, ATOM_ROWS
+from nmoe.storage import ATOM_BYTES, ATOM_ROWS
 
 WORDS = ATOM_BYTES // 4  # TMA's boxes are at most 256 elements wide: atoms are 128 words
 COLUMNS = 4  # of tensor memory, an atom

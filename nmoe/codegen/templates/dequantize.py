@@ -2,7 +2,7 @@
 before the product. Exact for every E2M1 · E4M3, and for E4M3 with scales of 2^-124 to 2^119. NVFP4's global scales stay
 with the epilogue.
 
-A thread decodes 16 elements that lie side by side. Their scales lie in rows as formats.storage has them: along the same
+A thread decodes 16 elements that lie side by side. Their scales lie in rows as storage.storage has them: along the same
 direction, one for all 16; or, of MXFP8's column copies, across it, 16 of them.
 """
 
@@ -14,7 +14,7 @@ from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, cute
 from nmoe.codegen.gemm import GemmProblem
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.quantize import as_float
-from nmoe.formats import BLOCK
+from nmoe.storage import BLOCK
 
 THREADS = 256
 CHUNK = 16

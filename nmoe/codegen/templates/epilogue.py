@@ -11,6 +11,9 @@ Fragment: where a thread's values lie in a piece, and how the unit's threads wai
               the two halves of a buffer ─▶ TMA store; the scales go from registers to their atoms
 
 A unit of 32 rows holds whole blocks of both copies: a thread scales two blocks of a row, then two columns.
+
+`prefetch`, `run` and all that they alone call are Blackwell's, whose accumulators are outside the registers: a tile at
+a time. Hopper has one slot for what it reads, and an order of its own (deferred.py).
 """
 
 from __future__ import annotations
@@ -32,14 +35,14 @@ class Fragment(Fixed):
     """What a unit's threads hold of a piece [rows, 128 bytes].
 
     `rows`: of the unit; `mine`: the rows of this thread; `lanes`: threads that share a row, neighbours in the warp;
-    `leads`: does this thread's warp issue the unit's copies. `parts`: into how many a piece may be cut, numbered at run
-    time (accumulators outside the registers), so that dSwiGLU, which holds three values of every element, is a loop and
-    not one long sequence that the compiler spreads over more registers than there are; 0 where it may not.
+    `leads`: does this thread's warp issue the unit's copies. `parts`: into how many a piece is cut, numbered at run
+    time, so that dSwiGLU, which holds three values of every element, is a loop and not one long sequence that the
+    compiler spreads over more registers than there are.
     """
 
     rows: int
     lanes: int
-    parts = 0
+    parts = 1
     mine: tuple[Int32, ...]
     leads: cutlass.Boolean
 
@@ -100,13 +103,13 @@ class Epilogue(Fixed):
             if self.fragment.leads:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
                 for p in cutlass.range_constexpr(2):
-                    self._fetch(p, self._row(place), place.column * self.pieces + (p ^ flip))
+                    self.fetch(p, self.row(place), place.column * self.pieces + (p ^ flip))
 
     @cute.jit
     def run(self, acc, place, plain, turn: Int32, flip=0, free=None):  # type: ignore[no-untyped-def]
         """Finishes a tile in `steps` steps, number p of them on piece p ^ flip (swiglu: of gate and of up); returns the
         phase of the read barriers for the next tile. The barrier `free` hears when the first step's have been read."""
-        factor = self._factor(place, plain)
+        factor = self.factor(place, plain)
         if cutlass.const_expr(self.problem.epilogue == "swiglu"):
             self._swiglu(acc, place, plain, factor, flip, free)
         elif cutlass.const_expr(len(self.reads) > 0):
@@ -114,10 +117,10 @@ class Epilogue(Fixed):
         else:
             batch = place.expert if cutlass.const_expr(self.problem.epilogue == "accumulate") else 0
             for p in cutlass.range_constexpr(self.pieces):
-                at = (self._row(place), place.column * self.pieces + (p ^ flip), batch)
+                at = (self.row(place), place.column * self.pieces + (p ^ flip), batch)
                 values = self._piece(acc, p ^ flip, factor)
                 self._release(free, p)
-                self._put(values, p % self.buffers, self.problem.stored[0], at)
+                self.put(values, p % self.buffers, self.problem.stored[0], at)
         return turn
 
     @cute.jit
@@ -137,10 +140,10 @@ class Epilogue(Fixed):
         """This thread's elements of a buffer."""
         return self.fragment.stored(self.tile[None, None, buffer])
 
-    def _row(self, place) -> Int32:  # type: ignore[no-untyped-def]
+    def row(self, place) -> Int32:  # type: ignore[no-untyped-def]
         return place.row * self.units + self.unit
 
-    def _factor(self, place, plain) -> Float32 | None:  # type: ignore[no-untyped-def]
+    def factor(self, place, plain) -> Float32 | None:  # type: ignore[no-untyped-def]
         """The product of the operands' global scales (NVFP4)."""
         if plain.a_amax is None:
             return None
@@ -153,23 +156,28 @@ class Epilogue(Fixed):
         return piece
 
     @cute.jit
-    def _put(self, values, buffer, result: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
+    def put(self, values, buffer, result: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
         """Stores one piece from registers through the next buffer."""
         self._write(values, buffer)
-        self._send(((result, buffer),), at)
+        self.send(((result, buffer),), at)
 
     @cute.jit
     def _write(self, values, buffer) -> None:  # type: ignore[no-untyped-def]
-        """Writes one piece into the next buffer. The other buffers' stores may still be reading them."""
-        if self.fragment.leads:
-            cute.arch.cp_async_bulk_wait_group(self.buffers - 1, read=True)
-        self.fragment.sync()
+        """Writes one piece into the next buffer."""
+        self.reserve()
         rounded = cute.make_rmem_tensor(values.shape, self.gemm.out_type)
         rounded.store(values.load().to(self.gemm.out_type))
         cute.autovec_copy(rounded, self._spot(buffer))
 
     @cute.jit
-    def _send(self, sources, at) -> None:  # type: ignore[no-untyped-def]
+    def reserve(self) -> None:
+        """Waits until the next buffer's last store has left it. The other buffers' may still be reading them."""
+        if self.fragment.leads:
+            cute.arch.cp_async_bulk_wait_group(self.buffers - 1, read=True)
+        self.fragment.sync()
+
+    @cute.jit
+    def send(self, sources, at) -> None:  # type: ignore[no-untyped-def]
         """Stores results from shared memory: (result, place among its buffers) each."""
         cute.arch.fence_proxy("async.shared", space="cta")
         self.fragment.sync()
@@ -179,28 +187,24 @@ class Epilogue(Fixed):
                 cute.copy(atom, source[None, index], target[(None, *at)])
             cute.arch.cp_async_bulk_commit_group()
 
-    def _weights(self, weight, place) -> list[Float32]:  # type: ignore[no-untyped-def]
+    def weights(self, weight, place) -> list[Float32]:  # type: ignore[no-untyped-def]
         """The router weights of this thread's rows; one in a dense layer."""
         if weight is None:
             return [Float32(1.0) for _ in self.fragment.mine]
-        first = self._row(place) * self.fragment.rows
+        first = self.row(place) * self.fragment.rows
         return [weight[first + row] for row in self.fragment.mine]
 
     @cute.jit
     def _swiglu(self, acc, place, plain, factor, flip, free) -> None:  # type: ignore[no-untyped-def]
         """h = [gate | up] and act = weight · silu(gate) · up, of h as it is stored, so that recomputing act from h
         gives the same bits."""
-        weights = self._weights(plain.weight, place)
-        if cutlass.const_expr(self.fragment.parts > 0):
-            for p in cutlass.range(self.steps, unroll=1):
-                self._swiglu_step(acc, place, plain, factor, weights, p, flip, free)
-        else:
-            for p in cutlass.range_constexpr(self.steps):
-                self._swiglu_step(acc, place, plain, factor, weights, p, flip, free)
+        weights = self.weights(plain.weight, place)
+        for p in cutlass.range(self.steps, unroll=1):
+            self._swiglu_step(acc, place, plain, factor, weights, p, flip, free)
 
     @cute.jit
     def _swiglu_step(self, acc, place, plain, factor, weights, p, flip, free) -> None:  # type: ignore[no-untyped-def]
-        row, at = self._row(place), place.column * self.steps + (p ^ flip)
+        row, at = self.row(place), place.column * self.steps + (p ^ flip)
         gate, up = self._piece(acc, p ^ flip, factor), self._piece(acc, self.steps + (p ^ flip), factor)
         self._release(free, p)
         gate.store(gate.load().to(BFloat16).to(Float32))
@@ -208,8 +212,8 @@ class Epilogue(Fixed):
         buffer = p  # the number of the piece that is stored next
         if cutlass.const_expr(self.problem.keeps_h):
             buffer = 3 * p + 2
-            self._put(gate, 3 * p % self.buffers, "h", (row, at, 0))
-            self._put(up, (3 * p + 1) % self.buffers, "h", (row, at, 1))
+            self.put(gate, 3 * p % self.buffers, "h", (row, at, 0))
+            self.put(up, (3 * p + 1) % self.buffers, "h", (row, at, 1))
         for i in cutlass.range_constexpr(cute.size(gate)):
             gate[i] = activation.swiglu(gate[i], up[i], weights[self.fragment.row(i)])
         if cutlass.const_expr(len(self.problem.copies) > 0):
@@ -220,7 +224,7 @@ class Epilogue(Fixed):
                 self._quantize(buffer % self.buffers, (row, at, 0), place, plain)
             self._send_copies(buffer % self.buffers, (row, at, 0))
         else:
-            self._put(gate, buffer % self.buffers, "act", (row, at, 0))
+            self.put(gate, buffer % self.buffers, "act", (row, at, 0))
 
     @cute.jit
     def _quantize(self, buffer, at, place, plain) -> None:  # type: ignore[no-untyped-def]
@@ -254,10 +258,10 @@ class Epilogue(Fixed):
 
     @cute.jit
     def _send_copies(self, buffer, at) -> None:  # type: ignore[no-untyped-def]
-        self._send(tuple((copy, 2 * buffer + i) for i, copy in enumerate(self.problem.copies)), at)
+        self.send(tuple((copy, 2 * buffer + i) for i, copy in enumerate(self.problem.copies)), at)
 
     @cute.jit
-    def _fetch(self, slot: cutlass.Constexpr, row: Int32, at: Int32) -> None:
+    def fetch(self, slot: cutlass.Constexpr, row: Int32, at: Int32) -> None:
         """What is read for a piece into a slot's buffers; of h, gate and up."""
         count = len(self.reads)
         with cute.arch.elect_one():
@@ -273,24 +277,18 @@ class Epilogue(Fixed):
     @cute.jit
     def _reading(self, acc, place, plain, factor, turn: Int32, flip, free):  # type: ignore[no-untyped-def]
         """Results in place of what was read in the buffers, and for dSwiGLU this tile's part of d weight."""
-        weights = self._weights(plain.weight, place)
+        weights = self.weights(plain.weight, place)
         sums = [Float32(0.0) for _ in self.fragment.mine]
-        if cutlass.const_expr(self.fragment.parts > 0):
-            for pair in cutlass.range(self.pieces // 2, unroll=1):
-                for slot in cutlass.range_constexpr(2):
-                    sums = self._read_piece(
-                        acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn, flip
-                    )
-                    if cutlass.const_expr(slot == 0):
-                        self._release(free, pair)
-                turn ^= 1
-        else:
-            for p in cutlass.range_constexpr(self.pieces):
-                sums = self._read_piece(acc, place, plain, factor, weights, sums, p, p % 2, turn, flip)
-                if cutlass.const_expr(p % 2 == 1):
-                    turn ^= 1
+        for pair in cutlass.range(self.pieces // 2, unroll=1):
+            for slot in cutlass.range_constexpr(2):
+                sums = self._read_piece(
+                    acc, place, plain, factor, weights, sums, 2 * pair + slot, slot, turn, flip
+                )
+                if cutlass.const_expr(slot == 0):
+                    self._release(free, pair)
+            turn ^= 1
         if cutlass.const_expr(plain.partial is not None):
-            self._partial(sums, place, plain.partial)
+            self.partial(sums, place, plain.partial)
         return turn
 
     @cute.jit
@@ -298,21 +296,18 @@ class Epilogue(Fixed):
         self, acc, place, plain, factor, weights, sums, p, slot: cutlass.Constexpr, turn: Int32, flip
     ):
         piece = p ^ flip
-        row, at = self._row(place), place.column * self.pieces + piece
+        row, at = self.row(place), place.column * self.pieces + piece
         cute.arch.mbarrier_wait(self.arrived + slot, turn)
         if cutlass.const_expr(self.problem.epilogue == "dswiglu"):
-            if cutlass.const_expr(self.fragment.parts > 0):
-                for part in cutlass.range(self.fragment.parts, unroll=1):
-                    sums = self._dswiglu(acc, piece, factor, weights, sums, slot, part)
-            else:
-                sums = self._dswiglu(acc, piece, factor, weights, sums, slot, None)
+            for part in cutlass.range(self.fragment.parts, unroll=1):
+                sums = self._dswiglu(acc, piece, factor, weights, sums, slot, part)
             self._store_dh((row, at), place, plain, slot)
         else:
             self._add(self._piece(acc, piece, factor), (row, at, 0), slot)
         if p + 2 < self.pieces:
             if self.fragment.leads:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-                self._fetch(slot, row, place.column * self.pieces + (p + 2 ^ flip))
+                self.fetch(slot, row, place.column * self.pieces + (p + 2 ^ flip))
         return sums
 
     @cute.jit
@@ -326,18 +321,17 @@ class Epilogue(Fixed):
             cute.autovec_copy(self._spot(count * slot + i), addend)
             total.store((total.load().to(Float32) + addend.load().to(Float32)).to(BFloat16))
         cute.autovec_copy(total, self._spot(count * slot))
-        self._send((("y", count * slot),), at)
+        self.send((("y", count * slot),), at)
 
     @cute.jit
     def _dswiglu(self, acc, p, factor, weights, sums, slot: cutlass.Constexpr, part):  # type: ignore[no-untyped-def]
-        """d gate and d up in place of gate and up: of a piece, or a part of it."""
-        spots = [self._spot(2 * slot), self._spot(2 * slot + 1)]
-        parts = 1
-        if cutlass.const_expr(part is not None):
-            parts = self.fragment.parts
-            spots = [cute.flat_divide(spot, (self.width // parts,))[None, part] for spot in spots]
-            p = parts * p + part
-        grad = self._piece(acc, p, factor, parts)
+        """d gate and d up in place of gate and up: of a part of a piece."""
+        parts = self.fragment.parts
+        spots = [
+            cute.flat_divide(self._spot(2 * slot + half), (self.width // parts,))[None, part]
+            for half in range(2)
+        ]
+        grad = self._piece(acc, parts * p + part, factor, parts)
         gate, up = (cute.make_rmem_tensor(grad.shape, BFloat16) for _ in range(2))
         cute.autovec_copy(spots[0], gate)
         cute.autovec_copy(spots[1], up)
@@ -361,12 +355,12 @@ class Epilogue(Fixed):
                 self._send_copies(2 * slot + half, (*at, half))
         else:
             for half in cutlass.range_constexpr(2):
-                self._send((("dh", 2 * slot + half),), (*at, half))
+                self.send((("dh", 2 * slot + half),), (*at, half))
 
     @cute.jit
-    def _partial(self, sums, place, partial) -> None:  # type: ignore[no-untyped-def]
+    def partial(self, sums, place, partial) -> None:  # type: ignore[no-untyped-def]
         """Sums over the threads that share a row, in a fixed order, into partial[column tile, row]."""
-        first = self._row(place) * self.fragment.rows
+        first = self.row(place) * self.fragment.rows
         for i in cutlass.range_constexpr(len(sums)):
             total = sums[i]
             distance = 1

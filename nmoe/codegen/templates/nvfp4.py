@@ -6,10 +6,10 @@ Every operation is FP32 and rounded once, in TransformerEngine's order (docs/num
 from __future__ import annotations
 
 import cutlass
-from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint32, cute
+from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint8, Uint32, cute
 
 from nmoe.codegen.templates.quantize import as_bits, as_float
-from nmoe.formats.block_scaled import FLT_MAX, HADAMARD_SIZE, SIGNS
+from nmoe.storage import FLT_MAX, HADAMARD_SIZE, SIGNS
 
 NVFP4_BLOCK = 16
 SCALE_MAX = 448.0 * 6.0  # what a tensor's amax becomes: both types' largest
@@ -28,7 +28,7 @@ def encode_scale(amax: Float32) -> Float32:
 
 @cute.jit
 def block_scales(peaks: cute.Tensor, scale: Float32):  # type: ignore[no-untyped-def]
-    """UE4M3 codes of blocks with these largest magnitudes, and what their elements are multiplied by."""
+    """UE4M3 codes of blocks with these largest magnitudes, as bytes, and what their elements are multiplied by."""
     codes = cute.make_rmem_tensor(peaks.shape, Float8E4M3FN)
     codes.store((peaks.load() * (scale * INVERSE_SIX)).to(Float8E4M3FN))
     factors = cute.make_rmem_tensor(peaks.shape, Float32)
@@ -36,6 +36,20 @@ def block_scales(peaks: cute.Tensor, scale: Float32):  # type: ignore[no-untyped
     for i in cutlass.range_constexpr(cute.size(peaks)):
         inverse = 1.0 / factors[i]
         factors[i] = Float32(FLT_MAX) if inverse > FLT_MAX else inverse
+    return cute.recast_tensor(codes, Uint8), factors
+
+
+@cute.jit
+def square_scales(peak: Float32, count: cutlass.Constexpr, scale: Float32):  # type: ignore[no-untyped-def]
+    """`block_scales` of `count` blocks with the same largest magnitude. It is converted beside zeros: of a register
+    that is twice the same pair of codes ptxas makes one F2FP with half of it undefined (sm_90a, CUDA 13)."""
+    peaks = cute.make_rmem_tensor(4, Float32)
+    peaks.fill(0.0)
+    peaks[0] = peak
+    code, factor = block_scales(peaks, scale)
+    codes, factors = cute.make_rmem_tensor(count, Uint8), cute.make_rmem_tensor(count, Float32)
+    codes.fill(code[0])
+    factors.fill(factor[0])
     return codes, factors
 
 

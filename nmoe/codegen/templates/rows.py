@@ -31,7 +31,7 @@ from nmoe.codegen.rows import STRIPES, RowConfig, RowProblem
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.rows_body import RowBody, Spot, line, vector
 from nmoe.codegen.templates.rows_copy import copies
-from nmoe.formats import ATOM_ROWS
+from nmoe.storage import ATOM_ROWS
 
 RESERVED = 1024  # bytes of shared memory that every thread block takes beside its own
 CLEARING = 128  # threads that set the amaxes to zero

@@ -17,7 +17,7 @@ from nmoe.codegen.rows import Copy
 from nmoe.codegen.templates import nvfp4, quantize
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.rows_body import line
-from nmoe.formats import ATOM_ROWS, ATOM_SCALES
+from nmoe.storage import ATOM_ROWS, ATOM_SCALES
 
 PAIRS = VECTOR // 2
 UNSIGNED = 0x7FFF_7FFF  # a pair of BF16 without signs
@@ -247,17 +247,17 @@ class RowNvfp4(Nvfp4):
     @cute.jit
     def write(self, values, spot, first: Int32, chunk: Int32, group: Int32, entry: Int32) -> None:  # type: ignore[no-untyped-def]
         tile, config = self.tile, self.config
-        peaks = cute.make_rmem_tensor(config.vectors, Float32)
+        scale = nvfp4.encode_scale(self.amax[group])
         if cutlass.const_expr(self.copy.square):
-            peaks.fill(self.tile_peak(values))
+            codes, factors = nvfp4.square_scales(self.tile_peak(values), config.vectors, scale)
         else:
+            peaks = cute.make_rmem_tensor(config.vectors, Float32)
             for i in cutlass.range_constexpr(config.vectors):
                 row = cute.make_rmem_tensor(VECTOR, Float32)
                 row.store(values[None, i].load().to(Float32))
                 found = self.peak(row)
                 peaks[i] = quantize.as_float(cutlass.max(found, cute.arch.shuffle_sync_bfly(found, 1)))
-        codes, factors = nvfp4.block_scales(peaks, nvfp4.encode_scale(self.amax[group]))
-        bytes_ = cute.recast_tensor(codes, Uint8)
+            codes, factors = nvfp4.block_scales(peaks, scale)
         block = tile.column // nvfp4.NVFP4_BLOCK
         first_block = chunk * (config.columns // nvfp4.NVFP4_BLOCK)
         odd = tile.lane % 2 == 1
@@ -275,7 +275,7 @@ class RowNvfp4(Nvfp4):
                     0
                 ] = packed
             if tile.lane % 2 == 0:
-                self.scales.held[tile.row + i, block] = bytes_[i]
+                self.scales.held[tile.row + i, block] = codes[i]
         self.scales.store(first, first_block)
 
 
@@ -283,14 +283,14 @@ class ColumnNvfp4(Nvfp4):
     @cute.jit
     def write(self, values, spot, first: Int32, chunk: Int32, group: Int32, entry: Int32) -> None:  # type: ignore[no-untyped-def]
         tile, config = self.tile, self.config
-        peaks = cute.make_rmem_tensor(VECTOR, Float32)
+        scale = nvfp4.encode_scale(self.amax[group])
         if cutlass.const_expr(self.copy.square):
-            peaks.fill(self.tile_peak(values))
+            codes, factors = nvfp4.square_scales(self.tile_peak(values), VECTOR, scale)
         else:
+            peaks = cute.make_rmem_tensor(VECTOR, Float32)
             for j in cutlass.range_constexpr(VECTOR):
                 peaks[j] = quantize.as_float(self.peak(self.column(values, j)))
-        codes, factors = nvfp4.block_scales(peaks, nvfp4.encode_scale(self.amax[group]))
-        bytes_ = cute.recast_tensor(codes, Uint8)
+            codes, factors = nvfp4.block_scales(peaks, scale)
         half = config.rows // nvfp4.NVFP4_BLOCK
         block = spot.row // nvfp4.NVFP4_BLOCK
         stride = self.data.shape[1]
@@ -308,5 +308,5 @@ class ColumnNvfp4(Nvfp4):
                     cute.recast_tensor(packed, Uint8),
                     cute.make_tensor(self.data.iterator + at, cute.make_layout(8)),
                 )
-            self.scales.held[tile.column + j, tile.row // nvfp4.NVFP4_BLOCK] = bytes_[j]
+            self.scales.held[tile.column + j, tile.row // nvfp4.NVFP4_BLOCK] = codes[j]
         self.scales.store(chunk * config.columns, first // config.rows * half)

@@ -3,7 +3,7 @@
 Bounds, with u = 2^-24. Products of BF16 are exact in FP32. A tensor core adds a step's products to the accumulator
 with truncation at FP32's last place or below it, so a sum of `d` terms is within (d / 16 + 16) · 4u of Σ|a·b|.
 Storing rounds by 2^-8 relative (BF16). sigmoid from ex2.approx and rcp.approx is within 2^-20 relative plus the
-error of its argument, |x|·log2(e)·u·2 in the exponent.
+error of its argument, |x|·log2(e)·u·2 in the exponent. dSwiGLU may round the gradient of act before it uses it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from nmoe import formats
 from nmoe.codegen.gemm import ROW_TILE, GemmConfig, GemmProblem
 from nmoe.codegen.problem import ROWS, resolve
 from nmoe.codegen.verify.base import Mismatch, Tensors
+from nmoe.storage import BLOCK, Axis
 
 U = 2.0**-24
 STORE = 2.0**-8
@@ -96,7 +97,7 @@ def inputs(problem: GemmProblem, counts: list[int], seed: int, spare: int = 0, d
     return made
 
 
-def _axis(problem: GemmProblem, name: str) -> formats.Axis:
+def _axis(problem: GemmProblem, name: str) -> Axis:
     """Along which operand a or b is quantized: the one that is contracted."""
     return 1 if problem.role == "fprop" or (problem.role, name) == ("dgrad", "a") else 0
 
@@ -109,7 +110,7 @@ def _buffers(problem: GemmProblem, name: str, x: torch.Tensor, segments: torch.T
     q = formats.quantize(x, problem.precision, axis, segments=segments)
     if segments is not None:
         nan, end = {"mxfp8": 0xFF, "nvfp4": 0x7F}[problem.precision], int(segments[-1])
-        (q.scale[end:] if axis else q.scale[:, end // formats.BLOCK[problem.precision] :]).fill_(nan)
+        (q.scale[end:] if axis else q.scale[:, end // BLOCK[problem.precision] :]).fill_(nan)
     scale = q.scale
     if problem.scales == "blocked":
         scale = formats.to_blocked(scale).flatten(-3)
@@ -132,7 +133,7 @@ def _logical(problem: GemmProblem, t: Tensors, name: str) -> torch.Tensor:
         lines, length = (lines, length) if axis else (length, lines)
     if problem.scales == "blocked":
         atoms = scale.unflatten(-1, (32, 4, 4))
-        scale = formats.from_blocked(atoms, lines, length // formats.BLOCK[problem.precision])
+        scale = formats.from_blocked(atoms, lines, length // BLOCK[problem.precision])
     buffers = {"data": data, "scale": scale}
     if amax is not None:
         buffers["amax"] = data.new_ones(
@@ -225,14 +226,14 @@ def check(problem: GemmProblem, before: Tensors, after: Tensors) -> dict[str, fl
     # slope is a sum whose terms may cancel: its error is relative to the terms
     steep = sigma + silu.abs() * (2 - sigma)
     bound = torch.cat([
-        s * up.abs() * (product * slope.abs() + exact.abs() * steep * slack),
-        s * silu.abs() * (product + exact.abs() * slack),
+        s * up.abs() * (rounded * slope.abs() + exact.abs() * steep * slack),
+        s * silu.abs() * (rounded + exact.abs() * slack),
     ], 1)  # fmt: skip
     result("dh", want, bound)
     if problem.dense:
         return worst
     terms = (exact * silu * up).abs()
-    bound = (product * (silu * up).abs() + terms * slack).sum(1) + (problem.k + 8) * U * terms.sum(1)
+    bound = (rounded * (silu * up).abs() + terms * slack).sum(1) + (problem.k + 8) * U * terms.sum(1)
     compare("ds", (exact * silu * up).sum(1), bound)
     return worst
 
@@ -259,7 +260,7 @@ def _copy(name: str, after: Tensors, want: torch.Tensor, bound: torch.Tensor) ->
     each element off by at most half a step more."""
     total, width = want.shape
     data, atoms = after[name], after[f"{name}_scale"].unflatten(-1, (32, 4, 4))
-    axis: formats.Axis = 1 if name == "row" else 0
+    axis: Axis = 1 if name == "row" else 0
     lines, length = (total, width) if axis else (width, total)
     scale = formats.from_blocked(atoms, lines, length // 32)
     q = formats.from_buffers("mxfp8", (total, width), axis, {"data": data[:total], "scale": scale})

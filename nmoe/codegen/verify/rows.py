@@ -17,6 +17,7 @@ from nmoe.codegen.problem import POSITIONS, ROWS, TOKENS, resolve
 from nmoe.codegen.rows import Copy, RowConfig, RowProblem
 from nmoe.codegen.verify.base import Mismatch, Tensors
 from nmoe.codegen.verify.gemm import SIGMOID, STORE, TINY, U
+from nmoe.storage import BLOCK
 
 EPS = 1e-5
 TREE = 64 * U
@@ -210,7 +211,7 @@ def _copy(
     q = replace(want, data=got[0], scale=held)
     exact, slack = full.float(), torch.zeros_like(full)
     slack[..., : bound.shape[-2], :] = bound
-    block, dim = formats.BLOCK[copy.format], (-2, -1)[copy.axis]
+    block, dim = BLOCK[copy.format], (-2, -1)[copy.axis]
     if copy.hadamard:  # every result is a sum of the block's 16 elements, divided by 4
         exact = formats.hadamard_transform(exact, copy.axis)
         slack = _spread(slack.unflatten(dim, (-1, block)).sum(dim, keepdim=True) / 4, dim, block)

@@ -1,0 +1,121 @@
+"""What the machine code of every kernel of every shipped config holds, in all three precisions on both architectures.
+
+Half an hour of compiling the first time (`pytest -m slow tests/codegen/test_shipped.py`); objects are kept in pytest's
+cache under keys of their own, so that a second run compiles what has changed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nmoe.binding import lowered
+from nmoe.codegen import report
+from nmoe.codegen.build import Build, build
+from nmoe.codegen.gemm import GemmConfig, GemmProblem
+from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.spec import specs
+from nmoe.config import Target, load
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MMA = {"bf16": "UTCHMMA", "mxfp8": "UTCQMMA", "nvfp4": "UTCOMMA"}
+DEPTH = {"bf16": 16, "mxfp8": 32, "nvfp4": 64}  # of one product on sm_100a
+ELEMENTS = {"bf16": 2.0, "mxfp8": 1.0, "nvfp4": 0.5}  # bytes
+
+
+@pytest.fixture(params=["sm_100a", "sm_90a"])
+def target(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def built(request: pytest.FixtureRequest, tmp_path: Path, name: str, precision: str, target: str) -> Build:
+    config = load(CONFIGS / f"{name}.toml")
+    config = replace(config, target=Target(target), schedule=replace(config.schedule, precision=precision))
+    cache = request.config.cache
+    assert cache is not None
+    # An empty cache chooses the configs: no tuning of this machine's.
+    return build(list(specs(lowered(config, root=tmp_path))), cache.mkdir("kernels"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("precision", ["bf16", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("name", ["quickstart", "moonlet", "moonlight", "dsv2", "dsv3"])
+def test_every_kernel_of_the_shipped_configs(built: Build, target: str) -> None:
+    assert built.complete, [*built.failed.values(), *built.missing.values()]
+    if report.tool("nvdisasm") is None:
+        pytest.skip("no disassembler")
+    wrong = []
+    for spec, entry in {**built.warm, **built.built}.items():
+        problem, config, _ = built.chosen[spec]
+        found = [*_budget(entry.report, target)]
+        if isinstance(problem, GemmProblem) and isinstance(config, GemmConfig):
+            found += _gemm(problem, config, entry.report, target)
+        elif entry.report["sass"]["mma"] or entry.report["tensor_columns"]:
+            found.append("what is no GEMM uses the tensor cores")
+        wrong += [f"{spec.name} {problem}, {config}: {text}" for text in found]
+    assert not wrong, "\n".join(wrong)
+
+
+def _budget(found: Mapping[str, Any], target: str) -> list[str]:
+    """What a kernel uses more of than there is."""
+    hardware = HARDWARE[target]
+    kernels = found["kernels"]
+    wrong = [f"{name}: {used}" for name, used in kernels.items() if used["stack"] or used["local"]]
+    wrong += [f"{name}: {used} registers" for name, used in kernels.items() if used["registers"] > 255]
+    if found["sass"]["local"]:
+        wrong.append(f"local memory: {found['sass']['local']}")
+    if found["shared_bytes"] > hardware.shared:
+        wrong.append(f"{found['shared_bytes']} bytes of shared memory")
+    if found["tensor_columns"] > hardware.tensor_columns:
+        wrong.append(f"{found['tensor_columns']} columns of tensor memory")
+    return wrong
+
+
+def _gemm(p: GemmProblem, c: GemmConfig, found: Mapping[str, Any], target: str) -> list[str]:
+    """Where a GEMM's main loop is not what its problem and config say: products and copies of scale factors of a
+    slice, bytes of its boxes, loads by the pair or by multicast."""
+    blackwell, pair = target == "sm_100a", c.cluster == 2
+    kind = p.precision if blackwell else "bf16"  # Hopper multiplies what it has dequantized
+    wgrad = p.role == "wgrad"
+    slice_ = min(128, int(128 / ELEMENTS[kind])) if wgrad else int(128 / ELEMENTS[kind])
+    half = int(c.tile_n // 2 * slice_ * ELEMENTS[kind])
+    boxes = [int(128 * slice_ * ELEMENTS[kind])]  # A; then B, of which a thread block of a pair loads half
+    boxes += [half] * (1 if pair and blackwell else 2)
+    atoms = 0  # of 128 lines × 4 scale factors, along the slice
+    if kind != "bf16":
+        atoms = slice_ // {"mxfp8": 128, "nvfp4": 64}[kind]
+        boxes += [512 * atoms] * (1 + c.tile_n // 128)  # of A, and of each 128 columns of B
+    waited = sum(boxes) * (
+        2 if pair and blackwell else 1
+    )  # one barrier waits for both thread blocks of a pair
+    products = slice_ // DEPTH[kind]
+    sass = found["sass"]
+    loads = Counter({op: n for op, n in sass["tma"].items() if op.startswith("UTMALDG")})
+    copies = sum(n for op, n in sass["tensor memory"].items() if op.startswith("UTCCP"))
+    wrong = []
+    if waited not in found["expected_bytes"]:
+        wrong.append(f"waits for {found['expected_bytes']} bytes, the boxes of a slice have {waited}")
+    if blackwell:
+        wanted = MMA[kind] + ".2CTA" * pair + ".4X" * (kind == "nvfp4")
+        if sass["mma"] != {wanted: products}:
+            wrong.append(f"products {sass['mma']}, expected {products}x {wanted}")
+        if copies != atoms * (1 + c.tile_n // 128):
+            wrong.append(f"{copies} copies of scale factors, expected {atoms * (1 + c.tile_n // 128)}")
+        if found["tensor_columns"] != 512:
+            wrong.append(f"{found['tensor_columns']} columns of tensor memory")
+        if any(".2CTA" in op for op in loads) != pair:
+            wrong.append(f"loads of {c.cluster} thread blocks: {dict(loads)}")
+    else:
+        wanted = f"HGMMA.64x{c.tile_n}x16.F32.BF16"
+        if sass["mma"] != {wanted: products}:
+            wrong.append(f"products {sass['mma']}, expected {products}x {wanted}")
+        if any(".MULTICAST" in op for op in loads) != pair:
+            wrong.append(f"loads of {c.cluster} thread blocks: {dict(loads)}")
+    return wrong
