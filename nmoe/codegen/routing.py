@@ -314,11 +314,11 @@ def match(spec: KernelSpec) -> RoutingProblem | str:
     most = {"combine": addends, "router_bwd": 1}.get(anchor.kind, 0)
     if addends > most or any(part.kind != "add" for part in spec.parts[1:]):
         return f"no template for {' + '.join(map(str, spec.parts))} yet"
+    if anchor.kind in ("moe_plan", "dispatch", "combine") and attrs.get("ranks", 1) > 1:
+        return f"{anchor.kind} of {attrs['ranks']} ranks is several kernels of RDEP (codegen/rdep.py)"
     problem: RoutingProblem
     if anchor.kind == "moe_plan":
         problem = PlanProblem(attrs["experts"], int(ins[0].shape[1]), attrs["align"])
-        if attrs["ranks"] != 1:
-            return f"a plan of {attrs['ranks']} ranks is made by RDEP"
     elif anchor.kind in ("dispatch", "combine"):
         rows, given, slots, _, offsets = (None if i is None else spec.values[i] for i in anchor.inputs)
         assert rows and slots and offsets
