@@ -28,9 +28,10 @@ from nmoe.experiments import Ended, Experiments, git_state
 from nmoe.metrics import Metrics
 from nmoe.model import group_of, row_align
 from nmoe.progress import Progress, banner
-from nmoe.ranks import Ranks, launched
+from nmoe.ranks import Ranks
 from nmoe.sample import Sampler
 from nmoe.step import NonFinite, Step
+from nmoe.torchrun import launched
 
 Print = Callable[[str], None]
 
