@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from nmoe import autotune
-from nmoe.codegen import families
+from nmoe.codegen import families, optimizer
 from nmoe.codegen.build import build, build_transfers
 from nmoe.codegen.cache import Cache, default_root
 from nmoe.codegen.launch import CudaLauncher, device_of
@@ -90,21 +90,30 @@ def by_torch(schedule: Schedule) -> str:
     return f"run by torch: {listed or 'nothing'}"
 
 
-def launcher(schedules: Sequence[Schedule], say: Callable[[str], None]) -> CudaLauncher:
+def needed(config: Config, schedules: Sequence[Schedule]) -> dict[KernelSpec, list[str]]:
+    """Every kernel of a run and what uses it: those of the schedules, and on a GPU target the optimizer's."""
+    uses: dict[KernelSpec, list[str]] = {}
+    for schedule in schedules:
+        for spec, calls in specs(schedule).items():
+            uses.setdefault(spec, []).extend(calls)
+    return uses if config.target.device == "cpu" else uses | optimizer.specs(config)
+
+
+def launcher(config: Config, schedules: Sequence[Schedule], say: Callable[[str], None]) -> CudaLauncher:
     """For the schedules of a GPU target; compiles the kernels that its cache lacks, and tells `say` of it.
 
     Raises UserError when the device is another one or a kernel cannot be built.
     """
     import torch
 
-    device_of(schedules[0].target)
+    device_of(config.target.device)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # references sum in FP32
     root = default_root()
-    wanted = list(dict.fromkeys(spec for s in schedules for spec in specs(s)))
+    wanted = list(needed(config, schedules))
     transfers = list(dict.fromkeys(problem for s in schedules for problem in transfers_of(s)))
     with _alone(root):
         made = build(wanted, root, progress=sys.stderr)
-        moved = build_transfers(transfers, schedules[0].target, root)
+        moved = build_transfers(transfers, config.target.device, root)
     if made.failed:
         name, why = next((spec.name, why) for spec, why in made.failed.items())
         raise UserError(f"{len(made.failed)} kernels could not be built, first {name}: {why}")

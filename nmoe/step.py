@@ -26,6 +26,7 @@ from nmoe.ranks import Ranks
 from nmoe.rdep.sums import ROW
 
 Range = Callable[[str], AbstractContextManager]
+ALIGNED = 4  # FP32 numbers of 16 bytes, on which a kernel's operands begin
 
 
 class NonFinite(UserError):
@@ -86,14 +87,17 @@ class Step:
         self.schedule = self.schedules[0]
         launcher, device = None, torch.device("cpu")
         if config.target.device != "cpu":
-            launcher, device = binding.launcher(self.schedules, say), device_of(config.target.device)
+            launcher, device = binding.launcher(config, self.schedules, say), device_of(config.target.device)
         self.parameters = Parameters(self.schedule.graph, device, self.ranks.share)
         self.optimizer = AdamW(self.parameters, config.optim)
+        if launcher is not None:
+            self.optimizer.bind(launcher, config.target.device)
         self.tensors = allocate(self.schedule, "state", "input", device=device) | self.parameters.tensors()
         counted = [n for n in self.tensors if n.startswith("loss.") or n.endswith(".load")]
-        sizes = [self.tensors[n].numel() for n in counted]
+        sizes = [-(-self.tensors[n].numel() // ALIGNED) * ALIGNED for n in counted]
         sums = _rows(sum(sizes)).to(device)
-        self.tensors |= dict(zip(counted, sums.split([*sizes, len(sums) - sum(sizes)]), strict=False))
+        parts = sums.split([*sizes, len(sums) - sum(sizes)])
+        self.tensors |= {n: part[: self.tensors[n].numel()] for n, part in zip(counted, parts, strict=False)}
         self._replicated = (self.parameters.grad[: self.parameters.experts], sums)
         self._experts = self.parameters.grad[self.parameters.experts :]
         # A GPU adds its micro-batches in place, for it has no room for partial sums, and those of all ranks at the end.

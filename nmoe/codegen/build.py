@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,6 +28,7 @@ from nmoe.codegen.problem import Config, Problem
 from nmoe.codegen.rdep import RdepProblem
 from nmoe.codegen.report import COLUMNS, cells, disassemble, tool
 from nmoe.codegen.spec import KernelSpec
+from nmoe.errors import UserError
 
 
 @dataclass
@@ -71,10 +73,10 @@ def build(
             result.warm[spec] = entry
         else:
             work.append(spec)
-    if work:
-        _require_compiler([spec.name for spec in work], root)
-        _compile(work, root, workers, result, progress)
     result.repaired = sorted(set(cache.quarantined()) - before)
+    if work:
+        _require_compiler([spec.name for spec in work], result.repaired, root)
+        _compile(work, root, workers, result, progress)
     result.seconds = time.monotonic() - begin
     return result
 
@@ -85,7 +87,7 @@ def build_transfers(problems: Sequence[RdepProblem], target: str, root: Path, wo
     keys = {p: compiler.problem_key(p, p.untuned(target), target) for p in problems}
     work = [problem for problem, key in keys.items() if not cache.get(key, target)]
     if work:
-        _require_compiler([str(problem) for problem in work], root)
+        _require_compiler([str(problem) for problem in work], [], root)
         with _processes(min(workers or len(os.sched_getaffinity(0)), len(work))) as pool:
             list(pool.map(partial(_transfer, target=target, root=root), work))
     return (
@@ -94,14 +96,25 @@ def build_transfers(problems: Sequence[RdepProblem], target: str, root: Path, wo
     )
 
 
-def _require_compiler(names: Sequence[str], root: Path) -> None:
+def _require_compiler(work: Sequence[str], damaged: Sequence[str], root: Path) -> None:
+    """Raises CompilerError when the kernels that are missing can be neither built here nor kept."""
+    names = list(dict.fromkeys(work))
+    shown = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+    aside = f" (damaged and set aside: {', '.join(damaged)})" if damaged else ""
+    missing = f"{len(work)} kernels ({shown}) are not in the cache {root}{aside}"
     try:
         compiler.check_toolchain()
     except compiler.CompilerError as error:
-        listed = ", ".join(sorted(set(names)))
         raise compiler.CompilerError(
-            f"{len(names)} kernels are not in the cache {root} ({listed}), and this machine cannot build "
-            f"them: {error}; or bring a cache that nmoe compile has filled elsewhere, with the same nmoe"
+            f"{missing}, and cannot be built here: {error}; or bring a cache that nmoe compile has filled elsewhere, "
+            "with the same nmoe"
+        ) from None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise compiler.CompilerError(
+            f"{missing}, which cannot be written ({error.strerror}): choose another by --cache or NMOE_HOME"
         ) from None
 
 
@@ -152,13 +165,20 @@ def emit(result: Build, folder: Path) -> str:
     """Writes each kernel's PTX, machine code (where nvdisasm is installed) and report to a folder of its own, named
     by what it computes and its key; returns a line that says so."""
     ready = {**result.warm, **result.built}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--emit {folder}: cannot be written ({error.strerror}): name another folder"
+        ) from None
     for spec, entry in ready.items():
         place = folder / f"{spec.name}-{spec.key}"
         place.mkdir(parents=True, exist_ok=True)
-        for name in ("kernel.ptx", "report.json"):
-            shutil.copyfile(entry.folder / name, place / name)
-        if sass := disassemble((entry.folder / "kernel.cubin").read_bytes()):
-            (place / "kernel.sass").write_text(sass)
+        for path in (*entry.folder.glob("*.ptx"), entry.folder / "report.json"):
+            shutil.copyfile(path, place / path.name)
+        for path in entry.folder.glob("*.cubin"):
+            if sass := disassemble(path.read_bytes()):
+                (place / f"{path.stem}.sass").write_text(sass)
     without = "" if tool("nvdisasm") else "; no SASS: nvdisasm is not installed (pip install triton)"
     return f"PTX, SASS and reports of {len(ready)} kernels are in {folder}{without}"
 

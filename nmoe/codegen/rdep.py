@@ -27,8 +27,9 @@ LINE = 16  # int64 words between flags: 128 bytes
 # What `addresses` int64[ranks, len(COLUMNS)] holds: where each buffer of the symmetric heap lies on each rank.
 COLUMNS = ("flags", "counts", "origin", "value", "data", "scale", "returned", "returned value")
 # Words of `state` int64[len(STATE)], this rank's own: the epoch of the last transfer that it sent on each channel,
-# thread blocks that are done, whether a layer overflowed, ns that a wait may last, where the host reads of a fault.
-STATE = ("counts", "rows", "returns", "done", "overflow", "timeout", "report")
+# thread blocks that are done, units that a launch of `move` has given out, whether a layer overflowed, ns that a wait
+# may last, where the host reads of a fault.
+STATE = ("counts", "rows", "returns", "done", "taken", "overflow", "timeout", "report")
 FLAGS = ("counts.full", "counts.free", "rows.full", "rows.free", "returns.full", "returns.free")
 # A fault, one row a peer of the host's report: what happened, to whom, in which layer, which flag and epoch was awaited
 # and which seen (TIMEOUT), or how many rows would come and how many fit (OVERFLOW).
@@ -197,8 +198,8 @@ class MoveProblem(RdepProblem):
         runs untuned: near the fastest on two H100s (docs/rdep.md), on half of the multiprocessors that it takes."""
         rows = 1 if self.channel == "rows" else max(1, min(8, 8192 // sum(self.parts)))
         found = []
-        for blocks, warps in product((16, 32, 8), (8, 4)):
-            for stages in range(16, 1, -1):
+        for blocks, warps in product((24, 16, 32), (8, 4)):
+            for stages in range(16, 2, -1):
                 config = RdepConfig(blocks, warps, stages, rows, stages // 2)
                 if not self.violations(config, target):
                     found.append(config)
@@ -209,12 +210,12 @@ class MoveProblem(RdepProblem):
         found = super().violations(config, target)
         if any(size % 16 or size <= 0 for size in self.parts) or not 1 <= len(self.parts) <= 2:
             found.append(f"parts {self.parts}: one or two, of whole 16 bytes, are copied in bulk")
-        if not 1 <= config.behind < config.stages:
-            found.append(f"{config.behind} of {config.stages} stages behind: at least 1, fewer than all")
+        if not 1 <= config.behind <= config.stages - 2:
+            found.append(f"{config.behind} of {config.stages} stages behind: at least 1, at most all but 2")
         if config.rows * self.fan > 32 or 128 % config.rows:
             found.append(f"{config.rows} rows of {self.fan} destinations: a lane each, a divisor of 128")
-        if not 1 <= config.warps <= 32:
-            found.append(f"{config.warps} warps: 1 to 32")
+        if not 1 <= config.warps <= 31:
+            found.append(f"{config.warps} warps: 1 to 31, and one for padding")
         return found
 
     def shared_bytes(self, config: RdepConfig, target: str) -> int:

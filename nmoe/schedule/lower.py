@@ -149,6 +149,7 @@ def lower(
     sequences = sequences or config.train.micro_batch_size or config.train.batch_size
     graph = model.build(config, mode, activation=activation)
     stages = [differentiate, passes.merge_loss] if mode == "train" else []
+    stages += [passes.split_loss] if config.target.device != "cpu" else []
     stages += [
         lambda g: passes.quantize_operands(g, atoms=config.target.device in ATOMS),
         lambda g: passes.recompute(g, config.schedule.recompute),

@@ -31,6 +31,10 @@ def trap(*, loc=None, ip=None) -> None:  # type: ignore[no-untyped-def]
     llvm.inline_asm(None, [], "trap;", "", has_side_effects=True, loc=loc, ip=ip)
 
 
+def flat(tensor: cute.Tensor) -> cute.Tensor:
+    return cute.make_tensor(tensor.iterator, cute.make_layout(cute.size(tensor)))
+
+
 class Named(Fixed):
     """A kernel's operands by name, for functions that it calls inside of loops and branches."""
 
@@ -127,11 +131,13 @@ class Link(Fixed):
         self.raise_all(f"{channel}.full", epoch)
         if cute.arch.thread_idx()[0] == 0:
             self.state[STATE.index("done")] = Int64(0)
+            self.state[STATE.index("taken")] = Int64(0)
             self.state[STATE.index(channel)] = epoch
 
 
 class Kernel(Fixed):
-    """The host side of RDEP's kernels. A subclass gives `kernel`, which takes the operands, and may say `blocks`."""
+    """The host side of RDEP's kernels. A subclass gives `kernel`, which takes the operands, and may say `blocks` and
+    `warps` of a block."""
 
     problem: Any  # of the subclass's own kind
 
@@ -144,13 +150,16 @@ class Kernel(Fixed):
     def blocks(self, named, clusters):  # type: ignore[no-untyped-def]
         return clusters
 
+    def warps(self) -> int:
+        return self.config.warps
+
     @cute.jit
     def __call__(self, *args):  # type: ignore[no-untyped-def]
         """Arguments: the operands in the order of the problem, the number of thread blocks, the stream."""
         *operands, clusters, stream = args
         named = {o.name: t for o, t in zip(self.problem.operands(self.config), operands, strict=True)}
         self.kernel(named).launch(
-            grid=[self.blocks(named, clusters), 1, 1], block=[32 * self.config.warps, 1, 1], stream=stream
+            grid=[self.blocks(named, clusters), 1, 1], block=[32 * self.warps(), 1, 1], stream=stream
         )
 
     def link(self, named) -> Link:  # type: ignore[no-untyped-def]
