@@ -116,7 +116,9 @@ def test_hoppers_products_follow_each_other_without_waits(role: Role, epilogue: 
     cubin = compiler.generate(problem, cost.choose(problem, "sm_90a"), "sm_90a")["kernel.cubin"]
     products = [line for line in (report.disassemble(cubin) or "").splitlines() if "HGMMA" in line]
     slices = sum("gsb0" in line for line in products)
-    assert slices > 1 and len(products) == 4 * slices, "a slice is four products, and only its last is committed"
+    assert slices > 1 and len(products) == 4 * slices, (
+        "a slice is four products, and only its last is committed"
+    )
 
 
 @pytest.mark.usefixtures("compiler")
