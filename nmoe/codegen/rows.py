@@ -189,18 +189,17 @@ class RowProblem(Problem):
         return 1
 
     def configs(self, target: str) -> list[RowConfig]:
-        if self.two_passes and self.columns:
-            return (
-                [RowConfig(16, 16, 1, self._across(16, 4), 2)]
-                if self.statistic
-                else [RowConfig(8, 16, 2, 4, 2)]
-            )
-        if self.columns:
-            return (
-                [RowConfig(8, 8, 1, self._across(8, 8), 2)] if self.statistic else [RowConfig(8, 8, 4, 2, 2)]
-            )
-        across = self._across(32, 8)
-        return [RowConfig(32, 4, 1 if self.statistic else 8 // across, across, 2)]
+        if not self.columns:
+            across = self._across(32, 8)
+            return [RowConfig(32, 4, 1 if self.statistic else 8 // across, across, 2)]
+        if not self.statistic:
+            return [RowConfig(8, 16, 2, 4, 2) if self.two_passes else RowConfig(8, 8, 4, 2, 2)]
+        if self.two_passes:
+            return [RowConfig(16, 16, 1, self._across(16, 4), 2)]
+        # Registers for a norm and both copies are some 130 a thread, and 100 for one.
+        most, threads = (4, 448) if len(self.copies) == 2 else (8, 640)
+        across = self._across(8, most)
+        return [RowConfig(8, 8, 1, across, max(1, threads // (32 * across)))]
 
     def _across(self, lanes: int, most: int) -> int:
         """Warps along a row: the fewest that need no more tiles than `most` do, and, of norms, no larger cluster than
