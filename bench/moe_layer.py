@@ -23,7 +23,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from timing import median
+from timing import median, provenance
 
 from nmoe import binding, model
 from nmoe.codegen.build import build as build_kernels
@@ -354,8 +354,8 @@ def print_saved() -> None:
 # ---- time ---------------------------------------------------------------------------------------------------
 
 
-def profile(runner: Runner) -> dict[str, float]:
-    """Milliseconds of each call of one eager micro-batch, by its name."""
+def call_times(runner: Runner, run: Callable[[], Any]) -> list[tuple[str, float]]:
+    """The calls that `run` makes of the runner's executor, eagerly and in order: name and milliseconds."""
     events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -367,12 +367,16 @@ def profile(runner: Runner) -> dict[str, float]:
         events.append((name, a, b))
 
     runner.executor.observe = observe
-    runner.executor.run("micro")
-    events.clear()
-    runner.executor.run("micro")
+    run()
     torch.cuda.synchronize()
     runner.executor.observe = None
-    return {name: a.elapsed_time(b) for name, a, b in events}
+    return [(name, a.elapsed_time(b)) for name, a, b in events]
+
+
+def profile(runner: Runner) -> dict[str, float]:
+    """Milliseconds of each call of one eager micro-batch, by its name."""
+    runner.executor.run("micro")
+    return dict(call_times(runner, lambda: runner.executor.run("micro")))
 
 
 def torch_layer(shape: Shape, runner: Runner) -> dict[str, float]:
@@ -456,7 +460,7 @@ def run(folder: Path, precision: str, only: str, repeats: int, save: Path | None
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {precision}, {repeats} replays each")
     launcher = CudaLauncher(Cache(folder))
     kernels = binding.kernels(TARGET, folder)
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    results: dict[str, Any] = provenance()
     print(binding.by_torch(schedule_of(LARGE["moonlet"], precision, kernels)))
     right = wrong = 0
     for seed, (name, shape) in enumerate(shapes(precision, only).items()):

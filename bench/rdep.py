@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timing import provenance
 
 from nmoe.codegen import compiler
 from nmoe.codegen.cache import Cache
@@ -76,7 +77,7 @@ def main() -> None:
             entry = compiler.compile_problem(problem, config, TARGET, Cache(args.folder))
             print(f"[{i}/{len(pairs)}] {problem} {config}: {entry.report['seconds']} s", flush=True)
         return
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    results: dict[str, Any] = provenance()
     for name in args.parts:
         begin = time.monotonic()
         results[name] = part(name, args.folder)
@@ -170,7 +171,7 @@ class Rank:
         from nmoe.rdep.symmetric import Heap
 
         self.shape, self.rank, self.folder = shape, rank, folder
-        self.heap = Heap(shape, timeout=timeout)
+        self.heap = Heap(shape.mailboxes() | shape.slots(), range(RANKS), timeout=timeout)
         self.exchange = self.with_configs({})
 
     def with_configs(self, configs: dict[str, RdepConfig]) -> Exchange:
@@ -458,7 +459,7 @@ def speed(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> Non
 
     from cuda.bindings import runtime
 
-    size = min(int(wire), shape.buffers()["data"].bytes)
+    size = min(int(wire), shape.slots()["data"].bytes)
     to, source = (
         int(heap.addresses[1 - rank, COLUMNS.index("data")]),
         torch.empty(size, dtype=torch.uint8, device="cuda"),

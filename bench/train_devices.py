@@ -23,7 +23,6 @@ from nmoe import binding
 from nmoe.bench import synthetic
 from nmoe.codegen.build import build as build_kernels
 from nmoe.codegen.build import format_build
-from nmoe.codegen.spec import specs
 from nmoe.config import Config, load
 from nmoe.step import Step
 
@@ -113,7 +112,7 @@ def main() -> None:
         return
     found = {}
     for config in (small("sm_90a", "bf16"), moonlet()):
-        found |= specs(binding.lowered(config))
+        found |= binding.needed(config, [binding.lowered(config)])
     made = build_kernels(
         list(found),
         args.folder / "kernels",

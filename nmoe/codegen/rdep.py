@@ -3,7 +3,6 @@
     plan      count ── counts ──▶ place          choices → slots on the owners' ranks
     payload   move ── rows ──▶ await … raise     rows to their slots; consumed in place between the two
     return    move ── returns ──▶ combine        rows back, to (token, choice), and their sum
-    rails     rail ── NVSHMEM ──▶ await … raise  rows to the GPU of the same index on other hosts (built, not yet used)
 
 The transfers are those of nmoe.rdep.protocol: each kernel is one side of one. Addresses, epochs and the rank come from
 device memory and launch scalars (LAYOUT), so that one object serves every rank, layer, batch and replay of a graph.
@@ -18,11 +17,11 @@ from typing import ClassVar, Literal
 
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import TOKENS, Config, Operand, Problem
+from nmoe.schedule import Schedule
 
 TILES, SLOTS = -4, -5  # dynamic extents: tiles of choices, slots or tokens that are moved
 THREADS = 256
 TILE = 1024  # choices that a thread block of `count` and `place` takes
-CHUNK = 32  # rows of a message between hosts: a lane each
 LINE = 16  # int64 words between flags: 128 bytes
 
 # What `addresses` int64[ranks, len(COLUMNS)] holds: where each buffer of the symmetric heap lies on each rank.
@@ -81,6 +80,10 @@ class RdepProblem(Problem):
 
     def configs(self, target: str) -> list[RdepConfig]:
         return [RdepConfig()]
+
+    def untuned(self, target: str) -> RdepConfig:
+        """The first of `configs`: what runs."""
+        return self.configs(target)[0]
 
     def violations(self, config: RdepConfig, target: str) -> list[str]:
         found = []
@@ -265,87 +268,36 @@ class CombineProblem(RdepProblem):
         return "rdep_combine.Combine"
 
 
-@dataclass(frozen=True)
-class Rails(RdepProblem):
-    """Of `ranks` GPUs, `gpus` on each host. A rail is the GPUs of one index; `ranks` are numbered host by host.
-    `nvshmem`: the version whose device code is linked in and whose host library must load it."""
+def transfers(
+    ranks: int, experts: int, topk: int, align: int, parts: tuple[int, ...], width: int
+) -> dict[str, RdepProblem]:
+    """Every kernel of a layer's forward and backward, by the step of nmoe.rdep.device.Exchange that launches it."""
 
-    gpus: int
-    nvshmem: str
+    def move(channel: Channel, parts: tuple[int, ...], describes: bool) -> MoveProblem:
+        return MoveProblem(ranks, channel, parts, topk, experts // ranks, describes)
 
-    @property
-    def hosts(self) -> int:
-        return self.ranks // self.gpus
-
-    def violations(self, config: RdepConfig, target: str) -> list[str]:
-        found = super().violations(config, target)
-        if self.ranks % self.gpus or self.hosts < 2:
-            found.append(f"{self.ranks} ranks of {self.gpus} GPUs a host: no rails")
-        return found
-
-
-@dataclass(frozen=True)
-class RailProblem(Rails):
-    """Rows of `parts` bytes to every other host that one of a row's `fan` places lies on, once, to the GPU of this
-    rank's index. places int32[tokens, fan]: numbers of all ranks, −1 for nowhere; those from base + host · stride on,
-    `span` of them, lie on a host, and arrive there less the first of them. The first `rows` of `tokens` are sent.
-
-    landing, of the same form on all ranks, takes in [hosts − 1, tokens] the rows of host s in block s − host − 1 (mod
-    hosts): in each CHUNK tokens' worth those that came, in their order, then places of −1. `describes`: with values.
-    """
-
-    parts: tuple[int, ...]
-    tokens: int
-    fan: int
-    describes: bool
-
-    kernel = "rail"
-
-    @property
-    def messages(self) -> int:
-        """Of a transfer from one rank to another."""
-        return self.tokens // CHUNK * (len(self.parts) + 1 + self.describes)
-
-    def arguments(self) -> tuple[Operand, ...]:
-        """All extents are fixed: the kernel is launched by the driver, with addresses and scalars alone."""
-
-        def whole(name: str, *lead: int) -> tuple[Operand, ...]:
-            rows = tuple(Operand(f"{name}rows{i}", "u8", (*lead, size)) for i, size in enumerate(self.parts))
-            values = (Operand(f"{name}values", "f32", (*lead, self.fan)),) if self.describes else ()
-            return (*rows, Operand(f"{name}places", "i32", (*lead, self.fan)), *values)
-
-        scalars = ("rows", "base", "stride", "span")
-        return (*whole("", self.tokens), *whole("staged ", self.hosts - 1, self.tokens),
-                *whole("landed ", self.hosts - 1, self.tokens), *(Operand(n, "i32", ()) for n in scalars))  # fmt: skip
-
-    def configs(self, target: str) -> list[RdepConfig]:
-        return [RdepConfig(blocks=16)]
-
-    def violations(self, config: RdepConfig, target: str) -> list[str]:
-        found = super().violations(config, target)
-        if any(size % 16 or size <= 0 for size in self.parts):
-            found.append(f"parts {self.parts}: whole 16 bytes are copied")
-        if self.tokens % CHUNK:
-            found.append(f"{self.tokens} tokens: a multiple of {CHUNK}")
-        return found
-
-    def template(self, target: str) -> str:
-        return f"rdep_rail.Rail{HARDWARE[target].capability[0]}0"
+    returned = (2 * width,)
+    return {
+        "send_counts": CountProblem(ranks, experts, topk),
+        "receive_counts": PlaceProblem(ranks, experts, topk, align),
+        "send_rows": move("rows", parts, True),
+        "resend_rows": move("rows", parts, False),
+        "receive_rows": FlagProblem(ranks, "await"),
+        "release_rows": FlagProblem(ranks, "raise"),
+        "send_returns": move("returns", returned, False),
+        "send_returns_values": move("returns", returned, True),
+        "receive_returns": CombineProblem(ranks, topk, width),
+    }
 
 
-@dataclass(frozen=True)
-class RailFlagProblem(Rails):
-    """await: until the rows of all hosts have landed, `messages` from each. raise: tells their senders that they have
-    been consumed."""
-
-    action: Literal["await", "raise"]
-    messages: int
-
-    kernel = "rail flag"
-
-    def arguments(self) -> tuple[Operand, ...]:
-        return ()
-
-    def template(self, target: str) -> str:
-        name = "Await" if self.action == "await" else f"Raise{HARDWARE[target].capability[0]}0"
-        return f"rdep_rail.{name}"
+def transfers_of(schedule: Schedule) -> list[RdepProblem]:
+    """What the layers of a schedule for several ranks launch. Rows travel in BF16."""
+    found: dict[RdepProblem, None] = {}
+    for op in schedule.graph.ops:
+        if op.kind == "dispatch" and "ranks" in op.attrs:
+            (width,) = schedule.graph.shape(op.outputs[0])[1:]
+            plan = next(o for o in schedule.graph.ops if o.kind == "moe_plan" and op.inputs[2] in o.outputs)
+            (topk,) = schedule.graph.shape(plan.inputs[0])[1:]
+            sizes = plan.attrs["ranks"], plan.attrs["experts"], topk, plan.attrs["align"]
+            found |= dict.fromkeys(transfers(*sizes, (2 * width,), width).values())
+    return list(found)

@@ -220,6 +220,12 @@ class RouterProblem(ScoredProblem):
 
     family: ClassVar[str] = "router"
 
+    @property
+    def splits(self) -> int:
+        """Parts of the depth that logits are summed over: a thread block for each tile of some 8,000 tokens would leave
+        half of a device idle, with the longest sums of all."""
+        return max(1, min(8, self.hidden // 1024) // -(-self.experts // PRODUCT_COLUMNS))
+
     def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
         choices = (TOKENS, self.topk)
         losses = [name for name in ("balance", "z") if getattr(self, name)]
@@ -228,6 +234,7 @@ class RouterProblem(ScoredProblem):
                 Operand("indices", "i32", choices), Operand("weights", "f32", choices),
                 Operand("logits", "f32", (TOKENS, self.experts)),
                 *(Operand(f"{name}_loss", "f32", (1,)) for name in losses),
+                Operand("products", "f32", (self.splits, TOKENS, self.experts)),
                 *((Operand("partial", "f32", (2, config.parts)),) if losses else ()), *self.scalars())  # fmt: skip
 
     def template(self, target: str) -> str:
@@ -253,7 +260,10 @@ class RouterProblem(ScoredProblem):
 
 @dataclass(frozen=True)
 class RouterBwdProblem(ScoredProblem):
-    """dweights[T, topk], x, w, indices, logits → dx; dw is added to."""
+    """dweights[T, topk], x, w, indices, logits, addend? → dx; dw is added to. An addend, of `addends` at most one, is
+    added to dx, which is rounded before and after."""
+
+    addends: int = 0
 
     family: ClassVar[str] = "router_bwd"
 
@@ -264,11 +274,13 @@ class RouterBwdProblem(ScoredProblem):
         return max(1, min(32, 512 // tiles))
 
     def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
-        choices, matrix = (TOKENS, self.topk), (self.experts, self.hidden)
+        choices, row, matrix = (TOKENS, self.topk), (TOKENS, self.hidden), (self.experts, self.hidden)
+        dx, dw = Operand("dx", "bf16", row), Operand("dw", "f32", matrix)
+        results = (Operand("addend", "bf16", row), dw, dx) if self.addends else (dx, dw)
         return (Operand("dweights", "f32", choices), Operand("x", "bf16", (TOKENS, self.hidden)),
                 Operand("w", "f32", matrix), Operand("indices", "i32", choices),
-                Operand("logits", "f32", (TOKENS, self.experts)), Operand("dx", "bf16", (TOKENS, self.hidden)),
-                Operand("dw", "f32", matrix), Operand("dlogits", "f32", (TOKENS, self.experts)),
+                Operand("logits", "f32", (TOKENS, self.experts)), *results,
+                Operand("dlogits", "f32", (TOKENS, self.experts)),
                 Operand("partial", "f32", (self.splits, *matrix)), *self.scalars())  # fmt: skip
 
     def template(self, target: str) -> str:
@@ -299,13 +311,14 @@ def match(spec: KernelSpec) -> RoutingProblem | str:
     anchor, attrs = spec.parts[0], dict(spec.parts[0].attrs)
     ins, outs = list(spec.inputs), list(spec.outputs)
     addends = len(spec.parts) - 1
-    if addends and not (anchor.kind == "combine" and all(part.kind == "add" for part in spec.parts[1:])):
+    most = {"combine": addends, "router_bwd": 1}.get(anchor.kind, 0)
+    if addends > most or any(part.kind != "add" for part in spec.parts[1:]):
         return f"no template for {' + '.join(map(str, spec.parts))} yet"
+    if anchor.kind in ("moe_plan", "dispatch", "combine") and attrs.get("ranks", 1) > 1:
+        return f"{anchor.kind} of {attrs['ranks']} ranks is several kernels of RDEP (codegen/rdep.py)"
     problem: RoutingProblem
     if anchor.kind == "moe_plan":
         problem = PlanProblem(attrs["experts"], int(ins[0].shape[1]), attrs["align"])
-        if attrs["ranks"] != 1:
-            return f"a plan of {attrs['ranks']} ranks is made by RDEP"
     elif anchor.kind in ("dispatch", "combine"):
         rows, given, slots, _, offsets = (None if i is None else spec.values[i] for i in anchor.inputs)
         assert rows and slots and offsets
@@ -319,7 +332,7 @@ def match(spec: KernelSpec) -> RoutingProblem | str:
             groups = {k: attrs[k] for k in ("groups", "topk_groups")}
             problem = RouterProblem(**common, **groups, biased=len(ins) == 3)
         else:
-            problem = RouterBwdProblem(**common)
+            problem = RouterBwdProblem(**common, addends=addends)
     formats = [o.format for o in problem.operands(RoutingConfig()) if o.shape]
     found = [v.format for v in (*ins, *outs)]
     if found != formats[: len(found)]:

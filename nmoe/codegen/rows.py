@@ -18,7 +18,6 @@ from nmoe.codegen.problem import (
     Config,
     Operand,
     Problem,
-    per,
     quantized,
     stored_formats,
 )
@@ -31,7 +30,10 @@ BODIES: dict[str, Body] = {
     "rope": "rope", "concat": "concat", "split": "split", "embedding": "embedding",
 }  # fmt: skip
 
-STRIPES = 256  # thread blocks that sum a norm's weight gradient, on every device, so that the sum's order is the same
+STRIPES = (
+    256  # clusters that sum a norm's weight gradient, on every device, so that the sum's order is the same
+)
+MAX_CLUSTER = 8  # thread blocks, on every device
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,18 @@ class RowProblem(Problem):
         return self.body in ("rms_norm", "rms_norm_bwd")
 
     @property
+    def held(self) -> int:
+        """Tensors whose pieces wait in shared memory for the sums of their rows."""
+        return self.addends + {"rms_norm": 1, "rms_norm_bwd": 2}.get(self.body, 0)
+
+    @property
     def stochastic(self) -> bool:
         return any(copy.rounding == "stochastic" for copy in self.copies)
 
     @property
     def columns(self) -> bool:
         """Is there a copy whose blocks run down the rows?"""
-        return any(copy.axis == 0 for copy in self.copies)
+        return any(copy.axis == 0 or copy.square for copy in self.copies)
 
     def operands(self, config: RowConfig) -> tuple[Operand, ...]:
         workspace, scalars = [], []
@@ -182,12 +189,28 @@ class RowProblem(Problem):
         return 1
 
     def configs(self, target: str) -> list[RowConfig]:
+        if not self.columns:
+            across = self._across(32, 8)
+            return [RowConfig(32, 4, 1 if self.statistic else 8 // across, across, 2)]
+        if not self.statistic:
+            return [RowConfig(8, 16, 2, 4, 2) if self.two_passes else RowConfig(8, 8, 4, 2, 2)]
         if self.two_passes:
-            return [RowConfig(8, 16, 1 if self.statistic else 2, 4, 2)]
-        if self.columns:
-            return [RowConfig(8, 8, 1, 8, 2) if self.statistic else RowConfig(8, 8, 4, 2, 2)]
-        across = min(8, per(self.width, 32 * VECTOR))
-        return [RowConfig(32, 4, 1 if self.statistic else 8 // across, across, 2)]
+            return [RowConfig(16, 16, 1, self._across(16, 4), 2)]
+        # Registers for a norm and both copies are some 130 a thread, and 100 for one.
+        most, threads = (4, 448) if len(self.copies) == 2 else (8, 640)
+        across = self._across(8, most)
+        return [RowConfig(8, 8, 1, across, max(1, threads // (32 * across)))]
+
+    def _across(self, lanes: int, most: int) -> int:
+        """Warps along a row: the fewest that need no more tiles than `most` do, and, of norms, no larger cluster than
+        there are."""
+        tiles = -(-self.width // (most * lanes * VECTOR))
+        if self.statistic:
+            tiles = min(tiles, MAX_CLUSTER)
+        warps = -(-self.width // (tiles * lanes * VECTOR))
+        return (
+            -(-warps * lanes * VECTOR // ATOM_ROWS) * ATOM_ROWS // (lanes * VECTOR) if self.copies else warps
+        )
 
     def small(self) -> RowProblem:
         """Wider than a chunk of any config and no multiple of it; rows that fill no tile."""
@@ -209,11 +232,16 @@ class RowProblem(Problem):
             changes["vocabulary"] = 50
         return replace(self, **changes)
 
+    def tiles(self, config: RowConfig) -> int:
+        """Of a row."""
+        return -(-self.width // config.columns)
+
     def shared_bytes(self, config: RowConfig, target: str) -> int:
-        """Row statistics of each warp, sums of weight gradients, scale factors and transposed FP4 of a tile."""
-        statistics = 4 * config.rows * config.warps_across if self.statistic else 0
-        gradient = 4 * self.width if self.body == "rms_norm_bwd" else 0
-        found = statistics + gradient
+        """Pieces and sums of rows, sums of weight gradients, scale factors and transposed FP4 of a tile."""
+        held = 2 * self.held * config.rows * config.columns
+        sums = 4 * config.rows * (config.warps_across + 2 * self.tiles(config)) if self.statistic else 0
+        gradient = 4 * config.columns if self.body == "rms_norm_bwd" else 0
+        found = held + sums + gradient
         for copy in self.copies:
             found += config.rows * config.columns // BLOCK[copy.format]
             if copy.format == "nvfp4" and copy.axis == 0:
@@ -229,7 +257,7 @@ class RowProblem(Problem):
                 found.append(text)
 
         limit(config.resident >= 1, f"{config.resident} thread blocks resident: at least 1")
-        limit(config.lanes in (8, 16, 32), f"{config.lanes} lanes along a row: 8, 16 or 32")
+        limit(config.lanes in (4, 8, 16, 32), f"{config.lanes} lanes along a row: 4, 8, 16 or 32")
         limit(config.threads <= 1024, f"{config.threads} threads: a thread block has at most 1024")
         limit(config.threads * config.resident <= 2048,
               f"{config.resident} thread blocks of {config.threads} threads: a multiprocessor has 2048")  # fmt: skip
@@ -237,6 +265,11 @@ class RowProblem(Problem):
             limit(
                 config.warps_down == 1, f"{config.warps_down} warps down the rows: sums over rows are of one"
             )
+            tiles = self.tiles(config)
+            limit(
+                tiles <= MAX_CLUSTER, f"{tiles} tiles along a row: a cluster has {MAX_CLUSTER} thread blocks"
+            )
+            limit(config.rows <= config.threads, f"{config.rows} rows: a thread sums one")
         if self.copies:
             limit(
                 config.columns % ATOM_ROWS == 0,

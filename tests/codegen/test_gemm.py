@@ -170,6 +170,21 @@ def test_another_version_of_the_compiler_is_refused(monkeypatch: pytest.MonkeyPa
         compiler.check_toolchain()
 
 
+def test_a_runtime_without_its_compiler_is_told_from_one_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compiler, "TOOLCHAIN", {"nvidia-cutlass-dsl": "4.8.1"})
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "4.8.1")
+    monkeypatch.setattr("shutil.which", lambda tool: f"/usr/bin/{tool}")
+    monkeypatch.setattr(compiler, "_package_folders", lambda: [str(tmp_path)])
+    with pytest.raises(compiler.CompilerError, match=r"found its runtime library alone .*: pip install"):
+        compiler.check_toolchain()
+    library = tmp_path / compiler.COMPILER.replace("*", ".cu12")
+    library.parent.mkdir(parents=True)
+    library.touch()
+    compiler.check_toolchain()
+
+
 def test_instructions_are_counted_by_kind() -> None:
     sass = """
         /*0010*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;

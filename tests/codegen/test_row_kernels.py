@@ -83,7 +83,8 @@ def test_an_illegal_config_names_the_limit() -> None:
         (RowConfig(8, 8, 1, 1, 1), "whole atoms"),
         (RowConfig(8, 8, 1, 64, 1), "at most 1024"),
         (RowConfig(8, 8, 1, 8, 9), "a multiprocessor has 2048"),
-        (RowConfig(4, 8, 1, 8, 1), "lanes along a row"),
+        (RowConfig(2, 8, 1, 8, 1), "lanes along a row"),
+        (RowConfig(8, 8, 1, 2, 1), "a cluster has 8"),
     ):
         assert any(text in found for found in problem.violations(config, "sm_90a")), (config, text)
 

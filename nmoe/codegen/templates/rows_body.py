@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
+from cutlass.cute.nvgpu import cpasync
 
 from nmoe.codegen.problem import VECTOR
 from nmoe.codegen.rows import RowProblem
@@ -58,11 +59,25 @@ def gather(held: cute.Tensor, sources: list[cute.Tensor], spot: Spot) -> None:
                 cute.autovec_copy(sources[i], held[None, i])
 
 
-class Loaded(Fixed):
-    """BF16 registers [8, vectors] of each tensor that a body reads, and its FP32 columns."""
+@cute.jit
+def fetch(held: cute.Tensor, sources: list[cute.Tensor], spot: Spot) -> None:
+    """`gather` into shared memory, under way until the thread waits for it."""
+    atom = cute.make_copy_atom(
+        cpasync.CopyG2SOp(cpasync.LoadCacheMode.GLOBAL), BFloat16, num_bits_per_copy=16 * VECTOR
+    )
+    for i in cutlass.range_constexpr(spot.vectors):
+        if spot.alive[i]:
+            cute.copy(atom, sources[i], held[None, i])
+        else:
+            held[None, i].fill(0.0)
 
-    def __init__(self, spot: Spot) -> None:
-        self.spot = spot
+
+class Loaded(Fixed):
+    """BF16 [8, vectors] of each tensor that a body reads, in registers or `held`, shared memory [8, vectors, tensors];
+    and its FP32 columns."""
+
+    def __init__(self, spot: Spot, held: cute.Tensor | None = None) -> None:
+        self.spot, self.held = spot, held
         self.rows: dict[str, cute.Tensor] = {}
         self.columns: dict[str, cute.Tensor] = {}
         self.weights: list[Float32] = []  # swiglu: each row's router weight
@@ -73,8 +88,12 @@ class Loaded(Fixed):
         self.put(name, [line(tensor, self.spot, i, shift) for i in range(self.spot.vectors)])
 
     def put(self, name: str, sources: list[cute.Tensor]) -> None:
-        held = cute.make_rmem_tensor((VECTOR, len(sources)), sources[0].element_type)
-        gather(held, sources, self.spot)
+        if self.held is not None:
+            held = self.held[None, None, len(self.rows)]
+            fetch(held, sources, self.spot)
+        else:
+            held = cute.make_rmem_tensor((VECTOR, len(sources)), sources[0].element_type)
+            gather(held, sources, self.spot)
         self.rows[name] = held
 
     def column(self, name: str, tensor: cute.Tensor) -> None:
@@ -84,7 +103,9 @@ class Loaded(Fixed):
 
     def floats(self, name: str, i: int):  # type: ignore[no-untyped-def]
         """Row i in FP32."""
-        return self.rows[name][None, i].load().to(Float32)
+        row = cute.make_rmem_tensor(VECTOR, BFloat16)
+        cute.autovec_copy(self.rows[name][None, i], row)
+        return row.load().to(Float32)
 
 
 class RowBody(Fixed):
@@ -93,9 +114,9 @@ class RowBody(Fixed):
     def __init__(self, problem: RowProblem, named) -> None:  # type: ignore[no-untyped-def]
         self.problem, self.named = problem, named
 
-    def load(self, spot: Spot) -> Loaded:
-        """Everything that `value` and `term` need."""
-        found = Loaded(spot)
+    def load(self, spot: Spot, held: cute.Tensor | None = None) -> Loaded:
+        """Everything that `value` and `term` need; with `held`, the addends, too."""
+        found = Loaded(spot, held)
         kind, named = self.problem.body, self.named
         if kind == "embedding":
             tokens = [cutlass.max(named["tokens"][row], 0) for row in spot.source]
@@ -116,6 +137,9 @@ class RowBody(Fixed):
             found.rstd = [named["rstd"][row] for row in spot.source]
         if kind == "rope":
             self._table(found)
+        if held is not None:
+            for i in range(self.problem.addends):
+                found.row(f"addend{i}", named[f"addend{i}"])
         return found
 
     @cute.jit

@@ -76,7 +76,7 @@ RESULTS = {
     "moe_plan": ("slots", "row_source", "offsets"), "dispatch": ("rows", "row_weight"), "combine": ("y", "values"),
     "router": ("indices", "weights", "logits"), "router_bwd": ("dx",),
 }  # fmt: skip
-WORKSPACE = ("counts", "partial", "dlogits")
+WORKSPACE = ("counts", "products", "partial", "dlogits")
 
 
 def _reference(kind: str, attrs: dict[str, Any], ins: list[Any], outs: list[Any]) -> None:
@@ -288,7 +288,11 @@ def _(problem: RouterBwdProblem, before: Tensors, after: Tensors) -> dict[str, f
     size = d.abs() + error
     want = d @ w
     bound = error @ w.abs() + (experts + 1) * U * (size @ w.abs())
-    found = _within("dx", after["dx"], want, bound + STORE * (want.abs() + bound))
+    bound = bound + STORE * (want.abs() + bound)
+    if problem.addends:
+        want = want + before["addend"].double()
+        bound = bound + STORE * (want.abs() + bound)
+    found = _within("dx", after["dx"], want, bound)
     want = before["dw"].double() + d.T @ x
     bound = error.T @ x.abs() + (len(x) + problem.splits + 2) * U * (size.T @ x.abs()) + 2 * U * want.abs()
     return found | _within("dw", after["dw"], want, bound)
