@@ -29,7 +29,7 @@ COLUMNS = ("flags", "counts", "origin", "value", "data", "scale", "returned", "r
 # Words of `state` int64[len(STATE)], this rank's own: the epoch of the last transfer that it sent on each channel,
 # thread blocks that are done, units that a launch of `move` has given out, whether a layer overflowed, ns that a wait
 # may last, where the host reads of a fault.
-STATE = ("counts", "rows", "returns", "rails", "done", "taken", "overflow", "timeout", "report")
+STATE = ("counts", "rows", "returns", "done", "taken", "overflow", "timeout", "report", "rails")
 FLAGS = ("counts.full", "counts.free", "rows.full", "rows.free", "returns.full", "returns.free", "rails.full",
          "rails.free")  # fmt: skip
 # A fault, one row a peer of the host's report: what happened, to whom, in which layer, which flag and epoch was awaited
