@@ -59,7 +59,7 @@ from nmoe.torchrun import launched
 CONFIGS = Path(__file__).parents[1] / "configs"
 TARGET, RANKS, STEPS = "sm_90a", 2, 20
 PARTS = ("layer", "replay", "train", "again", "replicas", "moonlet", "command")
-LIMIT = 90.0  # seconds that a part may take
+LIMIT = 45.0  # seconds that a part may take
 
 
 def small(ranks: int, sequences: int = 2) -> Config:
