@@ -88,6 +88,7 @@ def main() -> None:
 
 def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, every: bool) -> None:
     import torch
+    from timing import provenance
 
     from nmoe.codegen.launch import CudaLauncher
     from nmoe.codegen.verify import rows as verify
@@ -95,7 +96,7 @@ def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, ev
     device, launcher = torch.device("cuda"), CudaLauncher(Cache(folder))
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}")
-    results: dict[str, Any] = {"device": name, "torch": torch.__version__}
+    results: dict[str, Any] = provenance()
 
     def milliseconds(calls: list[Callable[[], Any]]) -> float:
         """Of one call; the calls take turns."""

@@ -89,7 +89,12 @@ class Products(Fixed):
     ) -> None:  # type: ignore[no-untyped-def]
         """`addend` [m, n]: added to C, of its type and layout, where n is contiguous; C is rounded before and after."""
         grid = [cute.ceil_div(c.shape[0], ROWS), cute.ceil_div(c.shape[1], COLUMNS), self.splits]
-        self.multiply(a, b, c, addend).launch(grid=grid, block=[THREADS, 1, 1], stream=stream)
+        self.multiply(a, b, c, addend).launch(
+            grid=grid,
+            block=[THREADS, 1, 1],
+            min_blocks_per_mp=1,  # or ptxas spills for the sake of more
+            stream=stream,
+        )
 
     @cute.kernel
     def multiply(self, a: cute.Tensor, b: cute.Tensor, c: cute.Tensor, addend: cute.Tensor | None):  # type: ignore[no-untyped-def]

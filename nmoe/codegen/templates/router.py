@@ -62,7 +62,7 @@ class Router(Fixed):
                 choices = Float32(self.problem.topk * named["seq_len"])
                 factors[0] = factors[0] * Float32(self.problem.experts) / choices
             self.losses(logits, indices, named["partial"], named["seq_len"]).launch(
-                grid=[self.config.parts, 1, 1], block=block, stream=stream
+                grid=[self.config.parts, 1, 1], block=block, min_blocks_per_mp=1, stream=stream
             )
             self.finish(named["partial"], [named[f"{name}_loss"] for name in self.names], factors).launch(
                 grid=[1, 1, 1], block=[32, 1, 1], stream=stream
