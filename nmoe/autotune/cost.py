@@ -79,7 +79,7 @@ def choose(problem: Problem, target: str) -> Config:
     """The fastest legal config by prediction; of equals, GEMMs' with the least shared memory, others' first."""
 
     def order(config: Config) -> tuple[float, int]:
-        shared = problem.shared_bytes(config, target) if isinstance(problem, GemmProblem) else 0
+        shared = problem.shared_bytes(config, target) if isinstance(config, GemmConfig) else 0
         return predict(problem, config, target)["microseconds"], shared
 
     return min(problem.configs(target), key=order)
