@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timing import provenance
 
 from nmoe.codegen import compiler
 from nmoe.codegen.cache import Cache
@@ -76,7 +77,7 @@ def main() -> None:
             entry = compiler.compile_problem(problem, config, TARGET, Cache(args.folder))
             print(f"[{i}/{len(pairs)}] {problem} {config}: {entry.report['seconds']} s", flush=True)
         return
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    results: dict[str, Any] = provenance()
     for name in args.parts:
         begin = time.monotonic()
         results[name] = part(name, args.folder)
@@ -170,7 +171,7 @@ class Rank:
         from nmoe.rdep.symmetric import Heap
 
         self.shape, self.rank, self.folder = shape, rank, folder
-        self.heap = Heap(shape, timeout=timeout)
+        self.heap = Heap(shape.mailboxes() | shape.slots(), range(RANKS), timeout=timeout)
         self.exchange = self.with_configs({})
 
     def with_configs(self, configs: dict[str, RdepConfig]) -> Exchange:
@@ -316,6 +317,7 @@ def check_case(me: Rank, seed: int) -> None:
         expected += out
     same("sum", y.view(torch.int16), expected.bfloat16().view(torch.int16))
 
+    dist.barrier()  # from now on peers overwrite what was released
     # backward: other rows to the same slots; rows and a value each back
     second = (grads[rank].cuda(), *mine[1:])
     me.exchange.send_rows(second, None, routing, seed)
@@ -457,7 +459,7 @@ def speed(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> Non
 
     from cuda.bindings import runtime
 
-    size = min(int(wire), shape.buffers()["data"].bytes)
+    size = min(int(wire), shape.slots()["data"].bytes)
     to, source = (
         int(heap.addresses[1 - rank, COLUMNS.index("data")]),
         torch.empty(size, dtype=torch.uint8, device="cuda"),
@@ -503,16 +505,14 @@ def speed(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> Non
         candidate = me.with_configs({"send_returns": config})
 
         def give_back(e: Exchange = candidate) -> None:
-            # counts keep a rank from returning into a buffer that is still being summed, as in a layer
-            e.send_counts(indices, routing, 0)
-            e.receive_counts(indices, routing, 0)
+            # A layer's counts keep a rank from returning into rows that are still being summed; here nobody sums.
             e.send_returns(back, None, origins, routing, 0)
-            e.receive_returns(y, 0)
 
         us = median_us(give_back)
         me.sync()
-        put(f"plan + return + sum {config}", us, "", wire)
+        put(f"return {config}", us, f"{100 * wire / us / (size / copied):.0f} % of copy", wire)
         best["send_returns"] = min(best.get("send_returns", (us, config)), (us, config), key=lambda p: p[0])
+    put("sum of the returned rows", median_us(lambda: e.receive_returns(y, 0)))
 
     fast = me.with_configs({step: config for step, (_, config) in best.items()})
     me.exchange = fast

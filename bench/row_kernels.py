@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nmoe.autotune import cost
 from nmoe.codegen import compiler
 from nmoe.codegen.cache import Cache
 from nmoe.codegen.problem import ROWS, TOKENS
@@ -28,7 +29,7 @@ ROW, COL = (Copy("mxfp8", axis, "rows") for axis in (1, 0))
 FP4_ROW, FP4_COL = Copy("nvfp4", 1, "rows"), Copy("nvfp4", 0, "rows", hadamard=True)
 T, R = 32768, 98304
 
-CASES: list[tuple[RowProblem, int]] = [  # moonlet's, and rows of the dynamic extent
+CASES: list[tuple[RowProblem, int]] = [  # moonlet's and dsv3's, and rows of the dynamic extent
     (RowProblem("load", 2816, 2048, 64, keeps_body=False, copies=(ROW, COL)), 0),
     (RowProblem("load", 22528, 2048, keeps_body=False, copies=(ROW, COL)), 0),
     (RowProblem("load", TOKENS, 4096, keeps_body=False, copies=(COL, ROW)), T),
@@ -43,6 +44,12 @@ CASES: list[tuple[RowProblem, int]] = [  # moonlet's, and rows of the dynamic ex
     (RowProblem("rms_norm_bwd", TOKENS, 2048), T),
     (RowProblem("rms_norm_bwd", TOKENS, 2048, addends=1, keeps_body=False, keeps_sum=True), T),
     (RowProblem("rms_norm_bwd", TOKENS, 2048, addends=1, keeps_body=False, keeps_sum=True, copies=(COL, ROW)), T),
+    (RowProblem("rms_norm", TOKENS, 7168, keeps_body=False, copies=(COL, ROW)), T // 2),
+    (RowProblem("rms_norm_bwd", TOKENS, 7168, addends=1, keeps_body=False, keeps_sum=True, copies=(COL, ROW)), T // 2),
+    (RowProblem("load", ROWS, 7168, keeps_body=False, copies=(ROW, COL), segments=32), 2 * T),
+    (RowProblem("swiglu", ROWS, 2048, weighted=True, keeps_body=False, copies=(COL, ROW), segments=32), 2 * T),
+    (RowProblem("dispatch", ROWS, 2048, keeps_body=False, weighted=True, copies=(ROW, COL), segments=64, topk=6), R),
+    (RowProblem("dispatch", ROWS, 7168, keeps_body=False, weighted=True, copies=(ROW, COL), segments=32, topk=8), 2 * T),
     (RowProblem("swiglu", ROWS, 1408, weighted=True), R),
     (RowProblem("swiglu", ROWS, 1408, weighted=True, keeps_body=False, copies=(COL,), segments=64), R),
     (RowProblem("swiglu", TOKENS, 2816, keeps_body=False, copies=(COL,)), T),
@@ -56,24 +63,9 @@ CASES: list[tuple[RowProblem, int]] = [  # moonlet's, and rows of the dynamic ex
 ]  # fmt: skip
 
 
-def tried(problem: RowProblem) -> list[RowConfig]:
-    """Configs to compare with the chosen one."""
-    if problem.statistic and problem.columns:
-        sizes = [(8, 8, 1, 16, 1), (8, 8, 1, 4, 4)]
-    elif problem.columns:
-        sizes = [(8, 8, 4, 2, 3), (8, 8, 1, 8, 2)]
-    elif problem.statistic:
-        sizes = [(32, 2, 1, 8, 4), (32, 1, 1, 8, 6), (32, 2, 1, 14, 2)]
-    else:
-        sizes = [(32, 1, 1, 8, 8), (32, 2, 1, 8, 4)]
-    return [RowConfig(*size) for size in sizes]
-
-
 def configs(problem: RowProblem, every: bool) -> list[RowConfig]:
-    """The chosen one, then what else is legal."""
-    chosen = problem.configs(TARGET)
-    more = tried(problem) if every else []
-    return chosen + [c for c in more if c not in chosen and not problem.violations(c, TARGET)]
+    """The chosen one, then the others that tuning would try."""
+    return problem.configs(TARGET) if every else [cost.choose(problem, TARGET)]
 
 
 def main() -> None:
@@ -96,6 +88,7 @@ def main() -> None:
 
 def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, every: bool) -> None:
     import torch
+    from timing import provenance
 
     from nmoe.codegen.launch import CudaLauncher
     from nmoe.codegen.verify import rows as verify
@@ -103,7 +96,7 @@ def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, ev
     device, launcher = torch.device("cuda"), CudaLauncher(Cache(folder))
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}")
-    results: dict[str, Any] = {"device": name, "torch": torch.__version__}
+    results: dict[str, Any] = provenance()
 
     def milliseconds(calls: list[Callable[[], Any]]) -> float:
         """Of one call; the calls take turns."""

@@ -9,18 +9,21 @@ nobody takes them for kernels.
 
 from __future__ import annotations
 
+import fcntl
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from nmoe import autotune
-from nmoe.codegen import families
-from nmoe.codegen.build import build
+from nmoe.codegen import families, optimizer
+from nmoe.codegen.build import build, build_transfers
 from nmoe.codegen.cache import Cache, default_root
 from nmoe.codegen.launch import CudaLauncher, device_of
 from nmoe.codegen.problem import EXTENTS, PARTS, ROWS, Operand, Problem, resolve, stored_formats
+from nmoe.codegen.rdep import transfers_of
 from nmoe.codegen.spec import KernelSpec, spec_of, specs
 from nmoe.config import Config
 from nmoe.errors import UserError
@@ -80,31 +83,53 @@ def lowered(config: Config, sequences: int = 0, root: Path | None = None) -> Sch
 
 
 def by_torch(schedule: Schedule) -> str:
-    """What has no kernel: "run by torch: attention 12x, …"."""
+    """What has no kernel: "run by torch: attention 12x, …". Transfers between ranks have kernels of their own."""
     calls = (call for call in schedule.calls if call.workspace is None and call.phase != "init")
-    kinds = Counter(op.kind for call in calls for op in call.ops)
+    kinds = Counter(op.kind for call in calls for op in call.ops if op.attrs.get("ranks", 1) == 1)
     listed = ", ".join(f"{kind} {count}x" for kind, count in kinds.most_common())
     return f"run by torch: {listed or 'nothing'}"
 
 
-def launcher(schedules: Sequence[Schedule], say: Callable[[str], None]) -> CudaLauncher:
+def needed(config: Config, schedules: Sequence[Schedule]) -> dict[KernelSpec, list[str]]:
+    """Every kernel of a run and what uses it: those of the schedules, and on a GPU target the optimizer's."""
+    uses: dict[KernelSpec, list[str]] = {}
+    for schedule in schedules:
+        for spec, calls in specs(schedule).items():
+            uses.setdefault(spec, []).extend(calls)
+    return uses if config.target.device == "cpu" else uses | optimizer.specs(config)
+
+
+def launcher(config: Config, schedules: Sequence[Schedule], say: Callable[[str], None]) -> CudaLauncher:
     """For the schedules of a GPU target; compiles the kernels that its cache lacks, and tells `say` of it.
 
     Raises UserError when the device is another one or a kernel cannot be built.
     """
     import torch
 
-    device_of(schedules[0].target)
+    device_of(config.target.device)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # references sum in FP32
     root = default_root()
-    made = build(list(dict.fromkeys(spec for s in schedules for spec in specs(s))), root, progress=sys.stderr)
+    wanted = list(needed(config, schedules))
+    transfers = list(dict.fromkeys(problem for s in schedules for problem in transfers_of(s)))
+    with _alone(root):
+        made = build(wanted, root, progress=sys.stderr)
+        moved = build_transfers(transfers, config.target.device, root)
     if made.failed:
         name, why = next((spec.name, why) for spec, why in made.failed.items())
         raise UserError(f"{len(made.failed)} kernels could not be built, first {name}: {why}")
     say(f"kernels: {len(made.warm)} from {root}, {len(made.built)} built, {made.seconds:.1f} s")
-    for note in dict.fromkeys(map(by_torch, schedules)):
+    for note in dict.fromkeys([*([moved] if transfers else []), *map(by_torch, schedules)]):
         say(note)
     return CudaLauncher(Cache(root))
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """The ranks of a run build one after the other: all but the first find the kernels there."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "building").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def bind(

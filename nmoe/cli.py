@@ -7,6 +7,7 @@ run diverged (NaN or Inf) and stopped; 130 interrupted, after a checkpoint.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -56,17 +57,18 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from nmoe.binding import by_torch, lowered
+    from nmoe.binding import by_torch, lowered, needed
     from nmoe.codegen.cache import default_root
-    from nmoe.codegen.spec import format_specs, specs
+    from nmoe.codegen.spec import format_specs
 
     config, root = args.load(), args.cache or default_root()
     schedule = lowered(config, root=root)
-    uses = specs(schedule)
+    uses = needed(config, [schedule])
     if args.list or not uses:
         _line(format_specs(config, uses))
         return 0
-    from nmoe.codegen.build import build, emit, format_build
+    from nmoe.codegen.build import build, build_transfers, emit, format_build
+    from nmoe.codegen.rdep import transfers_of
 
     if args.tune:
         from nmoe.autotune.measure import tune_all
@@ -74,6 +76,8 @@ def _compile(args: argparse.Namespace) -> int:
         tune_all(list(uses), root, _line)
     result = build(list(uses), root, workers=args.workers or 0, progress=sys.stderr)
     _line(format_build(config.run.name, result))
+    if transfers := transfers_of(schedule):
+        _line(build_transfers(transfers, config.target.device, root, args.workers or 0))
     _line(by_torch(schedule))
     if args.emit:
         _line(emit(result, args.emit))
@@ -108,6 +112,13 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return number
+
+
 def _line(text: str) -> None:
     print(text, flush=True)
 
@@ -136,26 +147,31 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         "prep-mixture", _prep_mixture, "turn the config's datasets into token shards; resumes when killed"
     )
-    sub.add_argument("--workers", type=int, metavar="N", help="tokenizing processes (default: one a core)")
+    sub.add_argument(
+        "--workers", type=_positive, metavar="N", help="tokenizing processes (default: one a core)"
+    )
     sub = command("plan", _plan, "predict memory, FLOPs, bytes and step time; refuse what does not fit")
-    sub.add_argument("--world", type=int, default=1, metavar="N", help="ranks, one a GPU (default 1)")
+    sub.add_argument("--world", type=_positive, default=1, metavar="N", help="ranks, one a GPU (default 1)")
     command("explain", _explain, "print the schedule: every kernel, its cost, stream and memory")
     sub = command("bench", _bench, "time training steps by range and compare with a baseline")
-    sub.add_argument("--steps", type=int, default=200, metavar="N", help="steps to time (default 200)")
+    sub.add_argument("--steps", type=_positive, default=200, metavar="N", help="steps to time (default 200)")
     sub.add_argument("--baseline", type=Path, metavar="FILE", help="compare with a result saved by --save")
     sub.add_argument("--save", type=Path, metavar="FILE", help="store the result as a baseline")
     sub = command("compile", _compile, "build the kernels that the config needs, into a cache; no GPU needed")
-    sub.add_argument("--workers", type=int, metavar="N", help="compiling processes (default: one a core)")
     sub.add_argument(
-        "--cache", type=Path, metavar="DIR", help="default $NMOE_HOME/kernels or ~/.cache/nmoe/kernels"
+        "--workers", type=_positive, metavar="N", help="compiling processes (default: one a core)"
     )
     sub.add_argument(
-        "--list",
-        action="store_true",
-        help="print the kernels with their keys; build nothing",
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="where kernels are kept (default $NMOE_HOME/kernels or ~/.cache/nmoe/kernels)",
     )
     sub.add_argument(
-        "--emit", type=Path, metavar="DIR", help="also write each kernel's PTX, SASS and report there"
+        "--list", action="store_true", help="only print the kernels with their keys; build nothing"
+    )
+    sub.add_argument(
+        "--emit", type=Path, metavar="DIR", help="also write each kernel's PTX, SASS and report to DIR"
     )
     sub.add_argument(
         "--tune",
@@ -187,3 +203,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nmoe: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read what is printed (head, less) has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -51,7 +51,10 @@ def report() -> list[Finding]:
         ("datasets", lambda: [_package("datasets", "nmoe prep-mixture cannot read sources")]),
         ("gpu", lambda: [_gpu(gpus)]),
         ("CuTeDSL", lambda: [_package("nvidia-cutlass-dsl", "kernels cannot be compiled", GPU_EXTRA)]),
-        ("triton", lambda: [_package("triton", "kernels written in it cannot be compiled", GPU_EXTRA)]),
+        (
+            "triton",
+            lambda: [_package("triton", "attention, loss and optimizer cannot be compiled", GPU_EXTRA)],
+        ),
         ("nvshmem", lambda: [_nvshmem()]),
         ("gcc", lambda: [_gcc()]),
         ("disk", lambda: [_disk(Path.cwd())]),
@@ -150,7 +153,7 @@ def _nvshmem() -> Finding:
 def _gcc() -> Finding:
     path = shutil.which("gcc")
     if path is None:
-        return Finding("gcc", "missing", "triton cannot build its launchers", "apt-get install gcc")
+        return Finding("gcc", "missing", "kernels cannot be linked", "apt-get install gcc")
     done = subprocess.run([path, "-dumpfullversion"], capture_output=True, text=True, timeout=30)
     return Finding("gcc", "ok", done.stdout.strip() or path)
 

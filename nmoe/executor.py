@@ -21,7 +21,7 @@ import torch
 from nmoe import binding, formats
 from nmoe.binding import Bound, Launcher
 from nmoe.errors import UserError
-from nmoe.graph import QUANTIZED, Kind, Phase, Spec
+from nmoe.graph import QUANTIZED, Kind, Op, Phase, Spec
 from nmoe.ops import OPS
 from nmoe.ops.base import parts
 from nmoe.schedule import Call, Schedule
@@ -31,13 +31,15 @@ DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "i
           "i32": torch.int32, "bool": torch.bool, "u8": torch.uint8}  # fmt: skip
 
 Observe = Callable[[str], AbstractContextManager]
+# Of an op of some kinds and its operands: what runs it in place of its reference. Asked once, when calls are bound.
+Implementations = Mapping[str, Callable[[Op, list[Any], list[Any]], Bound]]
 
 
 class Executor:
     """`tensors` holds everything that outlives a step, by name: parameters in their working format, gradients,
     state and inputs. `allocate` makes those that the caller does not bring. A GPU target needs a `launcher`; the arena,
     whose device is that of the executor, defaults to one on the CPU. `implementations` replace the references of op
-    kinds, with their signature. `observe`, when set, is called with the name of each op or kernel that runs and returns
+    kinds. `observe`, when set, is called with the name of each op or kernel that runs and returns
     what surrounds it."""
 
     def __init__(
@@ -46,7 +48,7 @@ class Executor:
         tensors: Mapping[str, torch.Tensor],
         arena: torch.Tensor | None = None,
         launcher: Launcher | None = None,
-        implementations: Mapping[str, Callable[..., None]] | None = None,
+        implementations: Implementations | None = None,
     ) -> None:
         self.schedule = schedule
         self.observe: Observe | None = None
@@ -66,8 +68,7 @@ class Executor:
         for tensor in schedule.graph.of_kind("const"):
             if tensor.name not in self.tensors and tensor.format not in QUANTIZED:
                 self.tensors[tensor.name] = empty(schedule.spec(tensor.name), self.arena.device)
-        self._references = {kind: definition.reference for kind, definition in OPS.items()}
-        self._references |= implementations or {}
+        self._implementations = implementations or {}
         self._views: dict[str, Any] = {}
         self._quantizers = {op.outputs[0]: op for op in schedule.graph.ops if op.kind == "quantize"}
         self._streams = Streams(schedule.calls, self.arena.device)
@@ -76,7 +77,7 @@ class Executor:
             for name, run in self._bind(call, launcher):
                 self._phases[call.phase].append((name, self._streams.place(index, run)))
         waiting = any(
-            OPS[op.kind].waits
+            OPS[op.kind].waits and op.kind not in self._implementations
             for call in schedule.calls
             if call.phase == "micro" and call.workspace is None
             for op in call.ops
@@ -86,7 +87,7 @@ class Executor:
         self.run("init")
 
     def _bind(self, call: Call, launcher: Launcher | None) -> list[tuple[str, Bound]]:
-        """What a call runs: its kernel, or the reference of each of its ops."""
+        """What a call runs: its kernel, or the implementation or reference of each of its ops."""
         schedule = self.schedule
         if call.workspace is not None:
             assert launcher is not None, (
@@ -102,8 +103,11 @@ class Executor:
                     "and torch cannot read scale factors in atoms: change the size, or set [schedule] precision"
                 )
             ins, outs = ([self.operand(name) for name in side] for side in (op.inputs, op.outputs))
+            if implement := self._implementations.get(op.kind):
+                bound.append((op.name, implement(op, ins, outs)))
+                continue
             scratch = self._scratch(op.name, schedule.scratch_specs(op))
-            bound.append((op.name, partial(self._references[op.kind], op.attrs, ins, outs, scratch)))
+            bound.append((op.name, partial(OPS[op.kind].reference, op.attrs, ins, outs, scratch)))
         return bound
 
     def _scratch(self, owner: str, specs: list[Spec]) -> list[torch.Tensor]:
@@ -158,7 +162,8 @@ class Executor:
             self._run(phase)
             torch.cuda.synchronize(self.arena.device)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Other threads, NCCL's and the checkpoint's, may ask the driver meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._run(phase)
 
     def _run(self, phase: Phase) -> None:

@@ -24,7 +24,6 @@ def export(config: Config, folder: Path) -> str:
     Raises CheckpointError when the run has no checkpoint or holds another model.
     """
     graph = model.build(replace(config, rdep=Rdep()))  # with all experts
-    parameters = Parameters(graph)
     biases = {t.name: empty(t.spec) for t in graph.of_kind("state") if t.name.endswith(".router_bias")}
     runs = Path(config.checkpoint.dir) / config.run.name
 
@@ -36,10 +35,12 @@ def export(config: Config, folder: Path) -> str:
             raise CheckpointError(f"{runs} holds another model:\n  " + "\n  ".join(changed))
 
     with Checkpointer(runs, config.checkpoint.keep) as checkpoints:
+        if not checkpoints.steps():
+            raise CheckpointError(f"{runs}: no checkpoint to export; train the config first")
+        parameters = Parameters(graph)
         state = checkpoint_state(parameters, AdamW(parameters, config.optim), biases)
         found = checkpoints.load(state, check=check)
-    if found is None:
-        raise CheckpointError(f"{runs}: no checkpoint to export; train the config first")
+    assert found is not None
     masters: dict[str, torch.Tensor] = parameters.masters
     tokenizer = Path(config.data.dir) / "tokenizer.json"
     hf.export(config, masters, biases, folder, tokenizer=tokenizer if tokenizer.exists() else None)

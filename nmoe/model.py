@@ -209,14 +209,15 @@ class Builder:
             attrs["runs"] = True
         *plan, _, runs = g.emit("moe_plan", f"{path}.plan", [indices], attrs,
                                 into={"load": self.state(f"{path}.load", moe.experts)})  # fmt: skip
-        rows, row_weight = g.emit("dispatch", f"{path}.dispatch", [h, weights, *plan])
+        ranks = {"ranks": self.config.rdep.ranks} if self.config.rdep.ranks > 1 else {}
+        rows, row_weight = g.emit("dispatch", f"{path}.dispatch", [h, weights, *plan], ranks)
         w1 = self.param(f"{path}.experts.gate_up", local, 2 * n, d)
         w2 = self.param(f"{path}.experts.down", local, d, n)
         segments = runs or plan[2]
         gate_up, _ = g.emit("grouped_gemm", f"{path}.gemm1", [rows, w1, segments], self.gemm_attrs(layer))
         (a,) = g.emit("swiglu", f"{path}.swiglu", [gate_up, row_weight])
         y, _ = g.emit("grouped_gemm", f"{path}.gemm2", [a, w2, segments], self.gemm_attrs(layer))
-        combined, _ = g.emit("combine", f"{path}.combine", [y, None, *plan])
+        combined, _ = g.emit("combine", f"{path}.combine", [y, None, *plan], ranks)
         if not moe.shared_experts:
             return [combined]
         return [self.ffn(h, f"{path}.shared", moe.shared_experts * n, layer), combined]

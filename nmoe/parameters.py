@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -86,12 +88,17 @@ class Parameters:
 
     def initialise(self, seed: int, std: float) -> None:
         """Normal(0, std) matrices and unit norms. Each parameter, and each expert, draws from a generator of its
-        own, so that the values depend on the seed and the name alone, not on who else holds what."""
-        for name, master in self.pieces(self.master).items():
+        own, so that the values depend on the seed and the name alone, not on who else holds what or in which order."""
+
+        def draw(piece: tuple[str, torch.Tensor]) -> None:
+            name, master = piece
             if is_norm(name):
                 master.fill_(1.0)
             else:
                 _normal(master, seed, name, std)
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # torch draws without the GIL
+            list(threads.map(draw, self.pieces(self.master).items()))
         self.refresh()
 
     def refresh(self, segments: Iterable[Segment] | None = None) -> None:

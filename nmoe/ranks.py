@@ -1,33 +1,28 @@
 """The processes of a run: who they are, which of them share experts, and what they add up.
 
-torchrun starts them and says so in the environment. They meet through gloo, which checkpoints use too; the rows and
-gradients of a step travel through shared memory (nmoe/rdep), where every wait is bounded and names who is missing.
+They meet through gloo, which checkpoints use too; the rows and gradients of a step travel through shared memory
+(nmoe/rdep), where every wait is bounded and names who is missing. gpu_ranks.py says what is different on GPUs, and
+torchrun.py starts either.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nmoe import model
-from nmoe.config import Config
+from nmoe.binding import Launcher
 from nmoe.errors import UserError
-from nmoe.plan import micro_batch
-from nmoe.rdep import exchange, sums
+from nmoe.executor import Implementations
+from nmoe.rdep import sums
 from nmoe.rdep.exchange import Exchange
 from nmoe.rdep.layer import Layer
 from nmoe.rdep.shm import Shm
 from nmoe.rdep.sums import Sums
 from nmoe.rdep.transfer import Transfers
-from nmoe.rdep.transport import Buffer, Local, Missing, Part, Transport
+from nmoe.rdep.transport import Local, Missing, Part
 
 _Error = TypeVar("_Error", bound=BaseException)
 
@@ -36,8 +31,8 @@ class Ranks:
     """This process, `rank` of `world`. Each `group` consecutive ranks share one set of experts, of which this one holds
     share number `share`; the ranks of the other groups that hold the same are its replicas."""
 
-    def __init__(self, transport: Transport | None = None, group: int = 1) -> None:
-        transport = transport or Local({})
+    def __init__(self, shm: Shm | None = None, group: int = 1) -> None:
+        transport = shm or Local({})
         self.rank, self.world, self.group = transport.rank, transport.ranks, group
         self.share = self.rank % group
         first = self.rank - self.share
@@ -46,9 +41,22 @@ class Ranks:
         self._replicas = range(self.share, self.world, group)
         self._transport = transport
         self._sums = Sums(Transfers(transport))
-        self.implementations: Mapping[str, Callable[..., None]] = {}
-        if group > 1:
-            self.implementations = Layer(Exchange(Part(transport, self._group))).implementations
+
+    def place(
+        self, arena_bytes: int, device: torch.device, launcher: Launcher | None
+    ) -> tuple[Tensor, Implementations]:
+        """An arena for this rank's executors, and what runs the ops that move expert rows. Call it once."""
+        arena = torch.empty(arena_bytes, dtype=torch.uint8, device=device)
+        if self.group == 1:
+            return arena, {}
+        return arena, Layer(Exchange(Part(self._transport, self._group))).implementations
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
 
     def add_everywhere(self, tensor: Tensor) -> None:
         """Replaces FP32 tensor[n·sums.ROW] by its sum over all ranks."""
@@ -72,65 +80,22 @@ class Ranks:
         """Rank 0's value."""
         box = [value]
         if self.world > 1:
+            self.arrive()
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def explain(self, error: _Error) -> _Error | Missing:
+    def arrive(self) -> None:
+        """Call it before a collective of gloo or NCCL: who has come to fewer is late."""
+        self._transport.arrive()
+
+    def explain(self, error: _Error) -> _Error | UserError:
         """Who is missing, when an error is what gloo noticed of it; any other error as it is."""
-        if "gloo" not in str(error) or not isinstance(self._transport, Shm):
-            return error
+        return self.missing() if "gloo" in str(error) else error
+
+    def missing(self) -> Missing:
+        """An error that names the rank for which a collective waited in vain."""
         dead = self._transport.dead()
-        who = (
-            f"rank {dead[0]} of {self.world} has died" if dead else f"one of the {self.world} ranks is stuck"
-        )
+        late = dead or self._transport.late()
+        who = f"rank {late[0]}" if late else "one"
+        who = f"{who} of {self.world} {'has died' if dead else 'is stuck'}"
         return Missing(f"{who}. Look for the first error in its log, then continue with --resume")
-
-
-@contextmanager
-def launched(config: Config) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or this process alone.
-
-    Raises UserError when the processes do not fit the config, Missing when one does not come.
-    """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    sequences = micro_batch(config, world)
-    if world == 1:
-        yield Ranks()
-        return
-    if config.target.device != "cpu":
-        raise UserError(
-            f'{world} processes for [target] device = "{config.target.device}": this build trains on several ranks on '
-            'device = "cpu" only; start one process'
-        )
-    if int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
-        raise UserError(
-            f"{world} processes on several hosts: the cpu target's ranks share memory; start all with "
-            "`torchrun --nproc-per-node` on one host"
-        )
-    timeout = config.rdep.timeout
-    try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        name = [secrets.token_hex(8)]
-        dist.broadcast_object_list(name, src=0)
-    except (RuntimeError, ValueError) as error:  # gloo's and the store's errors are RuntimeErrors
-        raise Missing(
-            f"the {world} processes did not find each other within {timeout:g} s: {str(error).splitlines()[0]}. Start "
-            f"them with `torchrun --nproc-per-node {world} -m nmoe train …` and look for the first error in their logs"
-        ) from error
-    try:
-        shm = Shm(name[0], dist.get_rank(), world, symmetric(config, sequences, world), timeout=timeout)
-        yield Ranks(shm, config.rdep.ranks)
-    finally:
-        dist.destroy_process_group()
-
-
-def symmetric(config: Config, sequences: int, world: int) -> dict[str, Buffer]:
-    """What every rank's shared memory holds: expert rows and gradients on their way."""
-    buffers = sums.buffers(world)
-    moe, dims = config.moe, model.bind_dims(config, sequences)
-    if moe and config.rdep.ranks > 1:
-        dtype = torch.float32 if config.schedule.precision == "fp32" else torch.bfloat16
-        buffers |= exchange.buffers(
-            config.rdep.ranks, moe.experts, dims["T"], moe.topk, config.model.hidden_size, dims["R"], dtype
-        )
-    return buffers

@@ -26,6 +26,7 @@ from nmoe.ranks import Ranks
 from nmoe.rdep.sums import ROW
 
 Range = Callable[[str], AbstractContextManager]
+ALIGNED = 4  # FP32 numbers of 16 bytes, on which a kernel's operands begin
 
 
 class NonFinite(UserError):
@@ -86,23 +87,24 @@ class Step:
         self.schedule = self.schedules[0]
         launcher, device = None, torch.device("cpu")
         if config.target.device != "cpu":
-            launcher, device = binding.launcher(self.schedules, say), device_of(config.target.device)
+            launcher, device = binding.launcher(config, self.schedules, say), device_of(config.target.device)
         self.parameters = Parameters(self.schedule.graph, device, self.ranks.share)
         self.optimizer = AdamW(self.parameters, config.optim)
+        if launcher is not None:
+            self.optimizer.bind(launcher, config.target.device)
         self.tensors = allocate(self.schedule, "state", "input", device=device) | self.parameters.tensors()
         counted = [n for n in self.tensors if n.startswith("loss.") or n.endswith(".load")]
-        sizes = [self.tensors[n].numel() for n in counted]
+        sizes = [-(-self.tensors[n].numel() // ALIGNED) * ALIGNED for n in counted]
         sums = _rows(sum(sizes)).to(device)
-        self.tensors |= dict(zip(counted, sums.split([*sizes, len(sums) - sum(sizes)]), strict=False))
+        parts = sums.split([*sizes, len(sums) - sum(sizes)])
+        self.tensors |= {n: part[: self.tensors[n].numel()] for n, part in zip(counted, parts, strict=False)}
         self._replicated = (self.parameters.grad[: self.parameters.experts], sums)
         self._experts = self.parameters.grad[self.parameters.experts :]
-        # A GPU adds its micro-batches in place: it has no room for partial sums.
-        terms = self.micro_batches if device.type == "cpu" else 1
-        self._sums = Accumulator((self.parameters.grad, sums), terms)
-        arena = torch.empty(max(s.arena_bytes for s in self.schedules), dtype=torch.uint8, device=device)
-        self.executors = [
-            Executor(s, self.tensors, arena, launcher, self.ranks.implementations) for s in self.schedules
-        ]
+        # A GPU adds its micro-batches in place, for it has no room for partial sums, and those of all ranks at the end.
+        self._in_tree = device.type == "cpu"
+        self._sums = Accumulator((self.parameters.grad, sums), self.micro_batches if self._in_tree else 1)
+        arena, moved = self.ranks.place(max(s.arena_bytes for s in self.schedules), device, launcher)
+        self.executors = [Executor(s, self.tensors, arena, launcher, moved) for s in self.schedules]
         self._losses = {n: t for n, t in self.tensors.items() if n.startswith("loss.")}
         self._loads = {n.removesuffix(".load"): t for n, t in self.tensors.items() if n.endswith(".load")}
         self._biases = {
@@ -130,7 +132,8 @@ class Step:
                 self.tensors[model.COUNTER].fill_(turn)
                 self._feed(batch, slice(micro * self.sequences, (micro + 1) * self.sequences))
                 executor.run("micro")
-                self._add_up()
+                if self._in_tree or micro + 1 == self.micro_batches:
+                    self._add_up()
         with self._range("optimizer"):
             losses = {name.removeprefix("loss."): float(t) for name, t in self._losses.items()}
             norms = self._grad_norms()

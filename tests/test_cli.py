@@ -140,7 +140,13 @@ def test_interrupt_before_training(config, capfd, monkeypatch):
 
 
 def test_usage(capfd):
-    for wrong in ([], ["trian"], ["train"], ["plan", "x.toml", "--world", "many"]):
+    for wrong in (
+        [],
+        ["trian"],
+        ["train"],
+        ["plan", "x.toml", "--world", "many"],
+        ["compile", "x.toml", "--workers", "0"],
+    ):
         with pytest.raises(SystemExit) as error:
             main(wrong)
         assert error.value.code == 2

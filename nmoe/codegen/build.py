@@ -10,10 +10,12 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -23,8 +25,10 @@ from nmoe.bar import Bar
 from nmoe.codegen import compiler, families
 from nmoe.codegen.cache import Cache, Entry
 from nmoe.codegen.problem import Config, Problem
+from nmoe.codegen.rdep import RdepProblem
 from nmoe.codegen.report import COLUMNS, cells, disassemble, tool
 from nmoe.codegen.spec import KernelSpec
+from nmoe.errors import UserError
 
 
 @dataclass
@@ -69,22 +73,48 @@ def build(
             result.warm[spec] = entry
         else:
             work.append(spec)
-    if work:
-        _require_compiler(work, root)
-        _compile(work, root, workers, result, progress)
     result.repaired = sorted(set(cache.quarantined()) - before)
+    if work:
+        _require_compiler([spec.name for spec in work], result.repaired, root)
+        _compile(work, root, workers, result, progress)
     result.seconds = time.monotonic() - begin
     return result
 
 
-def _require_compiler(work: Sequence[KernelSpec], root: Path) -> None:
+def build_transfers(problems: Sequence[RdepProblem], target: str, root: Path, workers: int = 0) -> str:
+    """RDEP's kernels, which no spec states: as `build` does. Returns a line that says what was done."""
+    begin, cache = time.monotonic(), Cache(root)
+    keys = {p: compiler.problem_key(p, p.untuned(target), target) for p in problems}
+    work = [problem for problem, key in keys.items() if not cache.get(key, target)]
+    if work:
+        _require_compiler([str(problem) for problem in work], [], root)
+        with _processes(min(workers or len(os.sched_getaffinity(0)), len(work))) as pool:
+            list(pool.map(partial(_transfer, target=target, root=root), work))
+    return (
+        f"RDEP: {len(keys)} kernels ready ({len(keys) - len(work)} cached, {len(work)} built), "
+        f"{time.monotonic() - begin:.1f} s"
+    )
+
+
+def _require_compiler(work: Sequence[str], damaged: Sequence[str], root: Path) -> None:
+    """Raises CompilerError when the kernels that are missing can be neither built here nor kept."""
+    names = list(dict.fromkeys(work))
+    shown = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+    aside = f" (damaged and set aside: {', '.join(damaged)})" if damaged else ""
+    missing = f"{len(work)} kernels ({shown}) are not in the cache {root}{aside}"
     try:
         compiler.check_toolchain()
     except compiler.CompilerError as error:
-        names = sorted({spec.name for spec in work})
         raise compiler.CompilerError(
-            f"{len(work)} kernels are not in the cache {root} ({', '.join(names)}), and this machine cannot build "
-            f"them: {error}; or bring a cache that nmoe compile has filled elsewhere, with the same nmoe"
+            f"{missing}, and cannot be built here: {error}; or bring a cache that nmoe compile has filled elsewhere, "
+            "with the same nmoe"
+        ) from None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise compiler.CompilerError(
+            f"{missing}, which cannot be written ({error.strerror}): choose another by --cache or NMOE_HOME"
         ) from None
 
 
@@ -97,8 +127,7 @@ def _compile(
 ) -> None:
     count = min(workers or len(os.sched_getaffinity(0)), len(work))
     bar = Bar(progress, "compiling")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_start) as pool:
+    with _processes(count) as pool:
         futures = {pool.submit(_one, spec.json(), result.chosen[spec][1], root): spec for spec in work}
         for done, future in enumerate(as_completed(futures), 1):
             spec = futures[future]
@@ -108,6 +137,10 @@ def _compile(
                 result.failed[spec] = f"{type(error).__name__}: {error}"
             bar.update(done / len(work), f"{done} of {len(work)} kernels", spec.name)
     bar.finish(f"{len(result.built)} kernels in {bar.seconds:.1f} s on {count} cores")
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
 
 
 def _start() -> None:
@@ -124,17 +157,28 @@ def _one(spec: str, config: Config, root: Path) -> Entry:
     return compiler.compile_kernel(KernelSpec.from_json(spec), config, Cache(root))
 
 
+def _transfer(problem: RdepProblem, target: str, root: Path) -> None:
+    compiler.compile_problem(problem, problem.untuned(target), target, Cache(root))
+
+
 def emit(result: Build, folder: Path) -> str:
     """Writes each kernel's PTX, machine code (where nvdisasm is installed) and report to a folder of its own, named
     by what it computes and its key; returns a line that says so."""
     ready = {**result.warm, **result.built}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--emit {folder}: cannot be written ({error.strerror}): name another folder"
+        ) from None
     for spec, entry in ready.items():
         place = folder / f"{spec.name}-{spec.key}"
         place.mkdir(parents=True, exist_ok=True)
-        for name in ("kernel.ptx", "report.json"):
-            shutil.copyfile(entry.folder / name, place / name)
-        if sass := disassemble((entry.folder / "kernel.cubin").read_bytes()):
-            (place / "kernel.sass").write_text(sass)
+        for path in (*entry.folder.glob("*.ptx"), entry.folder / "report.json"):
+            shutil.copyfile(path, place / path.name)
+        for path in entry.folder.glob("*.cubin"):
+            if sass := disassemble(path.read_bytes()):
+                (place / f"{path.stem}.sass").write_text(sass)
     without = "" if tool("nvdisasm") else "; no SASS: nvdisasm is not installed (pip install triton)"
     return f"PTX, SASS and reports of {len(ready)} kernels are in {folder}{without}"
 

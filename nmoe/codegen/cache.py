@@ -1,6 +1,7 @@
 """Compiled kernels on disk, each in a folder named by the hash of everything that it was made from.
 
     <root>/<first 2 digits>/<key>/   kernel.so  kernel.ptx  kernel.cubin  report.json  manifest.json
+                                     of Triton a cubin and PTX for each function, and no kernel.so
     <root>/quarantine/               what was found damaged, for inspection
 
 An entry appears whole, by the rename of a temporary folder, so readers need no lock and writers may race: the loser

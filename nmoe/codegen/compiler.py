@@ -1,7 +1,7 @@
 """From a spec and a config to an artifact: a shared object that launches the kernel, its PTX and its report.
 
-Needs nvidia-cutlass-dsl and gcc, and no GPU. The object needs only CuTeDSL's runtime library and TVM-FFI (launch.py).
-cute.compile is not thread-safe: one call at a time in a process; build.py uses several.
+Needs nvidia-cutlass-dsl, triton and gcc, and no GPU. The object needs only CuTeDSL's runtime library and TVM-FFI
+(launch.py). cute.compile is not thread-safe: one call at a time in a process; build.py uses several.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nmoe.codegen import families
+from nmoe.codegen import families, triton
 from nmoe.codegen.cache import FORMAT, FUNCTION, Cache, Entry
 from nmoe.codegen.problem import Config, Operand, Problem
 from nmoe.codegen.report import resources, stated
@@ -30,6 +31,8 @@ from nmoe.errors import UserError
 
 # Exactly the versions that the templates were verified with; part of every key.
 TOOLCHAIN = {"nvidia-cutlass-dsl": "4.8.1", "apache-tvm-ffi": "0.1.15.post2"}
+COMPILER = "dsl_packages/cutlass/_mlir/_mlir_libs/_cutlass_ir*.so"  # what a machine that only runs may lack
+TRITON = {"triton": "3.6.0"}  # that of templates in Triton
 PACKAGE = Path(__file__).parents[1]
 IMPORT = re.compile(r"^\s*from (nmoe[.\w]*) import (?:\(([^)]*)\)|([^\n#]*))", re.MULTILINE)
 
@@ -62,17 +65,22 @@ def sources(template: str) -> str:
 def problem_key(problem: Problem, config: Config | None, target: str) -> str:
     """Names an artifact: the SHA-256 of all that its content depends on, token counts not among it. Without a config
     it names what is known of them all (autotune/records.py)."""
-    parts = {
+    parts: dict[str, Any] = {
         "family": problem.family, "problem": asdict(problem), "config": config and config.json(), "target": target,
         "sources": sources(problem.template(target).split(".")[0]), "toolchain": TOOLCHAIN, "host": "x86_64-linux",
         "format": FORMAT,
     }  # fmt: skip
+    if problem.language == "triton":
+        parts["toolchain"] = TRITON
+        parts["launches"] = config and [
+            (x.function, x.arguments, dict(x.constants), x.warps, x.stages) for x in problem.launches(config)
+        ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def check_toolchain() -> None:
-    """Raises when the compiler, in its pinned version, or gcc is missing."""
-    for package, wanted in TOOLCHAIN.items():
+    """Raises CompilerError when the compiler, in its pinned version, or gcc is missing."""
+    for package, wanted in (TOOLCHAIN | TRITON).items():
         try:
             found = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -81,8 +89,18 @@ def check_toolchain() -> None:
             raise CompilerError(
                 f"kernels are compiled with {package} {wanted}, found {found}: pip install {package}=={wanted}"
             )
+    if not any(next(root.glob(COMPILER), None) for root in map(Path, _package_folders())):
+        raise CompilerError(
+            "kernels are compiled with nvidia-cutlass-dsl, found its runtime library alone (no "
+            f"{Path(COMPILER).name}): pip install --force-reinstall nvidia-cutlass-dsl, in the same version"
+        )
     if shutil.which("gcc") is None:
         raise CompilerError("kernels are linked with gcc, found none: apt-get install gcc")
+
+
+def _package_folders() -> list[str]:
+    found = importlib.util.find_spec("nvidia_cutlass_dsl")
+    return list(found.submodule_search_locations or ()) if found else []
 
 
 def compile_kernel(spec: KernelSpec, config: Config, cache: Cache) -> Entry:
@@ -100,21 +118,25 @@ def compile_problem(problem: Problem, config: Config, target: str, cache: Cache)
     problem.require_legal(config, target)
     check_toolchain()
     begin = time.monotonic()
-    files = generate(problem, config, target)
+    if problem.language == "triton":
+        files, used = triton.generate(problem, config, target)
+    else:
+        files = generate(problem, config, target)
+        used = stated(files["kernel.ptx"].decode()) | resources(files["kernel.cubin"])
     report = {
         "family": problem.family, "problem": asdict(problem), "target": target, "config": str(config),
-        "stages": getattr(config, "stages", 0), "shared_bytes": problem.shared_bytes(config, target),
-        **stated(files["kernel.ptx"].decode()), **resources(files["kernel.cubin"]),
+        "stages": getattr(config, "stages", 0), "shared_bytes": problem.shared_bytes(config, target), **used,
         "seconds": round(time.monotonic() - begin, 2),
     }  # fmt: skip
     return cache.put(key, target, files, report)
 
 
 def generate(problem: Problem, config: Config, target: str) -> dict[str, bytes]:
-    """kernel.so, kernel.ptx and kernel.cubin."""
+    """kernel.so, kernel.ptx and kernel.cubin of a CuTeDSL template."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         compiled = trace(problem, config, target)
+        check_ptx(compiled.__ptx__)
         compiled.export_to_c(str(folder / "kernel.o"), FUNCTION)
         library = folder / "kernel.so"
         done = subprocess.run(
@@ -124,6 +146,17 @@ def generate(problem: Problem, config: Config, target: str) -> dict[str, bytes]:
             raise CompilerError(f"gcc could not link a kernel: {done.stderr.strip()}")
         return {"kernel.so": library.read_bytes(), "kernel.ptx": compiled.__ptx__.encode(),
                 "kernel.cubin": compiled.__cubin__}  # fmt: skip
+
+
+def check_ptx(text: str) -> None:
+    """Raises CompilerError where ptxas would miscompile: of a register that is twice the same pair of FP8 codes, 12.8
+    and later make one F2FP.PACK_AB_MERGE_C, half of which is undefined."""
+    pairs = set(re.findall(r"cvt\.rn\.satfinite\.e\dm\dx2\.f32\s+(%rs\d+)", text))
+    if lost := pairs & set(re.findall(r"mov\.b32\s+%r\d+, \{\s*(%rs\d+), \1\s*\}", text)):
+        raise CompilerError(
+            f"a kernel's PTX makes a register of twice the pair of codes {min(lost)}, of which ptxas loses one: "
+            "convert each value once (templates/nvfp4.py, square_scales)"
+        )
 
 
 def trace(problem: Problem, config: Config, target: str, options: str = "") -> Any:

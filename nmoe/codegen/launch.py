@@ -1,6 +1,6 @@
 """Compiled kernels at run time: loaded once, checked against the device, called with torch tensors.
 
-Needs CuTeDSL's runtime library and TVM-FFI, not the compiler.
+Needs CuTeDSL's runtime library and TVM-FFI, or for kernels in Triton the driver alone, and no compiler.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from nmoe.codegen.cache import FUNCTION, Cache, Entry
 from nmoe.codegen.compiler import problem_key
+from nmoe.codegen.driver import Functions
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import Problem
+from nmoe.codegen.triton import counts
 from nmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,13 +81,16 @@ class CudaLauncher:
     def __init__(self, cache: Cache) -> None:
         self.root: Path | None = cache.root
         self._cache = cache
-        self._kernels: dict[str, Kernel] = {}
+        self._kernels: dict[str, Kernel | Functions] = {}
 
     def bind(
         self, problem: Problem, config: Any, target: str, arguments: Sequence[torch.Tensor | float | int]
     ) -> Callable[[], None]:
         """A launch on the stream that is then current. Raises LaunchError when the cache lacks the kernel."""
         kernel = self._kernel(problem, config, target)
+        if isinstance(kernel, Functions):
+            named = {o.name: a for o, a in zip(problem.operands(config), arguments, strict=True)}
+            return kernel.bind(problem.launches(config), named | counts(problem, config, named))
         import torch
         import tvm_ffi
 
@@ -104,7 +109,7 @@ class CudaLauncher:
 
         return launch
 
-    def _kernel(self, problem: Problem, config: Any, target: str) -> Kernel:
+    def _kernel(self, problem: Problem, config: Any, target: str) -> Kernel | Functions:
         key = problem_key(problem, config, target)
         if key not in self._kernels:
             entry = self._cache.get(key, target)
@@ -113,5 +118,5 @@ class CudaLauncher:
                     f"the kernel of {problem.family} {problem} for {target} ({config}) is not in {self.root}: "
                     "build it with nmoe compile, on a machine with nvidia-cutlass-dsl, and bring the cache here"
                 )
-            self._kernels[key] = Kernel(entry)
+            self._kernels[key] = Functions(entry) if problem.language == "triton" else Kernel(entry)
         return self._kernels[key]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,9 +17,10 @@ from nmoe.errors import UserError
 from nmoe.storage import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES, BLOCK
 
 # Dynamic extents, known at launch: expert rows of the rank (spec.py's "R"), its tokens ("T"), positions of the rotary
-# table ("S").
-ROWS, TOKENS, POSITIONS = -1, -2, -3
-EXTENTS = {"R": ROWS, "T": TOKENS, "S": POSITIONS}
+# table ("S"), elements of a segment of parameters ("P").
+ROWS, TOKENS, POSITIONS, PARAMETERS = -1, -2, -3, -4
+EXTENTS = {"R": ROWS, "T": TOKENS, "S": POSITIONS, "P": PARAMETERS}
+COUNTS = {"tokens": TOKENS, "parameters": PARAMETERS}  # those that Triton's functions take as arguments
 
 VECTOR = 8  # BF16 in the 16 bytes that a thread loads at once
 
@@ -90,10 +91,24 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """One function of a Triton template: its arguments, which are operands, scalars and COUNTS; its
+    constants; warps and stages; and the grid for the values of its arguments that are numbers."""
+
+    function: str
+    arguments: tuple[str, ...]
+    constants: Mapping[str, int]
+    warps: int
+    stages: int
+    grid: Callable[[Mapping[str, Any]], tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
 class Problem(ABC):
     """What a kernel computes, as its template sees it. Subclasses are frozen dataclasses of plain values."""
 
     family: ClassVar[str]
+    language: ClassVar[Literal["cutedsl", "triton"]] = "cutedsl"  # of its template
 
     @abstractmethod
     def operands(self, config: Any) -> tuple[Operand, ...]:
@@ -116,7 +131,11 @@ class Problem(ABC):
     @abstractmethod
     def template(self, target: str) -> str:
         """ "module.Class" under nmoe.codegen.templates. `Class(problem, config)` is called with the operands, the
-        number of clusters and the stream."""
+        number of clusters and the stream. In Triton the module of the functions that `launches` names."""
+
+    def launches(self, config: Any) -> tuple[Launch, ...]:
+        """What a Triton kernel launches, in order."""
+        raise NotImplementedError(f"{self.family} is not written in Triton")
 
     @abstractmethod
     def clusters(self, config: Any, sms: int) -> int:

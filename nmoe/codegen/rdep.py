@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import TOKENS, Config, Operand, Problem
+from nmoe.schedule import Schedule
 
 TILES, SLOTS = -4, -5  # dynamic extents: tiles of choices, slots or tokens that are moved
 THREADS = 256
@@ -26,9 +27,11 @@ LINE = 16  # int64 words between flags: 128 bytes
 # What `addresses` int64[ranks, len(COLUMNS)] holds: where each buffer of the symmetric heap lies on each rank.
 COLUMNS = ("flags", "counts", "origin", "value", "data", "scale", "returned", "returned value")
 # Words of `state` int64[len(STATE)], this rank's own: the epoch of the last transfer that it sent on each channel,
-# thread blocks that are done, whether a layer overflowed, ns that a wait may last, where the host reads of a fault.
-STATE = ("counts", "rows", "returns", "done", "overflow", "timeout", "report")
-FLAGS = ("counts.full", "counts.free", "rows.full", "rows.free", "returns.full", "returns.free")
+# thread blocks that are done, units that a launch of `move` has given out, whether a layer overflowed, ns that a wait
+# may last, where the host reads of a fault.
+STATE = ("counts", "rows", "returns", "done", "taken", "overflow", "timeout", "report", "rails")
+FLAGS = ("counts.full", "counts.free", "rows.full", "rows.free", "returns.full", "returns.free", "rails.full",
+         "rails.free")  # fmt: skip
 # A fault, one row a peer of the host's report: what happened, to whom, in which layer, which flag and epoch was awaited
 # and which seen (TIMEOUT), or how many rows would come and how many fit (OVERFLOW).
 REPORT = ("kind", "rank", "peer", "layer", "flag", "expected", "seen")
@@ -77,6 +80,10 @@ class RdepProblem(Problem):
 
     def configs(self, target: str) -> list[RdepConfig]:
         return [RdepConfig()]
+
+    def untuned(self, target: str) -> RdepConfig:
+        """The first of `configs`: what runs."""
+        return self.configs(target)[0]
 
     def violations(self, config: RdepConfig, target: str) -> list[str]:
         found = []
@@ -189,11 +196,13 @@ class MoveProblem(RdepProblem):
 
     def configs(self, target: str) -> list[RdepConfig]:
         """Of each number of thread blocks and warps the deepest ring that fits, half of it behind. The first is what
-        runs untuned: near the fastest on two H100s (docs/rdep.md), on half of the multiprocessors that it takes."""
-        rows = 1 if self.channel == "rows" else max(1, min(8, 8192 // sum(self.parts)))
+        runs untuned: within 2 % of the fastest on two H100s (docs/rdep.md). Returns take more blocks than rows, for
+        they load as much as they store."""
+        rows, numbers = (1, (24, 16, 32)) if self.channel == "rows" else (
+            max(1, min(8, 8192 // sum(self.parts))), (32, 24, 64))  # fmt: skip
         found = []
-        for blocks, warps in product((16, 32, 8), (8, 4)):
-            for stages in range(16, 1, -1):
+        for blocks, warps in product(numbers, (8, 4)):
+            for stages in range(16, 2, -1):
                 config = RdepConfig(blocks, warps, stages, rows, stages // 2)
                 if not self.violations(config, target):
                     found.append(config)
@@ -204,12 +213,12 @@ class MoveProblem(RdepProblem):
         found = super().violations(config, target)
         if any(size % 16 or size <= 0 for size in self.parts) or not 1 <= len(self.parts) <= 2:
             found.append(f"parts {self.parts}: one or two, of whole 16 bytes, are copied in bulk")
-        if not 1 <= config.behind < config.stages:
-            found.append(f"{config.behind} of {config.stages} stages behind: at least 1, fewer than all")
+        if not 1 <= config.behind <= config.stages - 2:
+            found.append(f"{config.behind} of {config.stages} stages behind: at least 1, at most all but 2")
         if config.rows * self.fan > 32 or 128 % config.rows:
             found.append(f"{config.rows} rows of {self.fan} destinations: a lane each, a divisor of 128")
-        if not 1 <= config.warps <= 32:
-            found.append(f"{config.warps} warps: 1 to 32")
+        if not 1 <= config.warps <= 31:
+            found.append(f"{config.warps} warps: 1 to 31, and one for padding")
         return found
 
     def shared_bytes(self, config: RdepConfig, target: str) -> int:
@@ -257,3 +266,38 @@ class CombineProblem(RdepProblem):
 
     def template(self, target: str) -> str:
         return "rdep_combine.Combine"
+
+
+def transfers(
+    ranks: int, experts: int, topk: int, align: int, parts: tuple[int, ...], width: int
+) -> dict[str, RdepProblem]:
+    """Every kernel of a layer's forward and backward, by the step of nmoe.rdep.device.Exchange that launches it."""
+
+    def move(channel: Channel, parts: tuple[int, ...], describes: bool) -> MoveProblem:
+        return MoveProblem(ranks, channel, parts, topk, experts // ranks, describes)
+
+    returned = (2 * width,)
+    return {
+        "send_counts": CountProblem(ranks, experts, topk),
+        "receive_counts": PlaceProblem(ranks, experts, topk, align),
+        "send_rows": move("rows", parts, True),
+        "resend_rows": move("rows", parts, False),
+        "receive_rows": FlagProblem(ranks, "await"),
+        "release_rows": FlagProblem(ranks, "raise"),
+        "send_returns": move("returns", returned, False),
+        "send_returns_values": move("returns", returned, True),
+        "receive_returns": CombineProblem(ranks, topk, width),
+    }
+
+
+def transfers_of(schedule: Schedule) -> list[RdepProblem]:
+    """What the layers of a schedule for several ranks launch. Rows travel in BF16."""
+    found: dict[RdepProblem, None] = {}
+    for op in schedule.graph.ops:
+        if op.kind == "dispatch" and "ranks" in op.attrs:
+            (width,) = schedule.graph.shape(op.outputs[0])[1:]
+            plan = next(o for o in schedule.graph.ops if o.kind == "moe_plan" and op.inputs[2] in o.outputs)
+            (topk,) = schedule.graph.shape(plan.inputs[0])[1:]
+            sizes = plan.attrs["ranks"], plan.attrs["experts"], topk, plan.attrs["align"]
+            found |= dict.fromkeys(transfers(*sizes, (2 * width,), width).values())
+    return list(found)

@@ -115,4 +115,4 @@ def cells(report: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-COLUMNS = ("config", "registers", "spilled", "shared", "tensor columns", "stages", "products")
+COLUMNS = ("config", "registers", "spilled", "shared", "tmem", "stages", "products")

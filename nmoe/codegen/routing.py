@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from nmoe.codegen import rows as row_kernels
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import ROWS, TOKENS, VECTOR, Config, Operand, Problem
 from nmoe.codegen.spec import KernelSpec
@@ -21,6 +22,7 @@ STATIC_SHARED = 49_152  # bytes that a thread block has without asking for more
 
 # Tile and slice of the router's products, of which there are two stages (templates/products.py).
 PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 128, 64, 16
+PRODUCT_WAVE = 3 * 132  # thread blocks that an H100 runs at once: registers allow three a multiprocessor
 PRODUCT_SHARED = 2 * PRODUCT_DEPTH * (PRODUCT_ROWS + PRODUCT_COLUMNS) * 4
 
 
@@ -220,6 +222,12 @@ class RouterProblem(ScoredProblem):
 
     family: ClassVar[str] = "router"
 
+    @property
+    def splits(self) -> int:
+        """Parts of the depth that logits are summed over: a thread block for each tile of some 8,000 tokens would leave
+        half of a device idle, with the longest sums of all."""
+        return max(1, min(8, self.hidden // 1024) // -(-self.experts // PRODUCT_COLUMNS))
+
     def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
         choices = (TOKENS, self.topk)
         losses = [name for name in ("balance", "z") if getattr(self, name)]
@@ -228,6 +236,7 @@ class RouterProblem(ScoredProblem):
                 Operand("indices", "i32", choices), Operand("weights", "f32", choices),
                 Operand("logits", "f32", (TOKENS, self.experts)),
                 *(Operand(f"{name}_loss", "f32", (1,)) for name in losses),
+                Operand("products", "f32", (self.splits, TOKENS, self.experts)),
                 *((Operand("partial", "f32", (2, config.parts)),) if losses else ()), *self.scalars())  # fmt: skip
 
     def template(self, target: str) -> str:
@@ -259,9 +268,14 @@ class RouterBwdProblem(ScoredProblem):
 
     @property
     def splits(self) -> int:
-        """Parts of the tokens that dw's tiles are summed over: enough thread blocks for any device."""
+        """Parts of the tokens that dw's tiles are summed over: the fewest that fill waves of thread blocks but for a
+        twentieth, on every device, so that the sum's order is the same."""
         tiles = -(-self.experts // PRODUCT_COLUMNS) * -(-self.hidden // PRODUCT_ROWS)
-        return max(1, min(32, 512 // tiles))
+
+        def idle(splits: int) -> float:
+            return -(-tiles * splits // PRODUCT_WAVE) * PRODUCT_WAVE / (tiles * splits) - 1
+
+        return next((s for s in range(1, 33) if idle(s) < 0.05), min(range(1, 33), key=idle))
 
     def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
         choices, matrix = (TOKENS, self.topk), (self.experts, self.hidden)
@@ -294,18 +308,20 @@ def _uneven(hidden: int) -> str:
     return f"hidden {hidden}: rows are read in whole 16 bytes" if hidden % VECTOR else ""
 
 
-def match(spec: KernelSpec) -> RoutingProblem | str:
+def match(spec: KernelSpec) -> RoutingProblem | row_kernels.RowProblem | str:
     """The problem that a spec states, or why no template builds it."""
     anchor, attrs = spec.parts[0], dict(spec.parts[0].attrs)
     ins, outs = list(spec.inputs), list(spec.outputs)
     addends = len(spec.parts) - 1
     if addends and not (anchor.kind == "combine" and all(part.kind == "add" for part in spec.parts[1:])):
         return f"no template for {' + '.join(map(str, spec.parts))} yet"
+    if anchor.kind in ("moe_plan", "dispatch", "combine") and attrs.get("ranks", 1) > 1:
+        return f"{anchor.kind} of {attrs['ranks']} ranks is several kernels of RDEP (codegen/rdep.py)"
+    if anchor.kind == "dispatch" and {part.kind for part in spec.parts[1:]} == {"quantize"}:
+        return row_kernels.match(spec)  # rows are gathered into tiles, which copies down the columns need
     problem: RoutingProblem
     if anchor.kind == "moe_plan":
         problem = PlanProblem(attrs["experts"], int(ins[0].shape[1]), attrs["align"])
-        if attrs["ranks"] != 1:
-            return f"a plan of {attrs['ranks']} ranks is made by RDEP"
     elif anchor.kind in ("dispatch", "combine"):
         rows, given, slots, _, offsets = (None if i is None else spec.values[i] for i in anchor.inputs)
         assert rows and slots and offsets

@@ -14,24 +14,29 @@ from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import (
     EXTENTS,
     POSITIONS,
+    TOKENS,
     VECTOR,
     Config,
     Operand,
     Problem,
-    per,
     quantized,
     stored_formats,
 )
 from nmoe.codegen.spec import KernelSpec, Part, Value
 from nmoe.storage import ATOM_ROWS, BLOCK
 
-Body = Literal["load", "swiglu", "rms_norm", "rms_norm_bwd", "rope", "concat", "split", "embedding"]
+Body = Literal[
+    "load", "swiglu", "rms_norm", "rms_norm_bwd", "rope", "concat", "split", "embedding", "dispatch"
+]
 BODIES: dict[str, Body] = {
     "quantize": "load", "add": "load", "swiglu": "swiglu", "rms_norm": "rms_norm", "rms_norm_bwd": "rms_norm_bwd",
-    "rope": "rope", "concat": "concat", "split": "split", "embedding": "embedding",
+    "rope": "rope", "concat": "concat", "split": "split", "embedding": "embedding", "dispatch": "dispatch",
 }  # fmt: skip
 
-STRIPES = 256  # thread blocks that sum a norm's weight gradient, on every device, so that the sum's order is the same
+STRIPES = (
+    256  # clusters that sum a norm's weight gradient, on every device, so that the sum's order is the same
+)
+MAX_CLUSTER = 8  # thread blocks, on every device
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,9 @@ class RowProblem(Problem):
     the last of them is quantized into `copies`. With `segments`, rows from offsets[segments] on are zero and, in NVFP4,
     each segment has an amax of its own.
 
-    `weighted`: SwiGLU's router weights. `at`: where concat's second operand and split's second result start. `heads`,
-    `rotary`, `inverse`: rope turns the last `rotary` columns of each head. `vocabulary`: rows of the embedding.
+    `weighted`: router weights, SwiGLU's, or those that dispatch brings to its rows; `topk`: choices of its tokens.
+    `at`: where concat's second operand and split's second result start. `heads`, `rotary`, `inverse`: rope turns the
+    last `rotary` columns of each head. `vocabulary`: rows of the embedding.
     """
 
     body: Body
@@ -77,6 +83,7 @@ class RowProblem(Problem):
     rotary: int = 0
     inverse: bool = False
     vocabulary: int = 0
+    topk: int = 0
 
     family: ClassVar[str] = "rows"
 
@@ -90,13 +97,18 @@ class RowProblem(Problem):
         return self.body in ("rms_norm", "rms_norm_bwd")
 
     @property
+    def held(self) -> int:
+        """Tensors whose pieces wait in shared memory for the sums of their rows."""
+        return self.addends + {"rms_norm": 1, "rms_norm_bwd": 2}.get(self.body, 0)
+
+    @property
     def stochastic(self) -> bool:
         return any(copy.rounding == "stochastic" for copy in self.copies)
 
     @property
     def columns(self) -> bool:
         """Is there a copy whose blocks run down the rows?"""
-        return any(copy.axis == 0 for copy in self.copies)
+        return any(copy.axis == 0 or copy.square for copy in self.copies)
 
     def operands(self, config: RowConfig) -> tuple[Operand, ...]:
         workspace, scalars = [], []
@@ -129,6 +141,12 @@ class RowProblem(Problem):
             "rms_norm_bwd": (Operand("dy", "bf16", result), x, weight, Operand("rstd", "f32", (rows,))),
             "rope": (x, Operand("positions", "i32", (rows,)), *(Operand(n, "f32", table) for n in ("cos", "sin"))),
             "concat": (Operand("a", "bf16", (rows, self.at)), Operand("b", "bf16", (rows, width - self.at))),
+            "dispatch": (
+                Operand("x", "bf16", (TOKENS, width)),
+                *((Operand("weights", "f32", (TOKENS, self.topk)),) if self.weighted else ()),
+                Operand("slots", "i32", (TOKENS, self.topk)),
+                Operand("row_source", "i32", (rows,)),
+            ),
             "embedding": (Operand("tokens", "i32", (rows,)), Operand("table", "bf16", (self.vocabulary, width))),
         }  # fmt: skip
         addends = (Operand(f"addend{i}", "bf16", result) for i in range(self.addends))
@@ -149,6 +167,8 @@ class RowProblem(Problem):
             found.append(Operand("y", "bf16", result))
         if self.body == "rms_norm":
             found.append(Operand("rstd", "f32", (self.rows,)))
+        if self.body == "dispatch" and self.weighted:
+            found.append(Operand("row_weight", "f32", (self.rows,)))
         if self.body == "rms_norm_bwd":
             found.append(Operand("dw", "f32", (self.width,)))
         if self.keeps_sum:
@@ -182,12 +202,37 @@ class RowProblem(Problem):
         return 1
 
     def configs(self, target: str) -> list[RowConfig]:
-        if self.two_passes:
-            return [RowConfig(8, 16, 1 if self.statistic else 2, 4, 2)]
+        """The first are the fastest of most measured (docs/kernels.md)."""
+        if self.statistic:
+            return self._norms()
+        if self.two_passes and self.columns:
+            return [RowConfig(8, 16, 2, 2, 3), RowConfig(8, 16, 1, 4, 3)]
         if self.columns:
-            return [RowConfig(8, 8, 1, 8, 2) if self.statistic else RowConfig(8, 8, 4, 2, 2)]
-        across = min(8, per(self.width, 32 * VECTOR))
-        return [RowConfig(32, 4, 1 if self.statistic else 8 // across, across, 2)]
+            return [RowConfig(8, 8, 2, 2, 4), RowConfig(8, 8, 4, 2, 2), RowConfig(8, 8, 1, 4, 4)]
+        across = self._across(32, 8)
+        return [RowConfig(32, rows, 8 // across, across, 8 // rows) for rows in (2, 4)]
+
+    def _norms(self) -> list[RowConfig]:
+        """Registers are some 130 a thread with copies both ways, and 100 with one."""
+        if not self.columns:
+            held = {"rms_norm": (4, 8) if self.copies else (8, 4), "rms_norm_bwd": (4,)}[self.body]
+            return [RowConfig(32, rows, 1, self._across(32, 8), 2) for rows in held]
+        if self.two_passes:
+            return [RowConfig(16, 16, 1, self._across(16, 4), 2)]
+        threads = 448 if len(self.copies) == 2 else 640
+        sizes = dict.fromkeys(self._across(8, most) for most in (4, 8))
+        return [RowConfig(8, 8, 1, across, max(1, threads // (32 * across))) for across in sizes]
+
+    def _across(self, lanes: int, most: int) -> int:
+        """Warps along a row: the fewest that need no more tiles than `most` do, and, of norms, no larger cluster than
+        there are."""
+        tiles = -(-self.width // (most * lanes * VECTOR))
+        if self.statistic:
+            tiles = min(tiles, MAX_CLUSTER)
+        warps = -(-self.width // (tiles * lanes * VECTOR))
+        return (
+            -(-warps * lanes * VECTOR // ATOM_ROWS) * ATOM_ROWS // (lanes * VECTOR) if self.copies else warps
+        )
 
     def small(self) -> RowProblem:
         """Wider than a chunk of any config and no multiple of it; rows that fill no tile."""
@@ -209,13 +254,24 @@ class RowProblem(Problem):
             changes["vocabulary"] = 50
         return replace(self, **changes)
 
+    def tiles(self, config: RowConfig) -> int:
+        """Of a row."""
+        return -(-self.width // config.columns)
+
+    def turns(self, config: RowConfig) -> int:
+        """Tiles, one below the other, that a thread block of a norm takes before it stores its columns' scale factors:
+        those of an atom's rows."""
+        return max(1, ATOM_ROWS // config.rows) if self.statistic and self.columns else 1
+
     def shared_bytes(self, config: RowConfig, target: str) -> int:
-        """Row statistics of each warp, sums of weight gradients, scale factors and transposed FP4 of a tile."""
-        statistics = 4 * config.rows * config.warps_across if self.statistic else 0
-        gradient = 4 * self.width if self.body == "rms_norm_bwd" else 0
-        found = statistics + gradient
+        """Pieces and sums of rows, sums of weight gradients, scale factors and transposed FP4 of a tile."""
+        held = 2 * self.held * config.rows * config.columns
+        sums = 4 * config.rows * (config.warps_across + 2 * self.tiles(config)) if self.statistic else 0
+        gradient = 4 * config.columns if self.body == "rms_norm_bwd" else 0
+        found = held + sums + gradient
         for copy in self.copies:
-            found += config.rows * config.columns // BLOCK[copy.format]
+            turns = 1 if copy.axis else self.turns(config)
+            found += turns * config.rows * config.columns // BLOCK[copy.format]
             if copy.format == "nvfp4" and copy.axis == 0:
                 found += config.columns * (config.rows // 2 + FP4_PAD)
         return found + 128
@@ -229,7 +285,7 @@ class RowProblem(Problem):
                 found.append(text)
 
         limit(config.resident >= 1, f"{config.resident} thread blocks resident: at least 1")
-        limit(config.lanes in (8, 16, 32), f"{config.lanes} lanes along a row: 8, 16 or 32")
+        limit(config.lanes in (4, 8, 16, 32), f"{config.lanes} lanes along a row: 4, 8, 16 or 32")
         limit(config.threads <= 1024, f"{config.threads} threads: a thread block has at most 1024")
         limit(config.threads * config.resident <= 2048,
               f"{config.resident} thread blocks of {config.threads} threads: a multiprocessor has 2048")  # fmt: skip
@@ -237,6 +293,11 @@ class RowProblem(Problem):
             limit(
                 config.warps_down == 1, f"{config.warps_down} warps down the rows: sums over rows are of one"
             )
+            tiles = self.tiles(config)
+            limit(
+                tiles <= MAX_CLUSTER, f"{tiles} tiles along a row: a cluster has {MAX_CLUSTER} thread blocks"
+            )
+            limit(config.rows <= config.threads, f"{config.rows} rows: a thread sums one")
         if self.copies:
             limit(
                 config.columns % ATOM_ROWS == 0,
@@ -319,10 +380,11 @@ def match(spec: KernelSpec) -> RowProblem | str:
         body, EXTENTS[rows] if isinstance(rows, str) else rows, int(width), int(lead[0]) if lead else 0, len(adds),
         keeps_body=made, keeps_sum=bool(adds) and values[last].stored, copies=copies,
         segments=int(ends[0].shape[0]) - 1 if ends else 0,
-        weighted=body == "swiglu" and anchor.inputs[1:] not in ((), (None,)),
+        weighted=body in ("swiglu", "dispatch") and anchor.inputs[1:2] not in ((), (None,)),
         at=int((values[last] if body == "split" else first).shape[1]) if body in ("split", "concat") else 0,
         heads=attrs.get("heads", 0), rotary=attrs.get("dim", 0), inverse=attrs.get("inverse", False),
         vocabulary=int(values[1].shape[0]) if body == "embedding" else 0,
+        topk=int(values[_first(anchor.inputs[2:])].shape[1]) if body == "dispatch" else 0,
     )  # fmt: skip
     expected = [o.format for o in (*problem._inputs(), *problem._outputs())]
     found = [name for value in (*spec.inputs, *spec.outputs) for name in stored_formats(value.format)]

@@ -22,11 +22,12 @@ from nmoe.schedule import Schedule
 # zero, "launch" is an argument and "shape" repeats what the operands' shapes and formats say.
 ATTRIBUTES: dict[str, dict[str, str]] = {
     "add": {},
-    "attention": {"heads": "code", "nope": "code", "rope": "code", "v": "code", "window": "flag", "seq_len": "launch",
+    "attention": {"heads": "code", "nope": "code", "rope": "code", "v": "code", "window": "launch", "seq_len": "launch",
                   "scale": "launch"},
-    "combine": {},
+    "combine": {"ranks": "code"},
     "concat": {},
-    "dispatch": {},
+    "cross_entropy": {"weight": "launch"},
+    "dispatch": {"ranks": "code"},
     "embedding": {},
     "embedding_bwd": {},
     "gemm": {"role": "code", "format": "shape", "precision": "shape"},

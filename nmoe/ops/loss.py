@@ -1,8 +1,12 @@
-"""The language-model head and cross-entropy, in chunks of tokens so that all logits never exist at once."""
+"""The language-model head and cross-entropy.
+
+The CPU computes both together in chunks of tokens, so that all logits never exist at once, in FP32. A GPU has GEMMs
+and a kernel between them, on logits in BF16 whose gradient takes their place (passes.split_loss).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from nmoe.graph import Graph, Name, Op, Spec
 from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, register, wide
@@ -114,3 +118,51 @@ class LinearCrossEntropyFwdBwd(_LinearCrossEntropy):
     kind = "linear_cross_entropy_fwd_bwd"
     with_loss = True
     with_grad = True
+
+
+@register
+class CrossEntropy(OpDef):
+    """logits[T, V], targets int32[T] (negative: ignored), scale[1] → loss[1] += scale·Σ −log softmax(logits)[target];
+    dlogits[T, V] of `weight`·loss. Softmax and sums are FP32."""
+
+    kind = "cross_entropy"
+    outputs = ("loss", "dlogits")
+    accumulates = ("loss",)
+    inplace: ClassVar = {"dlogits": 0}
+
+    def infer(self, attrs: Attrs, logits: Spec, targets: Spec, scale: Spec) -> dict[str, Spec]:
+        return {"loss": Spec((1,), wide(logits.format)), "dlogits": logits}
+
+    def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
+        return Cost(4.0 * numel(ins[0].shape), memory_bytes(*ins, outs[1]))
+
+    def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
+        (rows, vocab), fmt = ins[0].shape, outs[0].format
+        chunk = chunk_rows(rows, vocab)
+        return [
+            Spec((chunk, vocab), fmt),
+            *[Spec((chunk, 1), fmt)] * 3,
+            Spec((chunk, 1), "i64"),
+            Spec((1,), fmt),
+        ]
+
+    def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
+        (logits, targets, scale), (loss, dlogits) = ins, outs
+        *held, partial = scratch
+        for start in range(0, len(logits), len(held[0])):
+            rows = slice(start, min(start + len(held[0]), len(logits)))
+            x, total, picked, seen, target = (t[: rows.stop - rows.start] for t in held)
+            x.copy_(logits[rows])
+            target.copy_(targets[rows].unsqueeze(-1))
+            seen.copy_(target).clamp_(-1, 0).add_(1)
+            target.clamp_(min=0)
+            torch.gather(x, 1, target, out=picked)
+            torch.logsumexp(x, -1, keepdim=True, out=total)
+            x.sub_(total).exp_()
+            torch.sum(total.sub_(picked).mul_(seen).view(-1), 0, keepdim=True, out=partial)
+            loss.add_(partial.mul_(scale))
+            seen.mul_(scale).mul_(attrs["weight"])
+            x.mul_(seen).scatter_add_(1, target, seen.neg_())
+            dlogits[rows].copy_(x)

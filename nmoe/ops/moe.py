@@ -242,8 +242,8 @@ class MoePlan(OpDef):
     offsets int32[L+1] (first row of each of the rank's L experts; the last is the total). `load`[E] accumulates tokens
     per expert. With attrs["runs"], runs int32[L·ranks+1]: the first row of each expert from each rank.
 
-    Raises CapacityError when the rows do not fit R. `reference` is the plan of one rank; nmoe/rdep/layer.py that of
-    several.
+    Raises CapacityError when the rows do not fit R. `reference` is the plan of one rank; nmoe/rdep holds that of
+    several, and their dispatch and combine.
     """
 
     kind = "moe_plan"
@@ -257,6 +257,8 @@ class MoePlan(OpDef):
         return specs | ({"runs": Spec((experts + 1,), "i32")} if attrs.get("runs") else {})
 
     def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
+        if attrs["ranks"] > 1:
+            return []
         choices, experts = numel(ins[0].shape), attrs["experts"]
         flat, per = Spec((choices,), "i64"), Spec((experts,), "i64")
         return [
@@ -308,7 +310,7 @@ class Dispatch(OpDef):
     """Puts each token's row, and its router weight, into the slots of its experts.
 
     x[T, d], weights[T, k]?, slots, row_source, offsets → rows[R, d], row_weight[R]. Padding rows are zero; rows from
-    offsets[E] on are left as they are.
+    offsets[E] on are left as they are. attrs["ranks"], absent on one, share the experts.
     """
 
     kind = "dispatch"
@@ -319,7 +321,7 @@ class Dispatch(OpDef):
         return rows if weights is None else rows | {"row_weight": Spec(("R",), weights.format)}
 
     def gradient(self, g: Graph, op: Op, douts: tuple[Name, ...]) -> tuple[Name, ...]:
-        dx, dweights = g.emit("combine", f"{op.name}.bwd", [douts[0], douts[1], *op.inputs[2:]])
+        dx, dweights = g.emit("combine", f"{op.name}.bwd", [douts[0], douts[1], *op.inputs[2:]], op.attrs)
         return (dx, dweights, None, None, None)
 
     def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
@@ -327,7 +329,7 @@ class Dispatch(OpDef):
 
     def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         rows = ins[3].shape
-        return [Spec(rows, "i32"), Spec(rows, "i32"), Spec(rows, "bool")]
+        return [] if "ranks" in attrs else [Spec(rows, "i32"), Spec(rows, "i32"), Spec(rows, "bool")]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
         import torch
@@ -352,7 +354,7 @@ class Dispatch(OpDef):
 class Combine(OpDef):
     """Brings expert rows back to their tokens and sums the k rows of each in FP32, in the order of the choices.
 
-    rows[R, d], row_values[R]?, slots, row_source, offsets → y[T, d], values[T, k].
+    rows[R, d], row_values[R]?, slots, row_source, offsets → y[T, d], values[T, k]. attrs as those of dispatch.
     """
 
     kind = "combine"
@@ -365,7 +367,7 @@ class Combine(OpDef):
         return y if row_values is None else y | {"values": Spec(slots.shape, row_values.format)}
 
     def gradient(self, g: Graph, op: Op, douts: tuple[Name, ...]) -> tuple[Name, ...]:
-        drows, _ = g.emit("dispatch", f"{op.name}.bwd", [douts[0], None, *op.inputs[2:]])
+        drows, _ = g.emit("dispatch", f"{op.name}.bwd", [douts[0], None, *op.inputs[2:]], op.attrs)
         return (drows, None, None, None, None)
 
     def cost(self, attrs: Attrs, ins: Specs, outs: Specs) -> Cost:
@@ -373,6 +375,8 @@ class Combine(OpDef):
 
     def scratch(self, attrs: Attrs, ins: Specs, outs: Specs) -> list[Spec]:
         y, fmt = outs[0], wide(outs[0].format)
+        if "ranks" in attrs:
+            return []
         return [Spec(y.shape, y.format), Spec(y.shape, fmt), Spec(y.shape[:1], "i32")]
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:

@@ -9,26 +9,20 @@ The same calls drive the emulator in tests: all that this module knows of memory
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from nmoe.codegen.rdep import (
-    COLUMNS,
     FLAGS,
     LINE,
     OVERFLOW,
     TILE,
     TIMEOUT,
-    Channel,
-    CombineProblem,
-    CountProblem,
-    FlagProblem,
-    MoveProblem,
-    PlaceProblem,
     RdepProblem,
+    transfers,
 )
 from nmoe.rdep.plan import CapacityError
 from nmoe.rdep.transport import Buffer, Missing
@@ -57,40 +51,28 @@ class Group:
     def local(self) -> int:
         return self.experts // self.ranks
 
-    def buffers(self) -> dict[str, Buffer]:
-        """The symmetric heap, a buffer for each of COLUMNS; all layers share it."""
-        parts = (*self.parts, 0)[:2]
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "flags": ((len(FLAGS), self.ranks, LINE), torch.int64),
-            "counts": ((self.ranks, self.experts), torch.int32),
-            "origin": ((self.capacity,), torch.int32),
-            "value": ((self.capacity,), torch.float32),
-            "data": ((self.capacity, parts[0]), torch.uint8),
-            "scale": ((self.capacity, parts[1]), torch.uint8),
-            "returned": ((self.choices, self.width), torch.bfloat16),
-            "returned value": ((self.choices,), torch.float32),
+    def mailboxes(self) -> dict[str, Buffer]:
+        """Symmetric memory that all layers share."""
+        return {
+            "flags": Buffer((len(FLAGS), self.ranks, LINE), torch.int64),
+            "counts": Buffer((self.ranks, self.experts), torch.int32),
+            "returned": Buffer((self.choices, self.width), torch.bfloat16),
+            "returned value": Buffer((self.choices,), torch.float32),
         }
-        assert tuple(shapes) == COLUMNS
-        return {name: Buffer(*found) for name, found in shapes.items()}
+
+    def slots(self) -> dict[str, Buffer]:
+        """Symmetric memory that a dispatch fills, with `mailboxes` a buffer for each of COLUMNS."""
+        parts = (*self.parts, 0)[:2]
+        return {
+            "origin": Buffer((self.capacity,), torch.int32),
+            "value": Buffer((self.capacity,), torch.float32),
+            "data": Buffer((self.capacity, parts[0]), torch.uint8),
+            "scale": Buffer((self.capacity, parts[1]), torch.uint8),
+        }
 
     def problems(self) -> dict[str, RdepProblem]:
         """Every kernel of a layer's forward and backward, by the step of Exchange that launches it."""
-
-        def move(channel: Channel, parts: tuple[int, ...], describes: bool) -> MoveProblem:
-            return MoveProblem(self.ranks, channel, parts, self.topk, self.local, describes)
-
-        returned = (2 * self.width,)
-        return {
-            "send_counts": CountProblem(self.ranks, self.experts, self.topk),
-            "receive_counts": PlaceProblem(self.ranks, self.experts, self.topk, self.align),
-            "send_rows": move("rows", self.parts, True),
-            "resend_rows": move("rows", self.parts, False),
-            "receive_rows": FlagProblem(self.ranks, "await"),
-            "release_rows": FlagProblem(self.ranks, "raise"),
-            "send_returns": move("returns", returned, False),
-            "send_returns_values": move("returns", returned, True),
-            "receive_returns": CombineProblem(self.ranks, self.topk, self.width),
-        }
+        return transfers(self.ranks, self.experts, self.topk, self.align, self.parts, self.width)
 
     def routing(self, tokens: int) -> dict[str, Buffer]:
         """What Routing holds of a layer for `tokens` tokens of this rank."""
@@ -105,8 +87,8 @@ class Group:
 
 class Routing(NamedTuple):
     """A layer's plan on this rank, kept for its backward: slots int32[T, k], owner · capacity + slot of each choice;
-    offsets int32[local + 1] and ends int32[local] of its experts' segments; tiles is workspace. With the origins that
-    the first dispatch leaves in the heap, copied to origins int32[capacity], backward can follow other layers."""
+    offsets int32[local + 1] and ends int32[local] of its experts' segments; tiles is workspace of the counts. With the
+    origins int32[capacity] that the first dispatch brings, backward can follow other layers."""
 
     slots: Any
     tiles: Any
@@ -143,11 +125,11 @@ class Exchange:
         self._run(step, layer, *rows, *values, routing.slots, *self._segments(routing))
 
     def receive_rows(self, layer: int) -> None:
-        """Until all rows are in the heap's data, scale, value and origin."""
+        """Until all rows are in data, scale, value and origin."""
         self._run("receive_rows", layer)
 
     def release_rows(self, layer: int) -> None:
-        """The rows received last have been consumed: the peers may overwrite them."""
+        """The peers may put the next rows: what was where they go has been consumed."""
         self._run("release_rows", layer)
 
     def send_returns(self, rows: Any, values: Any | None, origins: Any, routing: Routing, layer: int) -> None:
@@ -168,18 +150,23 @@ class Exchange:
         self._launch(self._problems[step], *arguments, self._addresses, self._state, self.rank, layer)
 
 
-def check(report: torch.Tensor, timeout: float) -> None:
-    """Raises what a kernel reported, int64[ranks, len(REPORT)] in host memory: Missing or CapacityError."""
+def check(
+    report: torch.Tensor, timeout: float, members: Sequence[int] = (), names: Sequence[str] = ()
+) -> None:
+    """Raises what a kernel reported, int64[ranks, len(REPORT)] in host memory: Missing or CapacityError. `members`
+    are the numbers of the group's ranks in the run, `names` what the launches' numbers stand for."""
     for kind, rank, peer, layer, flag, expected, seen in report.tolist():
+        where = names[layer] if names else f"layer {layer}"
+        rank, peer = (members[r] if members else r for r in (rank, peer))
         if kind == TIMEOUT:
             raise Missing(
-                f"rank {rank} waited {timeout:g} s for {FLAGS[flag]} {expected} (seen {seen}) of rank {peer} in layer "
-                f"{layer}. Look for the first error in rank {peer}'s log, then continue with --resume"
+                f"{where}: rank {rank} waited {timeout:g} s for {FLAGS[flag]} {expected} (seen {seen}) of rank {peer}. "
+                f"Look for the first error in rank {peer}'s log, then continue with --resume"
             )
         if kind == OVERFLOW:
             raise CapacityError(
-                f"layer {layer}: rank {peer} of {len(report)} would receive {expected} expert rows, the capacity is "
-                f"{seen}: raise [rdep] capacity to at least {expected}, or set it to 0 for the worst case"
+                f"{where}: rank {peer} would receive {expected} expert rows, the capacity is {seen}: raise [rdep] "
+                f"capacity to at least {expected}, or set it to 0 for the worst case"
             )
 
 

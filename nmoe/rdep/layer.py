@@ -6,12 +6,13 @@ choice of all their tokens, likewise. On one rank both are what the references w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nmoe.graph import Op
 from nmoe.rdep.exchange import Exchange, Routing
 
 
@@ -20,16 +21,19 @@ class Layer:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self.implementations: Mapping[str, Callable[..., None]] = {
-            "moe_plan": self._plan,
-            "dispatch": self._dispatch,
-            "combine": self._combine,
+        self.implementations = {
+            kind: partial(partial, run)
+            for kind, run in (
+                ("moe_plan", self._plan),
+                ("dispatch", self._dispatch),
+                ("combine", self._combine),
+            )
         }
 
-    def _plan(self, attrs: Mapping[str, Any], ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+    def _plan(self, op: Op, ins: list[Any], outs: list[Any]) -> None:
         (indices,), (slots, row_source, offsets, load, runs) = ins, outs
         rank = self._exchange.transport.rank
-        plan, routing = self._exchange.plan(indices, attrs["experts"], attrs["align"])
+        plan, routing = self._exchange.plan(indices, op.attrs["experts"], op.attrs["align"])
         total = plan.totals[rank]
         slots.view(-1).copy_(routing.owner * len(row_source) + routing.slot)
         source = routing.source * slots.numel() + routing.choice
@@ -42,16 +46,14 @@ class Layer:
             runs[-1] = total
         load.add_(plan.counts[rank])
 
-    def _dispatch(
-        self, attrs: Mapping[str, Any], ins: list[Any], outs: list[Any], scratch: list[Any]
-    ) -> None:
+    def _dispatch(self, op: Op, ins: list[Any], outs: list[Any]) -> None:
         x, weights, *plan = ins
         rows, row_weight = self._exchange.dispatch(_routing(*plan), x, weights)
         outs[0][: len(rows)].copy_(rows)
         if row_weight is not None:
             outs[1][: len(rows)].copy_(row_weight)
 
-    def _combine(self, attrs: Mapping[str, Any], ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+    def _combine(self, op: Op, ins: list[Any], outs: list[Any]) -> None:
         rows, values, *plan = ins
         y, brought = self._exchange.combine(_routing(*plan), rows, values)
         outs[0].copy_(y)

@@ -6,6 +6,8 @@ device code and work with any version of it. Needs nvshmem4py, and torch.distrib
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -13,32 +15,32 @@ from torch import Tensor
 
 from nmoe.codegen.rdep import COLUMNS, REPORT, STATE
 from nmoe.errors import UserError
-from nmoe.rdep.device import Group, check, offsets
+from nmoe.rdep.device import check, offsets
+from nmoe.rdep.transport import Buffer
 
 
 class Heap:
-    """One rank's heap. The constructor is collective over the default process group, whose rank and size are the
-    group's; the current CUDA device is the rank's.
+    """This rank's part of the symmetric memory of the group `members`, ranks of the default process group in order.
+    The constructor is collective over that process group, all of whose ranks pass the same `buffers`, of which flags
+    are zero at first; the current CUDA device is the rank's.
 
-    `addresses` and `state` are what kernels take (nmoe.codegen.rdep); `report` is host memory that they write to.
-    `timeout`, in seconds, bounds every wait of a kernel.
+    `rank` is the number in the group. `state` is what kernels take (nmoe.codegen.rdep), `addresses` alike where the
+    heap holds a buffer for each of COLUMNS; `report` is host memory that they write to. `timeout`, in seconds, bounds
+    every wait of a kernel.
     """
 
-    def __init__(self, group: Group, *, timeout: float = 30.0) -> None:
-        self.rank, self.timeout = dist.get_rank(), timeout
-        if dist.get_world_size() != group.ranks:
-            raise UserError(
-                f"{dist.get_world_size()} processes for an RDEP group of {group.ranks}: start as many as [rdep] ranks"
-            )
-        self._buffers = group.buffers()
-        self._at, size = offsets(self._buffers)
-        self._memory, bases = _allocate(size)
-        self._memory.zero_()
-        table = [[base + self._at[name] for name in COLUMNS] for base in bases]
-        self.report = torch.zeros(group.ranks, len(REPORT), dtype=torch.int64).pin_memory()
+    def __init__(
+        self, buffers: Mapping[str, Buffer], members: Sequence[int], *, timeout: float = 30.0
+    ) -> None:
+        self.rank, self.timeout = members.index(dist.get_rank()), timeout
+        self._members, self._buffers = members, buffers
+        self._at, size = offsets(buffers)
+        self._memory, self._bases = _allocate(size, members)
+        self["flags"].zero_()
+        self.report = torch.zeros(len(members), len(REPORT), dtype=torch.int64).pin_memory()
         state = dict.fromkeys(STATE, 0) | {"timeout": int(timeout * 1e9), "report": self.report.data_ptr()}
-        self.addresses = torch.tensor(table, device="cuda")
         self.state = torch.tensor([state[name] for name in STATE], device="cuda")
+        self.addresses = self.table()
         torch.cuda.synchronize()
         dist.barrier()  # no peer writes before this rank's flags are zero
 
@@ -47,10 +49,21 @@ class Heap:
         buffer = self._buffers[name]
         return self._memory[self._at[name] :][: buffer.bytes].view(buffer.dtype).view(buffer.shape)
 
-    def check(self) -> None:
-        """Raises what a kernel reported (Missing, CapacityError). For when the device has raised an error, and, as it
-        waits for nothing, at any other time."""
-        check(self.report, self.timeout)
+    def table(self, **places: Tensor) -> Tensor:
+        """int64[ranks, len(COLUMNS)]: where each buffer lies on each rank, 0 for those that the heap lacks; the
+        columns `places` where tensors of the heap do."""
+        at = self._at | {name: t.data_ptr() - self._bases[self.rank] for name, t in places.items()}
+        rows = [[base + at[name] if name in at else 0 for name in COLUMNS] for base in self._bases]
+        return torch.tensor(rows, device="cuda")
+
+    def empty(self, buffer: Buffer) -> Tensor:
+        """Memory of this rank alone."""
+        return torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+
+    def check(self, names: Sequence[str] = ()) -> None:
+        """Raises what a kernel reported (Missing, CapacityError); `names` are what the launches' numbers stand for.
+        For when the device has raised an error, and, as it waits for nothing, at any other time."""
+        check(self.report, self.timeout, self._members, names)
 
     def close(self) -> None:
         """Collective. After a fault leave it: the peers may be gone."""
@@ -61,8 +74,8 @@ class Heap:
         nvshmem.finalize()
 
 
-def _allocate(size: int) -> tuple[Tensor, list[int]]:
-    """uint8[size] of the symmetric heap, and where it lies on every rank. Collective."""
+def _allocate(size: int, members: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """uint8[size] of the symmetric heap, and where it lies on each of `members`. Collective."""
     try:
         import nvshmem.core as nvshmem
         from cuda.core import Device
@@ -78,9 +91,9 @@ def _allocate(size: int) -> tuple[Tensor, list[int]]:
     dist.broadcast(shared, 0)  # in place
     nvshmem.init(device=device, uid=unique, rank=rank, nranks=ranks, initializer_method="uid")
     memory = tensor((size,), dtype=torch.uint8)
-    bases = [bindings.ptr(memory.data_ptr(), peer) for peer in range(ranks)]
+    bases = [bindings.ptr(memory.data_ptr(), peer) for peer in members]
     if not all(bases):
-        far = bases.index(0)
+        far = members[bases.index(0)]
         raise UserError(
             f"rank {rank} cannot address the memory of rank {far}: RDEP needs NVLink (or PCIe peer access) between the "
             "GPUs of a group; see nvidia-smi topo -p2p rw"

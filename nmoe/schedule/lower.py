@@ -15,6 +15,7 @@ from nmoe.schedule.fuse import fuse, internal, readers
 
 ATOMS = ("sm_100a",)  # targets whose tensor cores read scale factors; the others dequantize from rows
 MAIN, COMM, SIDE = 0, 1, 2  # compute; rows between ranks; the shared expert, while rows travel
+TRANSFERS = ("moe_plan", "dispatch", "combine")  # all on one stream: their order is that of the protocol
 
 Workspace = tuple[Spec, ...]
 
@@ -148,6 +149,7 @@ def lower(
     sequences = sequences or config.train.micro_batch_size or config.train.batch_size
     graph = model.build(config, mode, activation=activation)
     stages = [differentiate, passes.merge_loss] if mode == "train" else []
+    stages += [passes.split_loss] if config.target.device != "cpu" else []
     stages += [
         lambda g: passes.quantize_operands(g, atoms=config.target.device in ATOMS),
         lambda g: passes.recompute(g, config.schedule.recompute),
@@ -202,7 +204,7 @@ def assign_streams(calls: list[Call], overlap: bool) -> tuple[Call, ...]:
     for index, call in enumerate(calls):
         stream = MAIN
         if overlap and call.phase == "micro":
-            if any(op.kind in ("dispatch", "combine") for op in call.ops):
+            if any(op.kind in TRANSFERS for op in call.ops):
                 stream = COMM
             elif ".moe.shared." in call.name:
                 stream = SIDE

@@ -1,4 +1,5 @@
-"""Graph → graph: the loss's two halves become one, operands are quantized, activations are computed again.
+"""Graph → graph: the loss's two halves become one, which on a GPU becomes GEMMs and a kernel between them; operands are
+quantized, activations are computed again.
 
 Every pass takes and returns a whole graph and keeps the rules of `graph.check`.
 """
@@ -34,6 +35,27 @@ def merge_loss(graph: Graph) -> Graph:
         elif op.name not in dropped:
             ops.append(op)
     g.ops = ops
+    return g
+
+
+def split_loss(graph: Graph) -> Graph:
+    """Replaces each op of `merge_loss` by the GEMMs that it stands for and cross-entropy between them, whose logits all
+    exist at once."""
+    g = graph.copy()
+    g.ops = []
+    for op in graph.ops:
+        if op.kind != "linear_cross_entropy_fwd_bwd":
+            g.ops.append(op)
+            continue
+        (h, w, targets, scale), (loss, dh, dw) = op.inputs, op.outputs
+        g.stage = op.stage
+        attrs = {"format": g.tensors[h or ""].format, "precision": {}}
+        logits, _ = g.emit("gemm", f"{op.name}.logits", [h, w], {**attrs, "role": "fprop"})
+        _, dlogits = g.emit(
+            "cross_entropy", op.name, [logits, targets, scale], op.attrs, into={"loss": loss or ""}
+        )
+        g.emit("gemm", f"{op.name}.wgrad", [dlogits, h], {**attrs, "role": "wgrad"}, into={"dw": dw or ""})
+        g.emit("gemm", f"{op.name}.dgrad", [dlogits, w], {**attrs, "role": "dgrad"}, into={"y": dh or ""})
     return g
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nmoe.binding import Argument, Bound
-from nmoe.codegen import compiler
+from nmoe.codegen import compiler, triton
 from nmoe.codegen.emulator import Device, DeviceTensor, HostFunction, Options, bind
 from nmoe.codegen.problem import Problem
 from nmoe.executor import DTYPES
@@ -39,6 +39,14 @@ class EmulatedLauncher:
         return {t.name: self.memory(schedule.spec(t.name), 0) for t in schedule.graph.of_kind(*kinds)}
 
     def bind(self, problem: Problem, config: Any, target: str, arguments: Sequence[Argument]) -> Bound:
+        if problem.language == "triton":
+            named = {o.name: a for o, a in zip(problem.operands(config), arguments, strict=True)}
+
+            def interpret() -> None:
+                self.launches[problem] = self.launches.get(problem, 0) + 1
+                triton.interpret(problem, config, target, named)
+
+            return interpret
         key = (problem, config, target)
         if key not in self._functions:
             self._functions[key] = bind(compiler.trace(problem, config, target))

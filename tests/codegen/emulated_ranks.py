@@ -33,7 +33,7 @@ class Rank:
     def __init__(self, device: Device, group: Group, target: str, rank: int) -> None:
         self.device, self.group, self.target, self.rank = device, group, target, rank
         self.heap: dict[str, DeviceTensor] = {}
-        for name, buffer in group.buffers().items():
+        for name, buffer in (group.mailboxes() | group.slots()).items():
             shape = buffer.shape if buffer.bytes else (16,)
             self.heap[name] = device.empty(shape, buffer.dtype)
         self.heap["flags"].torch.zero_()

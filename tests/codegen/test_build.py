@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -13,7 +14,6 @@ import pytest
 from nmoe.autotune import cost
 from nmoe.codegen import compiler, report
 from nmoe.codegen.build import Build, build, emit, format_build
-from nmoe.codegen.cache import Cache
 from nmoe.codegen.gemm import Epilogue, GemmProblem, Role
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.rows import Copy, RowProblem
@@ -26,10 +26,10 @@ MOONLET = Path(__file__).parents[2] / "configs" / "moonlet.toml"
 
 @pytest.fixture(scope="module")
 def moonlet() -> list[KernelSpec]:
-    """The kernels of one MoE layer's experts, and attention, which has no template."""
+    """The kernels of one MoE layer's experts, and the embedding's gradient, which has no template."""
     config = load(MOONLET)
     config = replace(config, target=Target("sm_100a"), schedule=replace(config.schedule, precision="bf16"))
-    return [spec for spec in specs(lower(config)) if spec.parts[0].kind in ("grouped_gemm", "attention")]
+    return [spec for spec in specs(lower(config)) if spec.parts[0].kind in ("grouped_gemm", "embedding_bwd")]
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +86,57 @@ def test_a_damaged_kernel_is_rebuilt_and_reported(
     assert "damaged entry set aside and rebuilt: " in format_build("moonlet", again)
 
 
+@pytest.mark.usefixtures("compiler")
+def test_a_damaged_kernel_where_nothing_can_be_built(
+    moonlet: list[KernelSpec],
+    built: tuple[Path, Build, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = shutil.copytree(built[0], tmp_path / "kernels")
+    next(iter(build(moonlet, root).warm.values())).library.write_bytes(b"")
+    monkeypatch.setattr(compiler, "_package_folders", list)
+    with pytest.raises(
+        compiler.CompilerError,
+        match=r"1 kernels .* are not in .* \(damaged and set aside: .*/kernel\.so: its SHA-256.*runtime library alone",
+    ):
+        build(moonlet, root)
+
+
 def test_what_has_no_template_is_named(moonlet: list[KernelSpec], tmp_path: Path) -> None:
-    attention = [spec for spec in moonlet if spec.name == "attention"]
-    result = build(attention, tmp_path)
+    without = [spec for spec in moonlet if spec.name == "embedding_bwd"]
+    result = build(without, tmp_path)
     assert not result.complete
-    assert format_build("moonlet", result).splitlines()[2].endswith("attention: no template for attention")
+    assert (
+        format_build("moonlet", result)
+        .splitlines()[2]
+        .endswith("embedding_bwd: no template for embedding_bwd")
+    )
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_cache_that_cannot_be_written_is_an_error_before_anything_is_compiled(
+    moonlet: list[KernelSpec], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(compiler.CompilerError) as error:
+        build(moonlet, tmp_path / "file" / "kernels")
+    assert str(error.value) == (
+        f"6 kernels (grouped_gemm.fprop, grouped_gemm.wgrad, grouped_gemm.dgrad) are not in the cache {tmp_path}/file/"
+        "kernels, which cannot be written (Not a directory): choose another by --cache or NMOE_HOME"
+    )
+
+
+def test_without_the_compiler_the_remedies_are_named(
+    moonlet: list[KernelSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nmoe.codegen.compiler.TOOLCHAIN", {"nvidia-no-such-compiler": "1.0"})
+    with pytest.raises(compiler.CompilerError) as error:
+        build(moonlet, tmp_path)
+    assert str(error.value).endswith(
+        "and cannot be built here: kernels are compiled with nvidia-no-such-compiler 1.0, found nothing: pip install "
+        "nvidia-no-such-compiler==1.0; or bring a cache that nmoe compile has filled elsewhere, with the same nmoe"
+    )
 
 
 @pytest.mark.usefixtures("compiler")
@@ -116,20 +162,30 @@ def test_hoppers_products_follow_each_other_without_waits(role: Role, epilogue: 
     cubin = compiler.generate(problem, cost.choose(problem, "sm_90a"), "sm_90a")["kernel.cubin"]
     products = [line for line in (report.disassemble(cubin) or "").splitlines() if "HGMMA" in line]
     slices = sum("gsb0" in line for line in products)
-    assert slices > 1 and len(products) == 4 * slices, "a slice is four products, and only its last is committed"
+    assert slices > 1 and len(products) == 4 * slices, (
+        "a slice is four products, and only its last is committed"
+    )
+
+
+def test_what_ptxas_miscompiles_is_refused() -> None:
+    """On an H100 every square NVFP4 copy was wrong, and on the emulator, which runs PTX, right."""
+    pair = "cvt.rn.satfinite.e4m3x2.f32 \t%rs{}, %r4, %r3;\n"
+    for text in (
+        pair.format(5),
+        pair.format(5) + "mov.b32 \t%r7, {%rs5, %rs6};",
+        "mov.b32 \t%r7, {%rs5, %rs5};",
+    ):
+        compiler.check_ptx(text)
+    with pytest.raises(
+        compiler.CompilerError, match="twice the pair of codes %rs5, of which ptxas loses one"
+    ):
+        compiler.check_ptx(pair.format(5) + "mov.b32 \t%r7, {%rs5, %rs5};")
 
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
-def test_no_register_is_twice_the_same_pair_of_codes(target: str, tmp_path: Path) -> None:
-    """ptxas makes one F2FP of such a register, half of which is undefined: on an H100 every square NVFP4 copy was
-    wrong, and on the emulator, which runs PTX, right."""
-    square = tuple(
-        Copy("nvfp4", axis, "blocked" if target == "sm_100a" else "rows", square=True) for axis in (1, 0)
-    )
+def test_square_copies_convert_a_scale_once(target: str) -> None:
+    scales = "blocked" if target == "sm_100a" else "rows"
+    square = tuple(Copy("nvfp4", axis, scales, square=True) for axis in (1, 0))
     problem = RowProblem("load", 160, 416, keeps_body=False, copies=square)
-    entry = compiler.compile_problem(problem, problem.configs(target)[0], target, Cache(tmp_path))
-    ptx = (entry.folder / "kernel.ptx").read_text()
-    codes = set(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32\s+(%rs\d+)", ptx))
-    twice = set(re.findall(r"mov\.b32\s+%r\d+, \{(%rs\d+), \1\}", ptx))
-    assert codes and not codes & twice
+    compiler.check_ptx(compiler.trace(problem, problem.configs(target)[0], target).__ptx__)

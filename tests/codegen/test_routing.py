@@ -43,6 +43,7 @@ PROBLEMS = [
     ROUTER,
     RouterProblem(64, 4, 136, **SIGMOID, groups=8, topk_groups=3, biased=True),
     RouterProblem(36, 5, 72, **SOFTMAX, groups=4, topk_groups=2, biased=False),
+    RouterProblem(32, 2, 3136, **SIGMOID, groups=1, topk_groups=1, biased=False),
     RouterBwdProblem(40, 6, 72, **SIGMOID),
     RouterBwdProblem(68, 5, 136, **{**SOFTMAX, "balance": True}),
 ]
@@ -200,7 +201,7 @@ def test_rows_that_do_not_fit_are_not_written_and_are_noticed() -> None:
 @pytest.mark.parametrize(("problem", "result", "message"), [
     (PROBLEMS[0], "slots", "slots: 1 elements differ"), (PROBLEMS[1], "rows", "rows: 1 elements differ"),
     (PROBLEMS[3], "y", "y: .* of the bound"), (ROUTER, "indices", "indices: "), (ROUTER, "weights", "weights: "),
-    (ROUTER, "balance_loss", "balance_loss: "), (PROBLEMS[8], "dx", "dx: "), (PROBLEMS[8], "dw", "dw: "),
+    (ROUTER, "balance_loss", "balance_loss: "), (PROBLEMS[9], "dx", "dx: "), (PROBLEMS[9], "dw", "dw: "),
 ], ids=lambda p: p if isinstance(p, str) else "")  # fmt: skip
 def test_the_oracle_notices_one_wrong_element(problem: RoutingProblem, result: str, message: str) -> None:
     before = oracle.case(problem, problem.configs("sm_90a")[0], 1, 30)

@@ -24,6 +24,7 @@ from processes import CONTEXT, Group
 from nmoe.checkpoint import Checkpointer
 from nmoe.config import Checkpoint, Data, Metrics, Rdep, Run, Source
 from nmoe.data.prep import prepare
+from nmoe.errors import UserError
 from nmoe.plan import PlanError
 from nmoe.rdep.exchange import Exchange
 from nmoe.rdep.plan import CapacityError
@@ -177,11 +178,17 @@ def test_losses_and_weights_are_the_bits_of_one_rank(config, alone, world, ranks
 
 
 def test_resumed_on_other_numbers_of_ranks(config, alone):
-    run = config()
-    for world, steps in ((2, 2), (1, 4), (4, STEPS)):
+    run = config(checkpoint={"every": 2})
+    for world, steps in ((2, 3), (1, 4), (4, STEPS)):
         part = replace(run, rdep=Rdep(world), train=replace(run.train, steps=steps))
         first = finish(start(part, world), world)[0]
         assert not any("warning" in line for line in first)
+        if steps == 3:  # the last checkpoint is lost, and step 2 runs again, on one rank
+            (Path(run.checkpoint.dir) / "run" / "step_00000003").rename(Path(run.checkpoint.dir) / "lost")
+        if steps == 4:
+            (path,) = Path(run.metrics.dir).glob("*/rank_1.duckdb")
+            with duckdb.connect(str(path), read_only=True) as db:
+                assert db.execute("SELECT max(step) FROM metrics").fetchone() == (1,)
     assert_same(trajectory(run), alone)
 
 
@@ -341,8 +348,15 @@ def test_wrong_numbers_of_ranks_are_refused(config, monkeypatch):
         Missing, match=r"the 2 processes did not find each other .*torchrun --nproc-per-node 2"
     ):
         train(config(timeout=1.0), out=lambda text: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        UserError, match=r"2 processes .* one a GPU: this host has 1; start `torchrun --nproc"
+    ):
+        train(config(target={"device": "sm_90a"}), out=lambda text: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    with pytest.raises(Exception, match="on several hosts"):
+    with pytest.raises(UserError, match="on several hosts"):
         train(config(), out=lambda text: None)
 
 

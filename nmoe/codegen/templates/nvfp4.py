@@ -41,8 +41,8 @@ def block_scales(peaks: cute.Tensor, scale: Float32):  # type: ignore[no-untyped
 
 @cute.jit
 def square_scales(peak: Float32, count: cutlass.Constexpr, scale: Float32):  # type: ignore[no-untyped-def]
-    """`block_scales` of `count` blocks with the same largest magnitude. It is converted beside zeros: of a register
-    that is twice the same pair of codes ptxas makes one F2FP with half of it undefined (sm_90a, CUDA 13)."""
+    """`block_scales` of `count` blocks with the same largest magnitude. It is converted once, beside zeros, because
+    of what `compiler.check_ptx` refuses."""
     peaks = cute.make_rmem_tensor(4, Float32)
     peaks.fill(0.0)
     peaks[0] = peak

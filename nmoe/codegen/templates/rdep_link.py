@@ -31,6 +31,10 @@ def trap(*, loc=None, ip=None) -> None:  # type: ignore[no-untyped-def]
     llvm.inline_asm(None, [], "trap;", "", has_side_effects=True, loc=loc, ip=ip)
 
 
+def flat(tensor: cute.Tensor) -> cute.Tensor:
+    return cute.make_tensor(tensor.iterator, cute.make_layout(cute.size(tensor)))
+
+
 class Named(Fixed):
     """A kernel's operands by name, for functions that it calls inside of loops and branches."""
 
@@ -68,6 +72,10 @@ class Link(Fixed):
     def overflowed(self):  # type: ignore[no-untyped-def]
         return self.state[STATE.index("overflow")] != 0
 
+    def flag(self, name: str, peer: Int32) -> cute.Pointer:
+        """This rank's word that `peer` writes."""
+        return self.at(self.rank, "flags", Int64) + (FLAGS.index(name) * self.ranks + peer) * LINE
+
     @cute.jit
     def report(self, kind: int, peer: Int32, flag: int, expected: Int64, seen: Int64) -> None:
         """Row `peer` of the host's report."""
@@ -78,12 +86,15 @@ class Link(Fixed):
         cute.arch.fence_acq_rel_sys()
 
     @cute.jit
-    def wait(self, flag: cutlass.Constexpr, epoch: Int64) -> None:
-        """By all threads of the block: until every peer has raised `flag` for `epoch` or a later one."""
+    def wait(self, flag: cutlass.Constexpr, epoch: Int64, every: cutlass.Constexpr = 1) -> None:
+        """By all threads of the block: until every peer has raised `flag` for `epoch` or a later one; of peers whose
+        rank differs by a multiple of `every`."""
         peer = Int32(cute.arch.thread_idx()[0])
-        if peer < self.ranks and peer != self.rank:
-            words = self.at(self.rank, "flags", Int64)
-            word = words + (FLAGS.index(flag) * self.ranks + peer) * LINE
+        awaited = peer < self.ranks and peer != self.rank
+        if cutlass.const_expr(every > 1):
+            awaited = awaited and (peer - self.rank) % every == 0
+        if awaited:
+            word = self.flag(flag, peer)
             budget = self.state[STATE.index("timeout")]
             seen = Int64(cute.arch.load(word, Int64, sem="acquire", scope="sys"))
             # Not before the first load: with a timer's read between them, ptxas (CuTeDSL 4.8.1 and CUDA 13.0, not at
@@ -125,13 +136,20 @@ class Link(Fixed):
     def finish(self, channel: cutlass.Constexpr, epoch: Int64) -> None:
         """By the last block: the transfer is sent."""
         self.raise_all(f"{channel}.full", epoch)
+        self.advance(channel, epoch)
+
+    @cute.jit
+    def advance(self, channel: cutlass.Constexpr, epoch: Int64) -> None:
+        """By the last block: the next launch finds its counters at zero and the channel's epoch."""
         if cute.arch.thread_idx()[0] == 0:
             self.state[STATE.index("done")] = Int64(0)
+            self.state[STATE.index("taken")] = Int64(0)
             self.state[STATE.index(channel)] = epoch
 
 
 class Kernel(Fixed):
-    """The host side of RDEP's kernels. A subclass gives `kernel`, which takes the operands, and may say `blocks`."""
+    """The host side of RDEP's kernels. A subclass gives `kernel`, which takes the operands, and may say `blocks` and
+    `warps` of a block."""
 
     problem: Any  # of the subclass's own kind
 
@@ -144,13 +162,16 @@ class Kernel(Fixed):
     def blocks(self, named, clusters):  # type: ignore[no-untyped-def]
         return clusters
 
+    def warps(self) -> int:
+        return self.config.warps
+
     @cute.jit
     def __call__(self, *args):  # type: ignore[no-untyped-def]
         """Arguments: the operands in the order of the problem, the number of thread blocks, the stream."""
         *operands, clusters, stream = args
         named = {o.name: t for o, t in zip(self.problem.operands(self.config), operands, strict=True)}
         self.kernel(named).launch(
-            grid=[self.blocks(named, clusters), 1, 1], block=[32 * self.config.warps, 1, 1], stream=stream
+            grid=[self.blocks(named, clusters), 1, 1], block=[32 * self.warps(), 1, 1], stream=stream
         )
 
     def link(self, named) -> Link:  # type: ignore[no-untyped-def]

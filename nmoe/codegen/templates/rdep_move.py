@@ -1,16 +1,18 @@
 """Rows to other GPUs: bulk copies into a ring of shared memory and out of it, straight to where each row belongs.
 
-Every warp works alone: unit u (a stage full of consecutive rows) goes to warp u mod warps of the launch, which runs
+A unit is a stage full of consecutive rows. Every warp works alone on a ring of its own; lane s has stage s of it:
 
-    lane 0         wait until the stores of unit i − behind have read their stage; load unit i − behind + stages into it
-                        global ── cp.async.bulk ──▶ stage, full[stage] counts the bytes
-    all lanes      wait full[stage]; lane l: destination l of the unit: one bulk store a part, origin and value by st
-                        stage ── cp.async.bulk ──▶ peer;  commit_group
+    lane of the stage   take a unit ─▶ load it when the stores of the unit before have read the stage
+                          global ── cp.async.bulk ──▶ stage, full[stage] counts the bytes
+    all lanes           wait full[stage]; lane l: destination l of the unit: one bulk store a part, origin, value by st
+                          stage ── cp.async.bulk ──▶ peer;  commit_group;  wait_group.read behind
 
-so stages − behind units are being loaded and `behind` stored at any time, and few blocks fill the link. At the end
-every lane waits for its stores (wait_group 0), and the last block raises `full` (rdep_link.py).
+so stages − behind units are being loaded and `behind` stored at any time. The first units of a warp are given, the
+others taken from a counter: where the link is full it serves some multiprocessors twice as fast as others, and equal
+shares would leave it to the slow ones alone at the end. Which warp sends a row changes nothing of where it goes.
 
-Padding of this rank's own segments, of which it knows the place, is zeroed here: nobody sends it.
+At the end every lane waits for its stores (wait_group 0), and the last block raises `full` (rdep_link.py). Padding of
+this rank's own segments, of which it knows the place, is zeroed by one more warp of each block: nobody sends it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.templates.fixed import Fixed
-from nmoe.codegen.templates.rdep_link import Kernel, Link, Named
+from nmoe.codegen.templates.rdep_link import Kernel, Link, Named, flat
 
 BUFFERS = {"rows": ("data", "scale"), "returns": ("returned",)}
 VALUES = {"rows": "value", "returns": "returned value"}
@@ -49,7 +51,7 @@ class Stages(Fixed):
 
     @cute.jit
     def load(self, stage: Int32, unit: Int32) -> None:
-        """By one lane."""
+        """By the lane of the stage."""
         full = self.full + stage
         cute.arch.mbarrier_arrive_and_expect_tx(full, self.bytes)
         for i, size in enumerate(self.parts):
@@ -58,13 +60,14 @@ class Stages(Fixed):
 
 
 class Move(Kernel):
+    def warps(self) -> int:
+        return self.config.warps + (self.problem.channel == "rows")
+
     @cute.kernel
     def kernel(self, operands):  # type: ignore[no-untyped-def]
         problem, config, named = self.problem, self.config, Named(operands)
-        link, places, offsets = self.link(named), named["places"], named["offsets"]
-        thread, block = Int32(cute.arch.thread_idx()[0]), Int32(cute.arch.block_idx()[0])
-        warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
-        worker, workers = block * config.warps + warp, Int32(cute.arch.grid_dim()[0]) * config.warps
+        link = self.link(named)
+        warp = cute.arch.make_warp_uniform(Int32(cute.arch.thread_idx()[0]) // 32)
         epoch = link.epoch(problem.channel) + 1
 
         smem = SmemAllocator()
@@ -73,55 +76,73 @@ class Move(Kernel):
         barriers = smem.allocate_array(Int64, config.warps * config.stages)
         sources = [named[f"rows{i}"] for i in range(len(problem.parts))]
         stages = Stages(self, sources, memory + warp * size, barriers + warp * config.stages)
-        if lane < config.stages:
-            cute.arch.mbarrier_init(stages.full + lane, 1)
+        if Int32(cute.arch.thread_idx()[0]) < config.warps * config.stages:
+            cute.arch.mbarrier_init(barriers + cute.arch.thread_idx()[0], 1)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        units = offsets[problem.local] // config.rows
+        units = named["offsets"][problem.local] // config.rows
         if cutlass.const_expr(problem.channel == "rows"):
             units = sources[0].shape[0]
             link.wait("rows.free", epoch - 1)
         if link.overflowed():
             units = Int32(0)
-        mine = cutlass.max((units - worker + workers - 1) // workers, 0)
-        ahead = config.stages - config.behind
-        if lane == 0:
-            for i in cutlass.range(cutlass.min(mine, ahead)):
-                stages.load(i, worker + i * workers)
+        if warp < config.warps:
+            self._send(link, named, stages, units, warp)
         if cutlass.const_expr(problem.channel == "rows"):
-            if mine >= 0 and not link.overflowed():
-                self._pad(link, named, worker, workers, lane)
-
-        fan = config.rows * problem.fan  # destinations of a unit
-        numbers = cute.make_tensor(places.iterator, cute.make_layout(cute.size(places)))
-        place = Int32(-1)
-        if lane < fan and mine > 0:
-            place = numbers[worker * fan + lane]
-        for i in cutlass.range(mine):
-            unit, stage = worker + i * workers, i % config.stages
-            following = Int32(-1)
-            if lane < fan and i + 1 < mine:
-                following = numbers[(unit + workers) * fan + lane]
-            cute.arch.mbarrier_wait(stages.full + stage, i // config.stages % 2)
-            if place >= 0:
-                self._store(link, named, stages, stage, unit * fan + lane, lane, place)
-            cute.arch.cp_async_bulk_commit_group()
-            cute.arch.cp_async_bulk_wait_group(config.behind, read=True)
-            cute.arch.sync_warp()
-            if lane == 0 and i + ahead < mine:
-                stages.load((i + ahead) % config.stages, worker + (i + ahead) * workers)
-            place = following
-        cute.arch.cp_async_bulk_wait_group(0)
-        cute.arch.fence_proxy("async.global")
+            if warp == config.warps and not link.overflowed():
+                self._pad(link, named)
         if link.last(smem):
             link.finish(problem.channel, epoch)
 
     @cute.jit
+    def _send(self, link: Link, named: Named, stages: Stages, units: Int32, warp: Int32) -> None:
+        """Units of rows to their destinations, until none is left."""
+        config = self.config
+        lane, blocks = Int32(cute.arch.lane_idx()), Int32(cute.arch.grid_dim()[0])
+        ahead = config.stages - config.behind
+        given = blocks * config.warps * ahead
+        held = (lane * config.warps + warp) * blocks + Int32(cute.arch.block_idx()[0])  # unit of stage `lane`
+        if lane < ahead and held < units:
+            stages.load(lane, held)
+        unit, i = cute.arch.shuffle_sync(held, 0), Int32(0)
+        place, value = self._destination(named, unit, units, lane)
+        while unit < units:
+            following = cute.arch.shuffle_sync(held, (i + 1) % config.stages)
+            next_place, next_value = self._destination(named, following, units, lane)
+            mine = lane == (i + ahead) % config.stages
+            if mine:
+                ticket = cute.arch.atomic_add(link.word("taken"), Int64(1), sem="relaxed", scope="gpu")
+                held = given + Int32(ticket)
+            cute.arch.mbarrier_wait(stages.full + i % config.stages, i // config.stages % 2)
+            if place >= 0:
+                self._store(link, named, stages, i % config.stages, unit, lane, place, value)
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(config.behind, read=True)
+            cute.arch.sync_warp()
+            if mine and held < units:
+                stages.load(lane, held)
+            unit, place, value, i = following, next_place, next_value, i + 1
+        cute.arch.cp_async_bulk_wait_group(0)
+        cute.arch.fence_proxy("async.global")
+
+    @cute.jit
+    def _destination(self, named: Named, unit: Int32, units: Int32, lane: Int32):  # type: ignore[no-untyped-def]
+        """A lane's destination of a unit, −1 for none, and the value that goes there."""
+        fan = self.config.rows * self.problem.fan
+        place, value = Int32(-1), Float32(0.0)
+        if lane < fan and unit < units:
+            place = flat(named["places"])[unit * fan + lane]
+            if cutlass.const_expr(self.problem.describes):
+                value = flat(named["values"])[unit * fan + lane]
+        return place, value
+
+    @cute.jit
     def _store(
-        self, link: Link, named: Named, stages: Stages, stage: Int32, number: Int32, lane: Int32, place: Int32
-    ) -> None:  # type: ignore[no-untyped-def]
-        """Destination `number` of the launch: its row and what describes it."""
+        self, link: Link, named: Named, stages: Stages, stage: Int32, unit: Int32, lane: Int32, place: Int32,
+        value: Float32,
+    ) -> None:  # fmt: skip
+        """A unit's row to a lane's destination, with what describes it."""
         problem = self.problem
         count = named["capacity"] if cutlass.const_expr(problem.channel == "rows") else named["choices"]
         peer, row = place // count, place % count
@@ -130,18 +151,17 @@ class Move(Kernel):
             target = link.at(peer, BUFFERS[problem.channel][i], Uint8, 16) + Int64(row) * size
             bulk(source.align(16), target.align(16), size)
         if cutlass.const_expr(problem.describes):
-            values = named["values"]
-            value = cute.make_tensor(values.iterator, cute.make_layout(cute.size(values)))[number]
             cute.arch.store(link.at(peer, VALUES[problem.channel], Float32) + row, value)
             if cutlass.const_expr(problem.channel == "rows"):
-                origin = link.rank * named["choices"] + number
+                origin = link.rank * named["choices"] + unit * problem.fan + lane
                 cute.arch.store(link.at(peer, "origin", Int32) + row, origin)
 
     @cute.jit
-    def _pad(self, link: Link, named: Named, worker: Int32, workers: Int32, lane: Int32) -> None:  # type: ignore[no-untyped-def]
+    def _pad(self, link: Link, named: Named) -> None:
         """Zeroes the padding of this rank's segments, a warp an expert."""
         problem, offsets, ends = self.problem, named["offsets"], named["ends"]
-        for expert in cutlass.range(worker, problem.local, workers):
+        lane, block, blocks = cute.arch.lane_idx(), cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        for expert in cutlass.range(block, problem.local, blocks):
             for row in cutlass.range(ends[expert], offsets[expert + 1]):
                 for i, size in enumerate(problem.parts):
                     start = link.at(link.rank, BUFFERS["rows"][i], Int32, 16) + Int64(row) * (size // 4)

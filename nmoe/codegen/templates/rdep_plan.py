@@ -17,15 +17,11 @@ from cutlass import Int32, Int64, Uint32, cute
 from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.rdep import OVERFLOW, STATE, THREADS, TILE
-from nmoe.codegen.templates.rdep_link import Kernel
+from nmoe.codegen.templates.rdep_link import Kernel, flat
 
 WARPS = THREADS // 32
 CHUNKS = TILE // THREADS  # of 32 choices, a warp's part of a tile
 FULL = 0xFFFFFFFF
-
-
-def flat(tensor: cute.Tensor) -> cute.Tensor:
-    return cute.make_tensor(tensor.iterator, cute.make_layout(cute.size(tensor)))
 
 
 class Tiled(Kernel):

@@ -1,7 +1,8 @@
 """The router: logits, each token's best experts and their weights, and the auxiliary losses.
 
-    multiply   logits = x · wᵀ                                      products.py
-    select     warp ─▶ token: scores ─▶ best groups ─▶ topk rounds of the warp's maximum ─▶ indices, weights
+    multiply   products[split] = x · wᵀ over a part of the depth    products.py
+    select     warp ─▶ token: logits = Σ over the splits, in order ─▶ scores ─▶ best groups ─▶ topk rounds of the warp's
+               maximum ─▶ indices, weights
     losses     part of the tokens ─▶ Σ of both losses' terms ─▶ partial[loss, part]          if there are losses
     finish     Σ over the parts, in order, times the losses' factors ─▶ added to the losses
 
@@ -46,10 +47,12 @@ class Router(Fixed):
         named = {o.name: t for o, t in zip(self.problem.operands(self.config), given, strict=True)}
         block = [32 * self.config.warps, 1, 1]
         logits, indices = named["logits"], named["indices"]
-        one = cute.make_tensor(logits.iterator, cute.append(logits.layout, cute.make_layout(1)))
-        Products(False, False, False).launch(named["x"], named["w"], one, stream)
+        products = cute.make_tensor(
+            named["products"].iterator, cute.select(named["products"].layout, [1, 2, 0])
+        )  # [tokens, experts, splits]
+        Products(False, False, False, self.problem.splits).launch(named["x"], named["w"], products, stream)
         self.select(
-            logits, named.get("bias"), indices, named["weights"], named["route_scale"]
+            products, logits, named.get("bias"), indices, named["weights"], named["route_scale"]
         ).launch(grid=[blocks, 1, 1], block=block, stream=stream)  # fmt: skip
         if cutlass.const_expr(self.names):
             factors = [
@@ -59,14 +62,14 @@ class Router(Fixed):
                 choices = Float32(self.problem.topk * named["seq_len"])
                 factors[0] = factors[0] * Float32(self.problem.experts) / choices
             self.losses(logits, indices, named["partial"], named["seq_len"]).launch(
-                grid=[self.config.parts, 1, 1], block=block, stream=stream
+                grid=[self.config.parts, 1, 1], block=block, min_blocks_per_mp=1, stream=stream
             )
             self.finish(named["partial"], [named[f"{name}_loss"] for name in self.names], factors).launch(
                 grid=[1, 1, 1], block=[32, 1, 1], stream=stream
             )
 
     @cute.kernel
-    def select(self, logits, bias, indices, weights, route_scale):  # type: ignore[no-untyped-def]
+    def select(self, products, logits, bias, indices, weights, route_scale):  # type: ignore[no-untyped-def]
         lane, warp = cute.arch.lane_idx(), cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
         shared = smem.allocate_tensor(Float32, cute.make_layout((self.problem.experts, self.config.warps)))
@@ -77,7 +80,7 @@ class Router(Fixed):
         for token in cutlass.range(
             first, logits.shape[0], cute.arch.grid_dim()[0] * self.config.warps, unroll=1
         ):
-            scores = self.scored.scores(self.scored.load(logits[token, None]))
+            scores = self.scored.scores(self._logits(products[token, None, None], logits[token, None]))
             choices = cute.make_rmem_tensor((self.scored.held,), Float32)
             choices.store(scores.load())
             if cutlass.const_expr(bias is not None):
@@ -92,6 +95,18 @@ class Router(Fixed):
                 weight = weight / (warp_sum(weight) + EPSILON)
             if lane < self.problem.topk:
                 indices[token, lane], weights[token, lane] = expert, weight * route_scale
+
+    @cute.jit
+    def _logits(self, products, logits) -> cute.Tensor:  # type: ignore[no-untyped-def]
+        """A token's logits, stored as well: the sum of its `products` [experts, splits]."""
+        found = self.scored.load(products[None, 0])
+        for split in cutlass.range_constexpr(1, self.problem.splits):
+            found.store(found.load() + self.scored.load(products[None, split]).load())
+        for i in cutlass.range_constexpr(self.scored.held):
+            expert = 32 * i + cute.arch.lane_idx()
+            if expert < self.problem.experts:
+                logits[expert] = found[i]
+        return found
 
     @cute.jit
     def _share(self, values, mine) -> None:  # type: ignore[no-untyped-def]

@@ -8,18 +8,25 @@ A thread holds 8 columns (16 bytes) of `vectors` consecutive rows; a warp's `lan
     lane 16 … 23   rows 16…23
     lane 24 … 31   rows 24…31
 
-Bodies that need a sum over whole rows (norms) go over the columns twice: the thread block owns its rows, sums all
-chunks of columns, then computes from the last chunk back to the first, while the later ones are still in a cache. A
-forward norm's only chunk stays in registers; backward, which holds two tensors, would spill.
+    loads ─▶ registers ─▶ body ─▶ + addends ─▶ BF16 ─▶ stores
+                                                └─▶ copies (rows_copy.py)
 
-    loads ─▶ registers ─▶ [sums: lanes ─▶ warps through shared memory] ─▶ body ─▶ + addends ─▶ BF16 ─▶ stores
-                                                                                            └─▶ copies (rows_copy.py)
+Bodies that need a sum over whole rows (norms) share their rows among a cluster, a thread block a tile of columns:
 
-The weight gradient of a norm is summed without atomics: STRIPES thread blocks add up their rows in shared memory and
-store partial[stripe, width], which a second kernel adds to dw in the order of the stripes.
+    loads ─▶ shared memory ─▶ terms ─▶ lanes ─▶ warps ─▶ totals in every block's shared memory ─▶ cluster's barrier
+                  └────────────────────────────────────────────────────────────────────────────────▶ body ─▶ …
+
+A thread copies its own pieces there (cp.async) and reads them twice: in registers the compiler would keep their FP32
+values across the barrier, and spill. Where copies run down the rows, a thread block takes 128 rows of its columns in
+turns, and then writes their scale factors: a byte of every turn would cost more than its data.
+
+The weight gradient of a norm is summed without atomics: STRIPES clusters add up their rows in shared memory and store
+partial[stripe, width], which a second kernel adds to dw in the order of the stripes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
@@ -35,6 +42,8 @@ from nmoe.storage import ATOM_ROWS
 
 RESERVED = 1024  # bytes of shared memory that every thread block takes beside its own
 CLEARING = 128  # threads that set the amaxes to zero
+ROWS_OF = {"concat": "a", "embedding": "tokens", "dispatch": "row_source"}  # whose extent is the rows'
+TOGETHER = 8  # tiles down the rows that run side by side: their scale factors of a column fill 32 bytes
 
 
 class Rows(Fixed):
@@ -42,8 +51,10 @@ class Rows(Fixed):
 
     def __init__(self, problem: RowProblem, config: RowConfig) -> None:
         self.problem, self.config = problem, config
-        self.chunks = -(-problem.width // config.columns)
+        self.chunks = problem.tiles(config)
+        self.turns = problem.turns(config)
         self.sums = problem.body == "rms_norm_bwd"
+        self.together = TOGETHER if problem.columns and not problem.statistic else 1
         # What the resident thread blocks need of shared memory, in per cent; the rest of it is cache.
         used = config.resident * (problem.shared_bytes(config, self.target) + RESERVED)
         self.carveout = min(100, -(-100 * used // HARDWARE[self.target].shared))
@@ -54,17 +65,19 @@ class Rows(Fixed):
         *tensors, _, stream = args
         problem, config = self.problem, self.config
         named = {o.name: t for o, t in zip(problem.operands(config), tensors, strict=True)}
-        # A thread block of norms owns whole rows. Scale factors are written up to whole atoms.
-        across = 1 if problem.statistic else self.chunks
+        # Scale factors are written up to whole atoms.
         rows = self._extent(named)
         padded = cute.ceil_div(rows, ATOM_ROWS) * ATOM_ROWS if problem.copies else rows
-        everything = cute.ceil_div(padded, config.rows)
-        tiles = STRIPES if self.sums else everything
-        shape = [across, max(1, problem.batch)]
-        how = {
+        size = config.rows * self.turns * self.together
+        everything = cute.ceil_div(padded, size) * self.together * self.chunks
+        tiles = STRIPES * self.chunks if self.sums else everything
+        shape = [1, max(1, problem.batch)]
+        how: dict[str, Any] = {
             "block": [config.threads, 1, 1], "min_blocks_per_mp": config.resident, "stream": stream,
             "preferred_smem_carveout": self.carveout,
         }  # fmt: skip
+        if cutlass.const_expr(problem.statistic):
+            how["cluster"] = [self.chunks, 1, 1]
         if cutlass.const_expr(problem.two_passes):
             for copy in problem.copies:
                 self.clear(named[f"{copy.name}_amax"]).launch(
@@ -77,8 +90,7 @@ class Rows(Fixed):
 
     def _extent(self, named) -> Int32:  # type: ignore[no-untyped-def]
         """How many rows the operands have."""
-        name = {"concat": "a", "embedding": "tokens"}.get(self.problem.body, "x")
-        return named[name].shape[1 if self.problem.batch else 0]
+        return named[ROWS_OF.get(self.problem.body, "x")].shape[1 if self.problem.batch else 0]
 
     @cute.kernel
     def clear(self, amax: cute.Tensor):  # type: ignore[no-untyped-def]
@@ -89,25 +101,28 @@ class Rows(Fixed):
     def rows(self, tensors, padded: Int32, measures: cutlass.Constexpr):  # type: ignore[no-untyped-def]
         problem, config = self.problem, self.config
         named = {o.name: t for o, t in zip(problem.operands(config), tensors, strict=True)}
-        block, chunk, entry = cute.arch.block_idx()
+        block, _, entry = cute.arch.block_idx()
+        together = self.together
+        chunk = block // together % self.chunks
+        tile = block // (together * self.chunks) * together + block % together
         if cutlass.const_expr(problem.batch > 0):
             named = {n: member(t, entry) if cute.rank(t) > 2 else t for n, t in named.items()}
         rows = self._rows(named)
         live = named["offsets"][problem.segments] if cutlass.const_expr(problem.segments > 0) else rows
         smem = SmemAllocator()
-        work = Tile(self, named, smem, rows, live, entry, measures)
+        work = Tile(self, named, smem, rows, live, entry, measures, chunk)
+        work.join()
+        tiles = cute.ceil_div(padded, config.rows * self.turns)
         if cutlass.const_expr(self.sums and not measures):
             work.clear()
-            tiles = cute.ceil_div(padded, config.rows)
-            for tile in cutlass.range(block, tiles, STRIPES, unroll=1):
-                work.run(tile * config.rows, Int32(0))
-            work.flush(block)
-        else:
-            work.run(block * config.rows, chunk)
+            for i in cutlass.range(tile, tiles, STRIPES, unroll=1):
+                work.run(i, i // STRIPES)
+            work.flush(tile)
+        elif tile < tiles:
+            work.run(tile, Int32(0))
 
     def _rows(self, named) -> Int32:  # type: ignore[no-untyped-def]
-        name = {"concat": "a", "embedding": "tokens"}.get(self.problem.body, "x")
-        return named[name].shape[0]
+        return named[ROWS_OF.get(self.problem.body, "x")].shape[0]
 
 
 def member(tensor: cute.Tensor, entry: Int32) -> cute.Tensor:
@@ -123,15 +138,17 @@ class Tile(Fixed):
     """A thread block's work on one tile of rows."""
 
     def __init__(
-        self, kernel: Rows, named, smem: SmemAllocator, rows: Int32, live: Int32, entry: Int32, measures: bool
-    ) -> None:  # type: ignore[no-untyped-def]
+        self, kernel: Rows, named, smem: SmemAllocator, rows: Int32, live: Int32, entry: Int32, measures: bool,
+        chunk: Int32,
+    ) -> None:  # type: ignore[no-untyped-def]  # fmt: skip
         self.problem, self.config, self.chunks, self.measures = (
             kernel.problem,
             kernel.config,
             kernel.chunks,
             measures,
         )
-        self.entry, self.sums = entry, kernel.sums and not measures
+        self.turns = kernel.turns
+        self.entry, self.chunk, self.sums = entry, chunk, kernel.sums and not measures
         config = self.config
         self.named, self.exists, self.live = named, rows, live
         self.body = RowBody(self.problem, named)
@@ -144,51 +161,47 @@ class Tile(Fixed):
         ) * config.vectors
         self.column = (self.warp_across * config.lanes + lane % config.lanes) * VECTOR
         if self.problem.statistic:
-            layout = cute.make_layout((config.rows, config.warps_across))
-            self.partial = smem.allocate_tensor(Float32, layout, 16)
+            self.partial = self._shared(smem, config.rows, config.warps_across)
+            self.totals = self._shared(smem, config.rows, self.chunks, 2)
+            size = (VECTOR, config.threads, config.vectors, self.problem.held)
+            whole = smem.allocate_tensor(BFloat16, cute.make_layout(size), 16)
+            self.held = whole[None, thread, None, None]
         if self.sums:
-            self.gradient = smem.allocate_tensor(Float32, cute.make_layout(self.problem.width), 16)
+            self.gradient = self._shared(smem, config.columns)
         self.copies = copies(self, smem)
 
+    @staticmethod
+    def _shared(smem: SmemAllocator, *shape: int) -> cute.Tensor:
+        return smem.allocate_tensor(Float32, cute.make_layout(shape), 16)
+
     @cute.jit
-    def run(self, first: Int32, chunk: Int32) -> None:
-        """The tile of rows from `first` on; of norms all columns, otherwise those of `chunk`."""
-        if cutlass.const_expr(not self.problem.statistic):
-            spot = self.spot(first, chunk)
-            self.finish(self.body.load(spot), first, chunk, [None] * self.config.vectors)
-        elif cutlass.const_expr(self.chunks == 1 and self.problem.body == "rms_norm"):
-            found = self.body.load(self.spot(first, Int32(0)))
-            self.finish(found, first, Int32(0), self.statistics(first, self.terms(found)))
+    def run(self, number: Int32, before: Int32) -> None:
+        """Tile `number`, in turns, after `before` others."""
+        for turn in cutlass.range(self.turns, unroll=1):
+            first = (number * self.turns + turn) * self.config.rows
+            self.step(first, turn, (before * self.turns + turn) % 2)
+
+    @cute.jit
+    def step(self, first: Int32, turn: Int32, parity: Int32) -> None:
+        """The rows of a turn, from `first` on. `parity` alternates from one call to the next."""
+        column = self.chunk * self.config.columns + self.column
+        spot = Spot(self.problem, self.config.vectors, first + self.row, column, self.live, self.exists)
+        if cutlass.const_expr(self.problem.statistic):
+            found = self.body.load(spot, self.held)
+            cute.arch.cp_async_commit_group()
+            cute.arch.cp_async_wait_group(0)
+            self.finish(found, first, turn, self.statistics(found, first, parity))
         else:
-            sums = [Float32(0.0) for _ in range(self.config.vectors)]
-            for c in cutlass.range(self.chunks, unroll=1):
-                terms = self.terms(self.body.load(self.spot(first, c)))
-                sums = [a + b for a, b in zip(sums, terms, strict=True)]
-            statistics = self.statistics(first, sums)
-            for c in cutlass.range(self.chunks, unroll=1):
-                back = self.chunks - 1 - c
-                self.finish(self.body.load(self.spot(first, back)), first, back, statistics)
-
-    def spot(self, first: Int32, chunk: Int32) -> Spot:
-        column = chunk * self.config.columns + self.column
-        return Spot(self.problem, self.config.vectors, first + self.row, column, self.live, self.exists)
+            self.finish(self.body.load(spot), first, turn, [None] * self.config.vectors)
 
     @cute.jit
-    def terms(self, found):  # type: ignore[no-untyped-def]
-        """This thread's part of each of its rows' sums."""
-        terms = []
-        for i in cutlass.range_constexpr(self.config.vectors):
-            term = self.body.term(found, i)
-            terms.append(term if found.spot.inside else Float32(0.0))
-        return terms
-
-    @cute.jit
-    def statistics(self, first: Int32, sums):  # type: ignore[no-untyped-def]
-        """Of each of the thread's rows, from its own part of the row's sum: in a fixed order over lanes, then warps."""
+    def statistics(self, found, first: Int32, parity: Int32):  # type: ignore[no-untyped-def]
+        """Of each of the thread's rows, from sums in a fixed order: over lanes, then warps, then thread blocks."""
         config = self.config
-        cute.arch.sync_threads()
+        if cutlass.const_expr(self.sums):
+            self.collect(found)
         for i in cutlass.range_constexpr(config.vectors):
-            total = sums[i]
+            total = self.body.term(found, i) if found.spot.inside else Float32(0.0)
             distance = 1
             while cutlass.const_expr(distance < config.lanes):
                 total += cute.arch.shuffle_sync_bfly(total, distance)
@@ -196,21 +209,55 @@ class Tile(Fixed):
             if self.lane % config.lanes == 0:
                 self.partial[self.row + i, self.warp_across] = total
         cute.arch.sync_threads()
-        found = []
-        for i in cutlass.range_constexpr(config.vectors):
+        if self.thread < config.rows:
             total = Float32(0.0)
             for warp in cutlass.range_constexpr(config.warps_across):
-                total += self.partial[self.row + i, warp]
-            found.append(self.body.statistic(total, self.named.get("eps")))
+                total += self.partial[self.thread, warp]
+            self.share(total, parity)
+        self.meet()
+        statistics = []
+        for i in cutlass.range_constexpr(config.vectors):
+            total = Float32(0.0)
+            for chunk in cutlass.range_constexpr(self.chunks):
+                total += self.totals[self.row + i, chunk, parity]
+            statistics.append(self.body.statistic(total, self.named.get("eps")))
         if cutlass.const_expr(self.problem.body == "rms_norm" and not self.measures):
-            if self.column == 0:
+            if self.chunk == 0 and self.column == 0:
                 for i in cutlass.range_constexpr(config.vectors):
                     if first + self.row + i < self.exists:
-                        self.named["rstd"][first + self.row + i] = found[i]
-        return found
+                        self.named["rstd"][first + self.row + i] = statistics[i]
+        return statistics
 
     @cute.jit
-    def finish(self, found, first: Int32, chunk: Int32, statistics) -> None:  # type: ignore[no-untyped-def]
+    def share(self, total: Float32, parity: Int32) -> None:
+        """Stores the total of a row of this thread block, which the thread's number is, in the cluster's blocks. Those
+        of the step before may still be read."""
+        if cutlass.const_expr(self.chunks == 1):
+            self.totals[self.thread, 0, parity] = total
+        else:
+            for block in cutlass.range_constexpr(self.chunks):
+                place = self.totals.iterator + self.totals.layout((self.thread, self.chunk, parity))
+                there = cute.arch.map_dsmem_ptr(place, block).toint()
+                cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[there, total])
+
+    @cute.jit
+    def join(self) -> None:
+        """Waits until all thread blocks of the cluster run: their shared memory is there."""
+        if cutlass.const_expr(self.chunks > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+
+    @cute.jit
+    def meet(self) -> None:
+        """Waits for all threads of the cluster."""
+        if cutlass.const_expr(self.chunks == 1):
+            cute.arch.sync_threads()
+        else:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+
+    @cute.jit
+    def finish(self, found, first: Int32, turn: Int32, statistics) -> None:  # type: ignore[no-untyped-def]
         """Body, addends, stores and copies of what has been loaded."""
         problem, spot = self.problem, found.spot
         result = cute.make_rmem_tensor((VECTOR, self.config.vectors), BFloat16)
@@ -220,10 +267,11 @@ class Tile(Fixed):
             self.store(result, self.named["y"], spot)
         if cutlass.const_expr(problem.body == "split"):
             self.split(result, spot)
-        if cutlass.const_expr(self.sums):
-            self.collect(found, chunk)
+        if cutlass.const_expr(problem.body == "dispatch" and problem.weighted and not self.measures):
+            self.weigh(found, first)
         for a in cutlass.range_constexpr(problem.addends):
-            found.row(f"addend{a}", self.named[f"addend{a}"])
+            if cutlass.const_expr(not problem.statistic):
+                found.row(f"addend{a}", self.named[f"addend{a}"])
             for i in cutlass.range_constexpr(self.config.vectors):
                 total = result[None, i].load().to(Float32) + found.floats(f"addend{a}", i)
                 result[None, i].store(total.to(BFloat16))
@@ -238,7 +286,7 @@ class Tile(Fixed):
                 if cutlass.const_expr(self.measures):
                     copy.measure(result, group)
                 else:
-                    copy.write(result, spot, first, chunk, group, self.entry)
+                    copy.write(result, spot, first, turn, self.chunk, group, self.entry)
 
     @cute.jit
     def group(self, first: Int32) -> Int32:
@@ -259,6 +307,17 @@ class Tile(Fixed):
                 cute.autovec_copy(values[None, i], line(tensor, spot, i))
 
     @cute.jit
+    def weigh(self, found, first: Int32) -> None:  # type: ignore[no-untyped-def]
+        """Dispatch: each row's router weight, 0 of padding."""
+        if self.chunk == 0 and self.column == 0:
+            for i in cutlass.range_constexpr(self.config.vectors):
+                choice, weight = found.choices[i], Float32(0.0)
+                if choice >= 0:
+                    weight = self.named["weights"][choice // self.problem.topk, choice % self.problem.topk]
+                if found.spot.alive[i]:
+                    self.named["row_weight"][first + self.row + i] = weight
+
+    @cute.jit
     def split(self, values, spot) -> None:  # type: ignore[no-untyped-def]
         at = self.problem.at
         for i in cutlass.range_constexpr(self.config.vectors):
@@ -270,12 +329,12 @@ class Tile(Fixed):
 
     @cute.jit
     def clear(self) -> None:
-        for column in cutlass.range(self.thread, self.problem.width, self.config.threads, unroll=1):
+        for column in cutlass.range(self.thread, self.config.columns, self.config.threads, unroll=1):
             self.gradient[column] = Float32(0.0)
         cute.arch.sync_threads()
 
     @cute.jit
-    def collect(self, found, chunk: Int32) -> None:  # type: ignore[no-untyped-def]
+    def collect(self, found) -> None:  # type: ignore[no-untyped-def]
         """Adds the tile's part of the weight gradient; the first lanes of a warp own its columns."""
         config, spot = self.config, found.spot
         total = cute.make_rmem_tensor(VECTOR, Float32)
@@ -289,14 +348,16 @@ class Tile(Fixed):
                 total[j] += cute.arch.shuffle_sync_bfly(total[j], distance)
             distance *= 2
         if (self.lane < config.lanes) & spot.inside:
-            mine = vector(self.gradient, 0, spot.column)
+            mine = vector(self.gradient, 0, self.column)
             mine.store(mine.load() + total.load())
 
     @cute.jit
     def flush(self, stripe: Int32) -> None:
         cute.arch.sync_threads()
-        for column in cutlass.range(self.thread, self.problem.width, self.config.threads, unroll=1):
-            self.named["partial"][stripe, column] = self.gradient[column]
+        first = self.chunk * self.config.columns
+        for column in cutlass.range(self.thread, self.config.columns, self.config.threads, unroll=1):
+            if first + column < self.problem.width:
+                self.named["partial"][stripe, first + column] = self.gradient[column]
 
 
 class WeightGradient(Fixed):

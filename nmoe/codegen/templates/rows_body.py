@@ -6,7 +6,8 @@ Every result is rounded to BF16, as the op stores it, before anything further is
 from __future__ import annotations
 
 import cutlass
-from cutlass import BFloat16, Float32, Int32, Int64, cute
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, cute
+from cutlass.cute.nvgpu import cpasync
 
 from nmoe.codegen.problem import VECTOR
 from nmoe.codegen.rows import RowProblem
@@ -46,35 +47,62 @@ class Spot(Fixed):
 
 
 @cute.jit
-def gather(held: cute.Tensor, sources: list[cute.Tensor], spot: Spot) -> None:
+def gather(held: cute.Tensor, sources: list[cute.Tensor], spot: Spot, wanted=None) -> None:  # type: ignore[no-untyped-def]
     """Reads a vector a row; zeros where there is nothing. A result may lie where x does, so nothing else is touched."""
-    if spot.full:
+    full, alive = spot.full, spot.alive
+    if cutlass.const_expr(wanted is not None):
+        alive = [a & w for a, w in zip(alive, wanted, strict=True)]
+        for w in wanted:
+            full &= w
+    if full:
         for i in cutlass.range_constexpr(spot.vectors):
             cute.autovec_copy(sources[i], held[None, i])
     else:
         held.fill(0.0)
         for i in cutlass.range_constexpr(spot.vectors):
-            if spot.alive[i]:
+            if alive[i]:
                 cute.autovec_copy(sources[i], held[None, i])
 
 
-class Loaded(Fixed):
-    """BF16 registers [8, vectors] of each tensor that a body reads, and its FP32 columns."""
+@cute.jit
+def fetch(held: cute.Tensor, sources: list[cute.Tensor], spot: Spot) -> None:
+    """`gather` into shared memory, under way until the thread waits for it."""
+    atom = cute.make_copy_atom(
+        cpasync.CopyG2SOp(cpasync.LoadCacheMode.GLOBAL), BFloat16, num_bits_per_copy=16 * VECTOR
+    )
+    for i in cutlass.range_constexpr(spot.vectors):
+        if spot.alive[i]:
+            cute.copy(atom, sources[i], held[None, i])
+        else:
+            held[None, i].fill(0.0)
 
-    def __init__(self, spot: Spot) -> None:
-        self.spot = spot
+
+class Loaded(Fixed):
+    """BF16 [8, vectors] of each tensor that a body reads, in registers or `held`, shared memory [8, vectors, tensors];
+    and its FP32 columns."""
+
+    def __init__(self, spot: Spot, held: cute.Tensor | None = None) -> None:
+        self.spot, self.held = spot, held
         self.rows: dict[str, cute.Tensor] = {}
         self.columns: dict[str, cute.Tensor] = {}
         self.weights: list[Float32] = []  # swiglu: each row's router weight
+        self.choices: list[
+            Int32
+        ] = []  # dispatch: which choice of which token each row is, negative for padding
         self.rstd: list[Float32] = []  # rms_norm_bwd: each row's
         self.rotates = False  # rope: are these rotary columns?
 
     def row(self, name: str, tensor: cute.Tensor, shift: int = 0) -> None:
         self.put(name, [line(tensor, self.spot, i, shift) for i in range(self.spot.vectors)])
 
-    def put(self, name: str, sources: list[cute.Tensor]) -> None:
-        held = cute.make_rmem_tensor((VECTOR, len(sources)), sources[0].element_type)
-        gather(held, sources, self.spot)
+    def put(self, name: str, sources: list[cute.Tensor], wanted: list[Boolean] | None = None) -> None:
+        """`wanted`: which rows are not zero, of those that there are."""
+        if self.held is not None:
+            held = self.held[None, None, len(self.rows)]
+            fetch(held, sources, self.spot)
+        else:
+            held = cute.make_rmem_tensor((VECTOR, len(sources)), sources[0].element_type)
+            gather(held, sources, self.spot, wanted)
         self.rows[name] = held
 
     def column(self, name: str, tensor: cute.Tensor) -> None:
@@ -84,7 +112,9 @@ class Loaded(Fixed):
 
     def floats(self, name: str, i: int):  # type: ignore[no-untyped-def]
         """Row i in FP32."""
-        return self.rows[name][None, i].load().to(Float32)
+        row = cute.make_rmem_tensor(VECTOR, BFloat16)
+        cute.autovec_copy(self.rows[name][None, i], row)
+        return row.load().to(Float32)
 
 
 class RowBody(Fixed):
@@ -93,13 +123,23 @@ class RowBody(Fixed):
     def __init__(self, problem: RowProblem, named) -> None:  # type: ignore[no-untyped-def]
         self.problem, self.named = problem, named
 
-    def load(self, spot: Spot) -> Loaded:
-        """Everything that `value` and `term` need."""
-        found = Loaded(spot)
+    def load(self, spot: Spot, held: cute.Tensor | None = None) -> Loaded:
+        """Everything that `value` and `term` need; with `held`, the addends, too."""
+        found = Loaded(spot, held)
         kind, named = self.problem.body, self.named
         if kind == "embedding":
             tokens = [cutlass.max(named["tokens"][row], 0) for row in spot.source]
             found.put("x", [vector(named["table"], token, spot.column) for token in tokens])
+        elif kind == "dispatch":
+            found.choices = [named["row_source"][row] for row in spot.source]
+            found.put(
+                "x",
+                [
+                    vector(named["x"], cutlass.max(c, 0) // self.problem.topk, spot.column)
+                    for c in found.choices
+                ],
+                [c >= 0 for c in found.choices],
+            )
         elif kind == "concat":
             self._either(found)
         else:
@@ -116,6 +156,9 @@ class RowBody(Fixed):
             found.rstd = [named["rstd"][row] for row in spot.source]
         if kind == "rope":
             self._table(found)
+        if held is not None:
+            for i in range(self.problem.addends):
+                found.row(f"addend{i}", named[f"addend{i}"])
         return found
 
     @cute.jit

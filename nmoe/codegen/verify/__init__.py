@@ -1,7 +1,8 @@
 """`nmoe compile --verify`: kernels of the config's families on the PTX emulator, against an oracle.
 
 A family is a kernel's code path: its problem but for the sizes, and its config. Sizes are compiled in, so a small
-member of it is compiled and run, under warp schedules with race detection. An oracle is a module of this package with
+member of it is compiled and run, under warp schedules with race detection. Of a kernel in Triton its interpreter runs
+the source, in FP32. An oracle is a module of this package with
 
     case(problem, config, seed)      operands by name, results poisoned
     check(problem, before, after)    the largest error of each result as a share of its bound; raises Mismatch
@@ -17,16 +18,17 @@ from typing import Any
 import torch
 
 from nmoe import autotune
-from nmoe.codegen import compiler, families
+from nmoe.codegen import compiler, families, triton
 from nmoe.codegen.problem import Config, Problem
 from nmoe.codegen.spec import KernelSpec
-from nmoe.codegen.verify import gemm, routing, rows
+from nmoe.codegen.verify import attention, gemm, loss, optimizer, routing, rows
 from nmoe.codegen.verify.base import Mismatch, Tensors
 from nmoe.errors import UserError
 
 ORACLES: dict[str, ModuleType] = {  # by Problem.family
     "gemm": gemm, "moe_plan": routing, "dispatch": routing, "combine": routing, "router": routing,
-    "router_bwd": routing, "rows": rows,
+    "router_bwd": routing, "rows": rows, "attention": attention,
+    "cross_entropy": loss, "adamw": optimizer,
 }  # fmt: skip
 SCHEDULES = (1, 2)
 
@@ -42,6 +44,13 @@ def launch(function: Any, problem: Problem, config: Config, tensors: Tensors, se
     return {n: t.torch if isinstance(tensors[n], torch.Tensor) else t for n, t in held.items()}
 
 
+def interpret(problem: Problem, config: Config, target: str, tensors: Tensors) -> Tensors:
+    """The operands after a Triton kernel's launches in its interpreter."""
+    after = {n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
+    triton.interpret(problem, config, target, after)
+    return after
+
+
 def run(function: Any, problem: Problem, config: Config, tensors: Tensors, seed: int) -> float:
     """The largest share of a bound after `launch`. Raises Mismatch, too."""
     after = launch(function, problem, config, tensors, seed)
@@ -53,17 +62,25 @@ def verify_family(problem: Problem, config: Config, target: str) -> str:
     foresaw, the exception."""
     worst = 0.0
     try:
-        function = compiler.trace(problem, config, target, "--generate-line-info")
+        function = None
+        if problem.language == "cutedsl":
+            function = compiler.trace(problem, config, target, "--generate-line-info")
         for seed in SCHEDULES:
-            case = ORACLES[problem.family].case(problem, config, seed)
-            worst = max(worst, run(function, problem, config, case, seed))
+            oracle = ORACLES[problem.family]
+            case = oracle.case(problem, config, seed)
+            if function is None:
+                shares = oracle.check(problem, case, interpret(problem, config, target, case))
+                worst = max(worst, *shares.values())
+            else:
+                worst = max(worst, run(function, problem, config, case, seed))
     except Mismatch as error:
         return f"differs: {error} (schedule {seed})"
     except UserError as error:
         return f"emulator error: {error} (schedule {seed})"
     except Exception as error:
         return f"failed: {type(error).__name__}: {error}"
-    return f"ok: {worst:.3g} of the bound, {len(SCHEDULES)} schedules"
+    how = "in Triton's interpreter" if function is None else f"{len(SCHEDULES)} schedules"
+    return f"ok: {worst:.3g} of the bound, {how}"
 
 
 def verify(specs: Sequence[KernelSpec], report: Callable[[str], None], root: Path | None = None) -> int:

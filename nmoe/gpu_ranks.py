@@ -1,0 +1,139 @@
+"""The ranks of a run on the GPUs of one host, one process a GPU.
+
+Expert rows travel through symmetric memory (nmoe/rdep), gradients through NCCL, once a step, and the few numbers that
+the host decides by through shared memory, as on the CPU. Every wait is bounded, on the device too; what a rank meets
+is raised before anything is added up, and so before the optimizer changes anything.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nmoe.binding import Launcher
+from nmoe.config import Config
+from nmoe.errors import UserError
+from nmoe.executor import Implementations
+from nmoe.model import bind_dims, row_align
+from nmoe.ranks import Ranks
+from nmoe.rdep.device import Group
+from nmoe.rdep.device_layer import DeviceLayer
+from nmoe.rdep.shm import Shm
+from nmoe.rdep.symmetric import Heap
+from nmoe.rdep.transport import Buffer
+
+BACKEND = "cpu:gloo,cuda:nccl"
+PATIENCE = 1000  # looks, at least 0.05 s, between two at the other ranks
+_Error = TypeVar("_Error", bound=BaseException)
+
+
+def prepare(target: str) -> None:
+    """Before the processes meet: makes the GPU of torchrun's LOCAL_RANK current. Raises UserError when there are fewer
+    GPUs than processes."""
+    rank, processes = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if (found := torch.cuda.device_count()) < processes:
+        raise UserError(
+            f'{processes} processes for [target] device = "{target}", one a GPU: this host has {found}; start '
+            f"`torchrun --nproc-per-node {max(found, 1)}` or see CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(rank)
+    # Waits are ours (`_await`), and name who is missing; by default NCCL's own timeout aborts the process.
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+
+
+class GpuRanks(Ranks):
+    """Use as a context: leaving it without an error ends NCCL and NVSHMEM. Those ends are collective, so after an
+    error the process leaves them out, and so does its exit."""
+
+    def __init__(self, transport: Shm, config: Config, sequences: int) -> None:
+        super().__init__(transport, config.rdep.ranks)
+        self._config, self._dims = config, bind_dims(config, sequences)
+        self._heap: Heap | None = None
+        self._names: list[str] = []
+        shares = [list(range(share, self.world, self.group)) for share in range(self.group)]
+        self._holders = [
+            dist.new_group(ranks, backend="nccl") for ranks in shares if 1 < len(ranks) < self.world
+        ]
+
+    def place(
+        self, arena_bytes: int, device: torch.device, launcher: Launcher | None
+    ) -> tuple[Tensor, Implementations]:
+        moe, target = self._config.moe, self._config.target.device
+        if self.group == 1 or moe is None:
+            return torch.empty(arena_bytes, dtype=torch.uint8, device=device), {}
+        assert launcher is not None
+        width, dims = self._config.model.hidden_size, self._dims
+        align = row_align(self._config)
+        group = Group(self.group, moe.experts, dims["T"], moe.topk, dims["R"], align, (2 * width,), width)
+        buffers = group.mailboxes() | {"arena": Buffer((arena_bytes,), torch.uint8)}
+        self._heap = Heap(buffers, self._group, timeout=self._config.rdep.timeout)
+        layer = DeviceLayer(group, self._heap, launcher, target)
+        self._names = layer.names
+        return self._heap["arena"], layer.implementations
+
+    def add_everywhere(self, tensor: Tensor) -> None:
+        if tensor.is_cuda:
+            self._all_reduce(tensor, dist.group.WORLD)
+        else:
+            super().add_everywhere(tensor)
+
+    def add_replicas(self, tensor: Tensor) -> None:
+        if len(self._replicas) > 1:
+            self._all_reduce(tensor, self._holders[self.share] if self._holders else dist.group.WORLD)
+
+    def _all_reduce(self, tensor: Tensor, group: Any) -> None:
+        """By NCCL, after what the kernels of this rank reported has been raised."""
+        ended = torch.cuda.Event()
+        ended.record()
+        self._await(ended.query, math.inf)  # a kernel's own waits are bounded
+        if self._heap:
+            self._heap.check(self._names)
+        self.arrive()
+        work = dist.all_reduce(tensor, group=group, async_op=True)
+        self._await(work.is_completed, self._config.rdep.timeout)
+        work.wait()  # orders the stream
+
+    def _await(self, done: Callable[[], bool], timeout: float) -> None:
+        """Looks until something is done. Raises Missing at once when a rank has died, else after so many seconds."""
+        end, looks = time.monotonic() + timeout, 0
+        while not done():
+            looks += 1
+            if looks % PATIENCE == 0 and (self._transport.dead() or time.monotonic() > end):
+                raise self.missing()
+            time.sleep(5e-5)
+
+    def explain(self, error: _Error) -> _Error | UserError:
+        """What the kernels reported, or who is missing, when an error is what torch noticed of it."""
+        if self._heap and not isinstance(error, UserError):
+            try:
+                self._heap.check(self._names)
+            except UserError as cause:
+                return cause
+        return super().explain(error)
+
+    def __enter__(self) -> GpuRanks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+            atexit.register(_leave, code)
+            return
+        if self._heap:
+            self._heap.close()
+        dist.destroy_process_group()
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
