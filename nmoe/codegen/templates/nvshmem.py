@@ -60,11 +60,17 @@ class Nvshmem(Fixed):
 
         @cute.extern(name="nvshmemx_putmem_signal_nbi_block", source=source)
         def put(
-            to: byte, what: byte, size: Uint64, flag: word, value: Uint64, how: Int32, peer: Int32
+            to: byte,  # type: ignore[valid-type]
+            what: byte,  # type: ignore[valid-type]
+            size: Uint64,
+            flag: word,  # type: ignore[valid-type]
+            value: Uint64,
+            how: Int32,
+            peer: Int32,
         ) -> None: ...
 
         @cute.extern(name="nvshmemx_signal_op", source=source)
-        def signal(flag: word, value: Uint64, how: Int32, peer: Int32) -> None: ...
+        def signal(flag: word, value: Uint64, how: Int32, peer: Int32) -> None: ...  # type: ignore[valid-type]
 
         @cute.extern(name="nvshmem_quiet", source=source)
         def quiet() -> None: ...
