@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timing import median
+from timing import median, provenance
 
 from nmoe import autotune
 from nmoe.codegen import compiler
-from nmoe.codegen.cache import Cache, Entry
+from nmoe.codegen.cache import Cache
 from nmoe.codegen.gemm import GemmConfig, GemmProblem
 
 TARGET = "sm_90a"
@@ -92,10 +92,6 @@ def main() -> None:
         run(args.folder, args.json, args.check)
 
 
-def name_of(problem: GemmProblem, config: GemmConfig) -> str:
-    return compiler.problem_key(problem, config, TARGET)
-
-
 def build(folder: Path, workers: int, only_check: bool) -> None:
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
@@ -114,25 +110,17 @@ def _build_one(problem: GemmProblem, config: GemmConfig, folder: Path) -> str:
 def run(folder: Path, save: Path | None, only_check: bool) -> None:
     import torch
 
-    from nmoe.codegen.launch import Kernel
+    from nmoe.codegen.launch import CudaLauncher
     from nmoe.codegen.verify import gemm as verify
 
     device = torch.device("cuda")
-    properties = torch.cuda.get_device_properties(device)
-    sms = properties.multi_processor_count
-    print(f"{torch.cuda.get_device_name()}, {sms} SMs, torch {torch.__version__}")
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    results: dict[str, Any] = provenance()
+    launcher = CudaLauncher(Cache(folder))
 
-    def load(problem: GemmProblem, config: GemmConfig) -> Kernel:
-        entry: Entry | None = Cache(folder).get(name_of(problem, config), TARGET)
-        if entry is None:
-            raise SystemExit(f"no kernel for {problem} {config} in {folder}: run the build first")
-        return Kernel(entry)
-
-    def arguments(problem: GemmProblem, config: GemmConfig, tensors: dict[str, Any]) -> list[Any]:
+    def bound(problem: GemmProblem, config: GemmConfig, tensors: dict[str, Any]) -> Callable[[], None]:
         held = tensors | verify.workspace(problem, config, len(tensors["s"]), "cuda")
-        operands = [held[o.name] for o in problem.operands(config)]
-        return [*operands, problem.clusters(config, sms), torch.cuda.current_stream().cuda_stream]
+        return launcher.bind(problem, config, TARGET, [held[o.name] for o in problem.operands(config)])
 
     def cublas() -> float:
         a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -143,14 +131,13 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
     for i, problem in enumerate(odd_problems()):
         configs = problem.configs(TARGET)
         config = configs[i % len(configs)]
-        kernel = load(problem, config)
         for seed, counts in enumerate(COUNTS):
             rows = [max(c, problem.dense) for c in (counts * problem.groups)[: problem.groups]]
             before = verify.inputs(problem, rows, seed, spare=192, device="cuda")
             first = None
             for _ in range(3):
                 after = {name: t.clone() for name, t in before.items()}
-                kernel(*arguments(problem, config, after))
+                bound(problem, config, after)()
                 torch.cuda.synchronize()
                 bits = [
                     after[name].view(torch.uint8).clone() for name in (*problem.stored, "ds") if name in after
@@ -160,9 +147,10 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
                 )
                 first = bits
             captured = {name: t.clone() for name, t in before.items()}
+            launch = bound(problem, config, captured)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                kernel(*arguments(problem, config, captured))
+                launch()
             graph.replay()
             torch.cuda.synchronize()
             replayed = [captured[n].view(torch.uint8) for n in (*problem.stored, "ds") if n in captured]
@@ -191,22 +179,21 @@ def run(folder: Path, save: Path | None, only_check: bool) -> None:
             work_flops = problem.flops(tokens * topk)
             times = {}
             for i, config in enumerate(problem.configs(TARGET)):
-                kernel = load(problem, config)
                 tensors = {name: t.clone() for name, t in before.items()}
-                ready = arguments(problem, config, tensors)
-                kernel(*ready)
+                launch = bound(problem, config, tensors)
+                launch()
                 torch.cuda.synchronize()
                 if i == 0:
                     share = max(verify.check(problem, before, tensors).values())
                 bits = [tensors[name].view(torch.uint8).clone() for name in problem.stored]
                 if problem.epilogue != "accumulate":
                     for _ in range(20):
-                        kernel(*ready)
+                        launch()
                     assert all(torch.equal(tensors[n].view(torch.uint8), x)
                                for n, x in zip(problem.stored, bits, strict=True)), "not repeatable"  # fmt: skip
                 del bits
-                times[config] = median(partial(kernel, *ready))
-                del tensors, ready
+                times[config] = median(launch)
+                del tensors, launch
             best = min(times, key=times.__getitem__)
             chosen, _ = autotune.choose(problem, TARGET)
             reference = _torch_time(problem, before)

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from timing import median
+from timing import median, provenance
 
 from nmoe import binding, model
 from nmoe.codegen.build import build as build_kernels
@@ -42,8 +42,8 @@ from nmoe.codegen.launch import CudaLauncher
 from nmoe.codegen.spec import specs
 from nmoe.config import Config, layers, load
 from nmoe.differentiate import differentiate
-from nmoe.executor import Executor, allocate
-from nmoe.graph import Graph, Spec
+from nmoe.executor import Executor, allocate, empty
+from nmoe.graph import Graph, Op, Spec
 from nmoe.ops import OPS, nbytes
 from nmoe.ops.base import OpDef
 from nmoe.schedule import Kernels, Schedule, no_kernel, passes, place
@@ -174,10 +174,25 @@ class Runner:
         self.shape, self.schedule = shape, schedule
         self.tensors = allocate(schedule, device=DEVICE)
         arena = torch.full((schedule.arena_bytes,), 0xFF, dtype=torch.uint8, device=DEVICE)
-        given = None if choices is None else {"router": partial(route, choices)}
+        given = None if choices is None else {"router": partial(self.route, choices)}
         self.executor = Executor(schedule, self.tensors, arena, launcher, given)
         (self.dx,) = (op.inputs[0] for op in schedule.graph.ops if op.name == "dx")
         self.y = next(op.inputs[0] for op in schedule.graph.ops if op.name == "y")
+
+    def route(self, choices: torch.Tensor, op: Op, ins: list[Any], outs: list[Any]) -> Callable[[], None]:
+        """The router's reference math with the experts given."""
+        scratch = [empty(spec, DEVICE) for spec in self.schedule.scratch_specs(op)]
+        indices, weights, logits = outs[:3]
+
+        def run() -> None:
+            OPS["router"].reference(op.attrs, ins, outs, scratch)
+            indices.copy_(choices)
+            weights.copy_(scores(op.attrs, logits).gather(1, choices.long()))
+            if op.attrs["normalize"]:
+                weights.div_(weights.sum(-1, keepdim=True))
+            weights.mul_(op.attrs["route_scale"])
+
+        return run
 
     def fill(self, seed: int) -> None:
         """The same BF16 values whatever the format of the tensors."""
@@ -214,17 +229,6 @@ class Runner:
     def results(self) -> dict[str, torch.Tensor]:
         found = {"y": self.executor.operand(self.y), "dx": self.executor.operand(self.dx)}
         return found | {n: t for n, t in self.tensors.items() if n.endswith(".grad")}
-
-
-def route(choices: torch.Tensor, attrs: Any, ins: Any, outs: Any, scratch: Any) -> None:
-    """The router's reference math with the experts given."""
-    OPS["router"].reference(attrs, ins, outs, scratch)
-    indices, weights, logits = outs[:3]
-    indices.copy_(choices)
-    weights.copy_(scores(attrs, logits).gather(1, choices.long()))
-    if attrs["normalize"]:
-        weights.div_(weights.sum(-1, keepdim=True))
-    weights.mul_(attrs["route_scale"])
 
 
 def scores(attrs: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -460,7 +464,7 @@ def run(folder: Path, precision: str, only: str, repeats: int, save: Path | None
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {precision}, {repeats} replays each")
     launcher = CudaLauncher(Cache(folder))
     kernels = binding.kernels(TARGET, folder)
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    results: dict[str, Any] = provenance()
     print(binding.by_torch(schedule_of(LARGE["moonlet"], precision, kernels)))
     right = wrong = 0
     for seed, (name, shape) in enumerate(shapes(precision, only).items()):

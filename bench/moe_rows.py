@@ -82,13 +82,14 @@ def build(folder: Path) -> None:
 class Bench:
     def __init__(self, folder: Path) -> None:
         import torch
+        from timing import provenance
 
         from nmoe.codegen.launch import CudaLauncher
 
         self.torch, self.device = torch, torch.device("cuda")
         self.launcher = CudaLauncher(Cache(folder))
         name = torch.cuda.get_device_name()
-        self.results: dict[str, Any] = {"device": name, "torch": torch.__version__}
+        self.results: dict[str, Any] = provenance()
         sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         print(f"{name}, {sms} SMs, torch {torch.__version__}")
 

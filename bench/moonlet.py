@@ -2,15 +2,19 @@
 
     python bench/moonlet.py build DIR     compile the kernels into DIR; needs no GPU
     python bench/moonlet.py run DIR       on the GPU
+    python bench/moonlet.py text DIR      on the GPU: the loss on the quickstart's text, its shards in DIR/data/stdlib
+    python bench/moonlet.py peer DIR      on the GPU: transformers' DeepSeek-V3 of the same config
 
 Width, vocabulary, sequence length and micro-batch are configs/moonlet.toml's; the layers are one dense and LAYERS of
 its eleven MoE layers, a step is two micro-batches of random tokens. MFU is by the FLOPs that the model needs
-(nmoe/predict.py) and the data sheet's 989 TFLOP/s.
+(nmoe/predict.py) and the data sheet's 989 TFLOP/s. The peer runs forward and backward in BF16 with torch's grouped
+GEMMs and SDPA, eager and without an optimizer, on as many sequences at once as fit, and compares with a micro-batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import statistics
@@ -21,19 +25,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from timing import median
 from torch.profiler import ProfilerActivity, profile
 
-from nmoe import binding, devices
+from nmoe import binding, devices, hf
 from nmoe.bench import synthetic
 from nmoe.codegen.build import build as build_kernels
 from nmoe.codegen.build import format_build
 from nmoe.config import Config, load
+from nmoe.data.loader import Loader
 from nmoe.executor import executor_bytes
 from nmoe.predict import model_flops
 from nmoe.step import Step
 
 CONFIG = Path(__file__).parents[1] / "configs" / "moonlet.toml"
-TARGET, PRECISION, LAYERS, STEPS = "sm_90a", "bf16", 4, 8
+TARGET, PRECISION, LAYERS, STEPS, TEXT_STEPS = "sm_90a", "bf16", 4, 8, 40
 
 
 def config() -> Config:
@@ -152,11 +158,11 @@ def run() -> None:
     losses, taken = steps(step, STEPS)
     bits = fingerprint(step)
     print(f"losses {' '.join(f'{loss:.4f}' for loss in losses)}; ms {' '.join(f'{ms:.0f}' for ms in taken)}")
-    median = statistics.median(taken[2:])
+    middle = statistics.median(taken[2:])
     tokens = found.train.batch_size * found.train.seq_len
     flops = step.micro_batches * model_flops(found, step.schedule)
     peak = devices.of_target(TARGET).peak[PRECISION]
-    print(f"step {median:.1f} ms, {1e3 * tokens / median:,.0f} tokens/s, MFU {1e5 * flops / median / peak:.1f} %, "
+    print(f"step {middle:.1f} ms, {1e3 * tokens / middle:,.0f} tokens/s, MFU {1e5 * flops / middle / peak:.1f} %, "
           f"{flops / 1e12:.0f} TFLOP; graph {step.executors[0].captured}; "
           f"peak memory {torch.cuda.max_memory_reserved() / 1e9:.1f} GB", flush=True)  # fmt: skip
     micro = micro_batch_milliseconds(step)
@@ -175,14 +181,70 @@ def run() -> None:
           f"masters {'equal' if fingerprint(step) == bits else 'DIFFER'} bit for bit", flush=True)  # fmt: skip
 
 
+def text(folder: Path) -> None:
+    """A short run on real text; its tokenizer has 4096 tokens, so most of the vocabulary stays unused."""
+    found, source = config(), load(CONFIG.with_name("quickstart.toml"))
+    found = replace(
+        found,
+        data=replace(source.data, dir=str(folder / "data" / "stdlib")),
+        train=replace(found.train, steps=TEXT_STEPS),
+        optim=replace(found.optim, warmup_tokens=10 * found.train.batch_size * found.train.seq_len),
+    )
+    step = started(found)
+    data = Loader(
+        found.data, seed=0, seq_len=found.train.seq_len, batch_size=found.train.batch_size,
+        vocab_size=found.model.vocab_size, micro_batch_size=found.train.micro_batch_size,
+    )  # fmt: skip
+    losses = [step.run(index, data.batch(index)).losses["main"] for index in range(TEXT_STEPS)]
+    pieces = int((data.batch(0).positions == 0).sum())
+    print(f"{found.train.batch_size * found.train.seq_len / pieces:.0f} tokens of a document on average")
+    shown = [*range(0, TEXT_STEPS, 5), TEXT_STEPS - 1]
+    print("loss on text by step: " + ", ".join(f"{i + 1}: {losses[i]:.3f}" for i in shown))
+
+
+def peer() -> None:
+    import transformers
+
+    found = config()
+    described = hf._config_json(found, torch.bfloat16, None)
+    described = {k: v for k, v in described.items() if k not in ("architectures", "dtype")}
+    described["router_aux_loss_coef"] = 0.0
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**described),
+            attn_implementation="sdpa", experts_implementation="grouped_mm",
+        ).train()  # fmt: skip
+    count = sum(p.numel() for p in model.parameters())
+    print(f"transformers {transformers.__version__}: {count / 1e9:.2f} B parameters")
+    for sequences in (4, 2, 1):
+        tokens = torch.randint(found.model.vocab_size, (sequences, found.train.seq_len), device="cuda")
+
+        def both(tokens: torch.Tensor = tokens) -> None:
+            model.zero_grad()
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+
+        taken = 0.0
+        with contextlib.suppress(torch.OutOfMemoryError):
+            taken = median(both, 5)
+        if taken:
+            rate, memory = 1e3 * tokens.numel() / taken, torch.cuda.max_memory_reserved() / 1e9
+            print(
+                f"{sequences} sequences, forward and backward: {taken:.1f} ms, {rate:,.0f} tokens/s, {memory:.1f} GB"
+            )
+            return
+        print(f"{sequences} sequences: out of memory", flush=True)
+        torch.cuda.empty_cache()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("action", choices=("build", "run"))
+    parser.add_argument("action", choices=("build", "run", "text", "peer"))
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     os.environ["NMOE_HOME"] = str(args.folder)  # where the trainer looks for kernels
-    if args.action == "run":
-        run()
+    if args.action != "build":
+        {"run": run, "text": lambda: text(args.folder), "peer": peer}[args.action]()
         return
     found = list(binding.needed(config(), [binding.lowered(config())]))
     made = build_kernels(found, args.folder / "kernels", progress=sys.stderr)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timing import provenance
 
 from nmoe.codegen import compiler
 from nmoe.codegen.cache import Cache
@@ -76,7 +77,7 @@ def main() -> None:
             entry = compiler.compile_problem(problem, config, TARGET, Cache(args.folder))
             print(f"[{i}/{len(pairs)}] {problem} {config}: {entry.report['seconds']} s", flush=True)
         return
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    results: dict[str, Any] = provenance()
     for name in args.parts:
         begin = time.monotonic()
         results[name] = part(name, args.folder)

@@ -28,7 +28,7 @@ ROW, COL = (Copy("mxfp8", axis, "rows") for axis in (1, 0))
 FP4_ROW, FP4_COL = Copy("nvfp4", 1, "rows"), Copy("nvfp4", 0, "rows", hadamard=True)
 T, R = 32768, 98304
 
-CASES: list[tuple[RowProblem, int]] = [  # moonlet's, and rows of the dynamic extent
+CASES: list[tuple[RowProblem, int]] = [  # moonlet's and dsv3's, and rows of the dynamic extent
     (RowProblem("load", 2816, 2048, 64, keeps_body=False, copies=(ROW, COL)), 0),
     (RowProblem("load", 22528, 2048, keeps_body=False, copies=(ROW, COL)), 0),
     (RowProblem("load", TOKENS, 4096, keeps_body=False, copies=(COL, ROW)), T),
@@ -43,6 +43,10 @@ CASES: list[tuple[RowProblem, int]] = [  # moonlet's, and rows of the dynamic ex
     (RowProblem("rms_norm_bwd", TOKENS, 2048), T),
     (RowProblem("rms_norm_bwd", TOKENS, 2048, addends=1, keeps_body=False, keeps_sum=True), T),
     (RowProblem("rms_norm_bwd", TOKENS, 2048, addends=1, keeps_body=False, keeps_sum=True, copies=(COL, ROW)), T),
+    (RowProblem("rms_norm", TOKENS, 7168, keeps_body=False, copies=(COL, ROW)), T // 2),
+    (RowProblem("rms_norm_bwd", TOKENS, 7168, addends=1, keeps_body=False, keeps_sum=True, copies=(COL, ROW)), T // 2),
+    (RowProblem("load", ROWS, 7168, keeps_body=False, copies=(ROW, COL), segments=32), 65536),
+    (RowProblem("swiglu", ROWS, 2048, weighted=True, keeps_body=False, copies=(COL, ROW), segments=32), 65536),
     (RowProblem("swiglu", ROWS, 1408, weighted=True), R),
     (RowProblem("swiglu", ROWS, 1408, weighted=True, keeps_body=False, copies=(COL,), segments=64), R),
     (RowProblem("swiglu", TOKENS, 2816, keeps_body=False, copies=(COL,)), T),
@@ -58,12 +62,15 @@ CASES: list[tuple[RowProblem, int]] = [  # moonlet's, and rows of the dynamic ex
 
 def tried(problem: RowProblem) -> list[RowConfig]:
     """Configs to compare with the chosen one."""
-    if problem.statistic and problem.columns:
-        sizes = [(8, 8, 1, 16, 1), (8, 8, 1, 4, 4)]
+    if problem.two_passes:
+        sizes = [(8, 16, 2, 2, 3), (8, 16, 1, 4, 3), (16, 16, 1, 4, 3)]
+    elif problem.statistic and problem.columns:
+        sizes = [(8, 8, 1, 8, 2), (8, 8, 1, 4, 3), (8, 8, 1, 4, 4), (4, 4, 1, 8, 3), (4, 4, 1, 16, 1)]
     elif problem.columns:
-        sizes = [(8, 8, 4, 2, 3), (8, 8, 1, 8, 2)]
+        sizes = [(8, 8, 1, 4, 4), (8, 8, 2, 2, 4), (4, 4, 4, 4, 2)]
     elif problem.statistic:
-        sizes = [(32, 2, 1, 8, 4), (32, 1, 1, 8, 6), (32, 2, 1, 14, 2)]
+        across = problem.configs(TARGET)[0].warps_across
+        sizes = [(32, 4, 1, across, 4), (32, 2, 1, across, 6), (32, 8, 1, across, 2)]
     else:
         sizes = [(32, 1, 1, 8, 8), (32, 2, 1, 8, 4)]
     return [RowConfig(*size) for size in sizes]
@@ -96,6 +103,7 @@ def main() -> None:
 
 def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, every: bool) -> None:
     import torch
+    from timing import provenance
 
     from nmoe.codegen.launch import CudaLauncher
     from nmoe.codegen.verify import rows as verify
@@ -103,7 +111,7 @@ def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, ev
     device, launcher = torch.device("cuda"), CudaLauncher(Cache(folder))
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}")
-    results: dict[str, Any] = {"device": name, "torch": torch.__version__}
+    results: dict[str, Any] = provenance()
 
     def milliseconds(calls: list[Callable[[], Any]]) -> float:
         """Of one call; the calls take turns."""

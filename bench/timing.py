@@ -1,12 +1,22 @@
-"""Times on a GPU, for the benches beside it."""
+"""Times on a GPU, and what they were taken on, for the benches beside it."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from datetime import date
 from typing import Any
 
 import torch
+
+
+def provenance() -> dict[str, Any]:
+    """What a result says of its origin."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }
 
 
 def median(call: Callable[[], Any], repeats: int = 11) -> float:

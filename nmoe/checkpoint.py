@@ -46,6 +46,7 @@ class Checkpointer:
     `dir` belongs to one run at a time; to read from it meanwhile is safe. Tensors are known by name. With
     `world` > 1 every method is collective, `dir` is shared by all ranks, and tensors of one name on several ranks
     are replicas, of which one is written.
+    `on_collective` is called, from any thread, before each collective of gloo.
     An error of a background write is raised, as CheckpointError, by the next call of any method but `steps`.
     """
 
@@ -57,6 +58,7 @@ class Checkpointer:
         rank: int = 0,
         world: int = 1,
         on_warning: Callable[[str], None] = _log.warning,
+        on_collective: Callable[[], None] = lambda: None,
     ) -> None:
         if keep < 1:
             raise CheckpointError(f"[checkpoint] keep = {keep}: at least 1 checkpoint must stay")
@@ -64,7 +66,7 @@ class Checkpointer:
         self._keep = keep
         self._rank = rank
         self._group = dist.new_group(backend="gloo") if world > 1 else None
-        self._warn = on_warning
+        self._warn, self._collective = on_warning, on_collective
         self._staged: dict[str, Tensor] = {}
         self._damaged: set[int] = set()  # steps found damaged by `load`; retention does not count them
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -105,6 +107,7 @@ class Checkpointer:
             check(meta)
         reader = FileSystemReader(path)
         self._require_match(path, reader.read_metadata().state_dict_metadata, tensors)
+        self._collective()
         into = {name: tensor.detach() for name, tensor in tensors.items()}
         dcp.load(into, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         return step, meta
@@ -148,6 +151,7 @@ class Checkpointer:
     def _write(self, step: int, meta: str) -> None:
         target = self._dir / f"step_{step:08d}"
         temporary = self._on_first_rank(lambda: self._prepare(target))
+        self._collective()
         try:
             writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
             dcp.save(
@@ -272,6 +276,7 @@ class Checkpointer:
             except Exception as e:
                 outcome[1] = e
         if self._group is not None:
+            self._collective()
             dist.broadcast_object_list(outcome, group_src=0, group=self._group)
         if outcome[1] is not None:
             raise outcome[1]
@@ -281,6 +286,7 @@ class Checkpointer:
         """`words` of every rank."""
         if self._group is None:
             return [words]
+        self._collective()
         gathered: list[list[str]] = [[] for _ in range(self._group.size())]
         dist.all_gather_object(gathered, words, group=self._group)
         return gathered

@@ -7,6 +7,7 @@ run diverged (NaN or Inf) and stopped; 130 interrupted, after a checkpoint.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -202,3 +203,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nmoe: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read what is printed (head, less) has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

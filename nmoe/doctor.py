@@ -53,7 +53,7 @@ def report() -> list[Finding]:
         ("CuTeDSL", lambda: [_package("nvidia-cutlass-dsl", "kernels cannot be compiled", GPU_EXTRA)]),
         (
             "triton",
-            lambda: [_package("triton", "kernels' reports lack what its disassembler tells", GPU_EXTRA)],
+            lambda: [_package("triton", "attention, loss and optimizer cannot be compiled", GPU_EXTRA)],
         ),
         ("nvshmem", lambda: [_nvshmem()]),
         ("gcc", lambda: [_gcc()]),

@@ -8,8 +8,11 @@ is raised before anything is added up, and so before the optimizer changes anyth
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import sys
+import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +32,7 @@ from nmoe.rdep.symmetric import Heap
 from nmoe.rdep.transport import Buffer
 
 BACKEND = "cpu:gloo,cuda:nccl"
+PATIENCE = 1000  # looks, at least 0.05 s, between two at the other ranks
 _Error = TypeVar("_Error", bound=BaseException)
 
 
@@ -42,8 +46,8 @@ def prepare(target: str) -> None:
             f"`torchrun --nproc-per-node {max(found, 1)}` or see CUDA_VISIBLE_DEVICES"
         )
     torch.cuda.set_device(rank)
-    # A rank that never comes is then an error of the call that waits for it; by default NCCL ends the process.
-    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
+    # Waits are ours (`_await`), and name who is missing; by default NCCL's own timeout aborts the process.
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
 
 
 class GpuRanks(Ranks):
@@ -87,11 +91,25 @@ class GpuRanks(Ranks):
             self._all_reduce(tensor, self._holders[self.share] if self._holders else dist.group.WORLD)
 
     def _all_reduce(self, tensor: Tensor, group: Any) -> None:
-        """By NCCL, whose time begins once this rank's device is done with what came before."""
-        torch.cuda.synchronize()
+        """By NCCL, after what the kernels of this rank reported has been raised."""
+        ended = torch.cuda.Event()
+        ended.record()
+        self._await(ended.query, math.inf)  # a kernel's own waits are bounded
         if self._heap:
             self._heap.check(self._names)
-        dist.all_reduce(tensor, group=group)
+        self.arrive()
+        work = dist.all_reduce(tensor, group=group, async_op=True)
+        self._await(work.is_completed, self._config.rdep.timeout)
+        work.wait()  # orders the stream
+
+    def _await(self, done: Callable[[], bool], timeout: float) -> None:
+        """Looks until something is done. Raises Missing at once when a rank has died, else after so many seconds."""
+        end, looks = time.monotonic() + timeout, 0
+        while not done():
+            looks += 1
+            if looks % PATIENCE == 0 and (self._transport.dead() or time.monotonic() > end):
+                raise self.missing()
+            time.sleep(5e-5)
 
     def explain(self, error: _Error) -> _Error | UserError:
         """What the kernels reported, or who is missing, when an error is what torch noticed of it."""
@@ -100,7 +118,7 @@ class GpuRanks(Ranks):
                 self._heap.check(self._names)
             except UserError as cause:
                 return cause
-        return self.missing() if isinstance(error, dist.DistBackendError) else super().explain(error)
+        return super().explain(error)
 
     def __enter__(self) -> GpuRanks:
         return self

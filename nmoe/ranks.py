@@ -22,7 +22,7 @@ from nmoe.rdep.layer import Layer
 from nmoe.rdep.shm import Shm
 from nmoe.rdep.sums import Sums
 from nmoe.rdep.transfer import Transfers
-from nmoe.rdep.transport import Local, Missing, Part, Transport
+from nmoe.rdep.transport import Local, Missing, Part
 
 _Error = TypeVar("_Error", bound=BaseException)
 
@@ -31,8 +31,8 @@ class Ranks:
     """This process, `rank` of `world`. Each `group` consecutive ranks share one set of experts, of which this one holds
     share number `share`; the ranks of the other groups that hold the same are its replicas."""
 
-    def __init__(self, transport: Transport | None = None, group: int = 1) -> None:
-        transport = transport or Local({})
+    def __init__(self, shm: Shm | None = None, group: int = 1) -> None:
+        transport = shm or Local({})
         self.rank, self.world, self.group = transport.rank, transport.ranks, group
         self.share = self.rank % group
         first = self.rank - self.share
@@ -80,8 +80,13 @@ class Ranks:
         """Rank 0's value."""
         box = [value]
         if self.world > 1:
+            self.arrive()
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def arrive(self) -> None:
+        """Call it before a collective of gloo or NCCL: who has come to fewer is late."""
+        self._transport.arrive()
 
     def explain(self, error: _Error) -> _Error | UserError:
         """Who is missing, when an error is what gloo noticed of it; any other error as it is."""
@@ -89,8 +94,8 @@ class Ranks:
 
     def missing(self) -> Missing:
         """An error that names the rank for which a collective waited in vain."""
-        dead = self._transport.dead() if isinstance(self._transport, Shm) else []
-        who = (
-            f"rank {dead[0]} of {self.world} has died" if dead else f"one of the {self.world} ranks is stuck"
-        )
+        dead = self._transport.dead()
+        late = dead or self._transport.late()
+        who = f"rank {late[0]}" if late else "one"
+        who = f"{who} of {self.world} {'has died' if dead else 'is stuck'}"
         return Missing(f"{who}. Look for the first error in its log, then continue with --resume")

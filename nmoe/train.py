@@ -73,6 +73,7 @@ def _train(config: Config, ranks: Ranks, resume: bool, out: Print) -> Outcome:
         rank=ranks.rank,
         world=ranks.world,
         on_warning=lambda text: out(f"warning: {text}"),
+        on_collective=ranks.arrive,
     ) as checkpoints:
         if checkpoints.steps() and not resume:
             raise UserError(
@@ -91,6 +92,8 @@ def _train(config: Config, ranks: Ranks, resume: bool, out: Print) -> Outcome:
         if begin >= config.train.steps:
             out(f"{run_id} has done its {begin} steps; to train longer, raise [train] steps")
             return Outcome(run_id, "finished", begin, float("nan"), folder / f"step_{begin:08d}", path)
+        if begin and ranks.rank == 0:
+            _forget(path.parent, ranks.world, begin)
         record = _record(config, meta) if ranks.rank == 0 else lambda status, summary: None
         out(banner(config, step, run_id, begin))
         progress = Progress(config, step)
@@ -139,6 +142,13 @@ def _record(config: Config, meta: dict[str, Any]) -> Callable[[Ended, dict[str, 
     experiments = Experiments(Path(config.metrics.experiments))
     experiments.start(meta["run_id"], json.dumps(config.to_dict()), meta["fingerprint"], meta["git"])
     return lambda status, summary: experiments.finish(meta["run_id"], status, summary)
+
+
+def _forget(folder: Path, world: int, begin: int) -> None:
+    """Removes the metrics of steps that run again from the files of ranks that do not."""
+    for path in folder.glob("rank_*.duckdb"):
+        if int(path.stem.removeprefix("rank_")) >= world:
+            Metrics(path, resume_step=begin - 1).close()
 
 
 def _number(value: float) -> float | None:

@@ -20,6 +20,7 @@ from nmoe.codegen import compiler, families
 from nmoe.codegen.cache import Cache
 from nmoe.codegen.gemm import GemmConfig, GemmProblem
 from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.launch import CudaLauncher, LaunchError, device_of
 from nmoe.codegen.problem import ROWS
 from nmoe.codegen.spec import KernelSpec
 from nmoe.errors import UserError
@@ -30,24 +31,6 @@ if TYPE_CHECKING:
 CANDIDATES = 12
 WARM_UP, REPEATS = 2, 11  # rounds
 ROUTINGS = ("uniform", "zipf")
-
-
-def device(target: str) -> torch.device:
-    """The CUDA device that can run `target`'s kernels; raises UserError without one."""
-    import torch
-
-    wanted = HARDWARE[target]
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"tuning for {target} times kernels on a {wanted.name}, found no CUDA device: leave out --tune"
-        )
-    found = torch.cuda.get_device_capability()
-    if found != wanted.capability:
-        raise UserError(
-            f"tuning for {target} times kernels on a {wanted.name}, found {torch.cuda.get_device_name()} of compute "
-            f"capability {found[0]}.{found[1]}: leave out --tune, or set [target] device"
-        )
-    return torch.device("cuda")
 
 
 def candidates(problem: GemmProblem, target: str) -> list[GemmConfig]:
@@ -78,17 +61,19 @@ def tune(problem: GemmProblem, target: str, cache: Cache, rows: int = 0) -> Reco
     Candidates that the cache lacks are compiled."""
     import torch
 
-    from nmoe.codegen.launch import Kernel
-
-    where = device(target)
+    where = _device(target)
     rows = rows or ROWS_PER_EXPERT * problem.groups
     configs = candidates(problem, target)
-    kernels = [Kernel(compiler.compile_problem(problem, c, target, cache)) for c in configs]
+    for config in configs:
+        compiler.compile_problem(problem, config, target, cache)
+    launcher = CudaLauncher(cache)
     times: dict[str, list[float]] = {}
     for routing in ROUTINGS if problem.experts > 1 else ROUTINGS[:1]:
         sets = _operands(problem, target, routing, rows, where)
-        calls = [[_arguments(problem, c, s) for s in sets] for c in configs]
-        times[routing] = _medians(kernels, calls)
+        calls = [
+            [launcher.bind(problem, c, target, _arguments(problem, c, s)) for s in sets] for c in configs
+        ]
+        times[routing] = _medians(calls)
         del sets, calls
         torch.cuda.empty_cache()
     timings = [
@@ -100,6 +85,16 @@ def tune(problem: GemmProblem, target: str, cache: Cache, rows: int = 0) -> Reco
     record = Record(torch.cuda.get_device_name(where), date.today().isoformat(), rows, ranked)
     save(cache.root, problem, target, record)
     return record
+
+
+def _device(target: str) -> torch.device:
+    """The CUDA device that is timed; raises UserError when there is none or another one."""
+    try:
+        return device_of(target)
+    except LaunchError as error:
+        raise UserError(
+            f"--tune times kernels on the target's device: {error}; or leave out --tune"
+        ) from None
 
 
 def _operands(problem: GemmProblem, target: str, routing: str, rows: int, where: Any) -> list[dict[str, Any]]:
@@ -114,31 +109,26 @@ def _operands(problem: GemmProblem, target: str, routing: str, rows: int, where:
 
 
 def _arguments(problem: GemmProblem, config: GemmConfig, tensors: dict[str, Any]) -> list[Any]:
-    import torch
-
     from nmoe.codegen.verify.gemm import workspace
 
-    where = tensors["a"].device
-    held = tensors | workspace(problem, config, len(tensors["s"]), str(where))
-    operands = [held[operand.name] for operand in problem.operands(config)]
-    sms = torch.cuda.get_device_properties(where).multi_processor_count
-    return [*operands, problem.clusters(config, sms), torch.cuda.current_stream().cuda_stream]
+    held = tensors | workspace(problem, config, len(tensors["s"]), str(tensors["a"].device))
+    return [held[operand.name] for operand in problem.operands(config)]
 
 
-def _medians(kernels: list[Any], calls: list[list[list[Any]]]) -> list[float]:
-    """Median µs of each kernel."""
+def _medians(calls: list[list[Callable[[], None]]]) -> list[float]:
+    """Median µs of each config's launches."""
     import torch
 
     events = []
     for turn in range(WARM_UP + REPEATS):
-        for kernel, sets in zip(kernels, calls, strict=True):
+        for launches in calls:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            kernel(*sets[turn % len(sets)])
+            launches[turn % len(launches)]()
             end.record()
             events.append((begin, end))
     torch.cuda.synchronize()
-    return medians([1e3 * begin.elapsed_time(end) for begin, end in events], len(kernels))
+    return medians([1e3 * begin.elapsed_time(end) for begin, end in events], len(calls))
 
 
 def medians(taken: list[float], kernels: int) -> list[float]:

@@ -8,7 +8,7 @@ from nmoe.codegen.spec import KernelSpec
 
 FAMILIES = {  # by the kind of a spec's anchor
     "gemm": gemm, "grouped_gemm": gemm, "router": routing, "router_bwd": routing, "moe_plan": routing,
-    "dispatch": routing, "combine": routing, **dict.fromkeys(rows.BODIES, rows),
+    **dict.fromkeys(rows.BODIES, rows), "dispatch": routing, "combine": routing,
     **dict.fromkeys(attention.PASSES, attention), "cross_entropy": loss,
     optimizer.KIND: optimizer,
 }  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from nmoe.codegen import rows as row_kernels
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import ROWS, TOKENS, VECTOR, Config, Operand, Problem
 from nmoe.codegen.spec import KernelSpec
@@ -301,7 +302,7 @@ def _uneven(hidden: int) -> str:
     return f"hidden {hidden}: rows are read in whole 16 bytes" if hidden % VECTOR else ""
 
 
-def match(spec: KernelSpec) -> RoutingProblem | str:
+def match(spec: KernelSpec) -> RoutingProblem | row_kernels.RowProblem | str:
     """The problem that a spec states, or why no template builds it."""
     anchor, attrs = spec.parts[0], dict(spec.parts[0].attrs)
     ins, outs = list(spec.inputs), list(spec.outputs)
@@ -310,6 +311,8 @@ def match(spec: KernelSpec) -> RoutingProblem | str:
         return f"no template for {' + '.join(map(str, spec.parts))} yet"
     if anchor.kind in ("moe_plan", "dispatch", "combine") and attrs.get("ranks", 1) > 1:
         return f"{anchor.kind} of {attrs['ranks']} ranks is several kernels of RDEP (codegen/rdep.py)"
+    if anchor.kind == "dispatch" and {part.kind for part in spec.parts[1:]} == {"quantize"}:
+        return row_kernels.match(spec)  # rows are gathered into tiles, which copies down the columns need
     problem: RoutingProblem
     if anchor.kind == "moe_plan":
         problem = PlanProblem(attrs["experts"], int(ins[0].shape[1]), attrs["align"])

@@ -14,6 +14,7 @@ from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import (
     EXTENTS,
     POSITIONS,
+    TOKENS,
     VECTOR,
     Config,
     Operand,
@@ -24,10 +25,12 @@ from nmoe.codegen.problem import (
 from nmoe.codegen.spec import KernelSpec, Part, Value
 from nmoe.storage import ATOM_ROWS, BLOCK
 
-Body = Literal["load", "swiglu", "rms_norm", "rms_norm_bwd", "rope", "concat", "split", "embedding"]
+Body = Literal[
+    "load", "swiglu", "rms_norm", "rms_norm_bwd", "rope", "concat", "split", "embedding", "dispatch"
+]
 BODIES: dict[str, Body] = {
     "quantize": "load", "add": "load", "swiglu": "swiglu", "rms_norm": "rms_norm", "rms_norm_bwd": "rms_norm_bwd",
-    "rope": "rope", "concat": "concat", "split": "split", "embedding": "embedding",
+    "rope": "rope", "concat": "concat", "split": "split", "embedding": "embedding", "dispatch": "dispatch",
 }  # fmt: skip
 
 STRIPES = (
@@ -60,8 +63,9 @@ class RowProblem(Problem):
     the last of them is quantized into `copies`. With `segments`, rows from offsets[segments] on are zero and, in NVFP4,
     each segment has an amax of its own.
 
-    `weighted`: SwiGLU's router weights. `at`: where concat's second operand and split's second result start. `heads`,
-    `rotary`, `inverse`: rope turns the last `rotary` columns of each head. `vocabulary`: rows of the embedding.
+    `weighted`: router weights, SwiGLU's, or those that dispatch brings to its rows; `topk`: choices of its tokens. `at`:
+    where concat's second operand and split's second result start. `heads`, `rotary`, `inverse`: rope turns the last
+    `rotary` columns of each head. `vocabulary`: rows of the embedding.
     """
 
     body: Body
@@ -79,6 +83,7 @@ class RowProblem(Problem):
     rotary: int = 0
     inverse: bool = False
     vocabulary: int = 0
+    topk: int = 0
 
     family: ClassVar[str] = "rows"
 
@@ -136,6 +141,12 @@ class RowProblem(Problem):
             "rms_norm_bwd": (Operand("dy", "bf16", result), x, weight, Operand("rstd", "f32", (rows,))),
             "rope": (x, Operand("positions", "i32", (rows,)), *(Operand(n, "f32", table) for n in ("cos", "sin"))),
             "concat": (Operand("a", "bf16", (rows, self.at)), Operand("b", "bf16", (rows, width - self.at))),
+            "dispatch": (
+                Operand("x", "bf16", (TOKENS, width)),
+                *((Operand("weights", "f32", (TOKENS, self.topk)),) if self.weighted else ()),
+                Operand("slots", "i32", (TOKENS, self.topk)),
+                Operand("row_source", "i32", (rows,)),
+            ),
             "embedding": (Operand("tokens", "i32", (rows,)), Operand("table", "bf16", (self.vocabulary, width))),
         }  # fmt: skip
         addends = (Operand(f"addend{i}", "bf16", result) for i in range(self.addends))
@@ -156,6 +167,8 @@ class RowProblem(Problem):
             found.append(Operand("y", "bf16", result))
         if self.body == "rms_norm":
             found.append(Operand("rstd", "f32", (self.rows,)))
+        if self.body == "dispatch" and self.weighted:
+            found.append(Operand("row_weight", "f32", (self.rows,)))
         if self.body == "rms_norm_bwd":
             found.append(Operand("dw", "f32", (self.width,)))
         if self.keeps_sum:
@@ -189,18 +202,17 @@ class RowProblem(Problem):
         return 1
 
     def configs(self, target: str) -> list[RowConfig]:
-        if self.two_passes and self.columns:
-            return (
-                [RowConfig(16, 16, 1, self._across(16, 4), 2)]
-                if self.statistic
-                else [RowConfig(8, 16, 2, 4, 2)]
-            )
-        if self.columns:
-            return (
-                [RowConfig(8, 8, 1, self._across(8, 8), 2)] if self.statistic else [RowConfig(8, 8, 4, 2, 2)]
-            )
-        across = self._across(32, 8)
-        return [RowConfig(32, 4, 1 if self.statistic else 8 // across, across, 2)]
+        if not self.columns:
+            across = self._across(32, 8)
+            return [RowConfig(32, 4, 1 if self.statistic else 8 // across, across, 2)]
+        if not self.statistic:
+            return [RowConfig(8, 16, 2, 4, 2) if self.two_passes else RowConfig(8, 8, 4, 2, 2)]
+        if self.two_passes:
+            return [RowConfig(16, 16, 1, self._across(16, 4), 2)]
+        # Registers for a norm and both copies are some 130 a thread, and 100 for one.
+        most, threads = (4, 448) if len(self.copies) == 2 else (8, 640)
+        across = self._across(8, most)
+        return [RowConfig(8, 8, 1, across, max(1, threads // (32 * across)))]
 
     def _across(self, lanes: int, most: int) -> int:
         """Warps along a row: the fewest that need no more tiles than `most` do, and, of norms, no larger cluster than
@@ -353,10 +365,11 @@ def match(spec: KernelSpec) -> RowProblem | str:
         body, EXTENTS[rows] if isinstance(rows, str) else rows, int(width), int(lead[0]) if lead else 0, len(adds),
         keeps_body=made, keeps_sum=bool(adds) and values[last].stored, copies=copies,
         segments=int(ends[0].shape[0]) - 1 if ends else 0,
-        weighted=body == "swiglu" and anchor.inputs[1:] not in ((), (None,)),
+        weighted=body in ("swiglu", "dispatch") and anchor.inputs[1:2] not in ((), (None,)),
         at=int((values[last] if body == "split" else first).shape[1]) if body in ("split", "concat") else 0,
         heads=attrs.get("heads", 0), rotary=attrs.get("dim", 0), inverse=attrs.get("inverse", False),
         vocabulary=int(values[1].shape[0]) if body == "embedding" else 0,
+        topk=int(values[_first(anchor.inputs[2:])].shape[1]) if body == "dispatch" else 0,
     )  # fmt: skip
     expected = [o.format for o in (*problem._inputs(), *problem._outputs())]
     found = [name for value in (*spec.inputs, *spec.outputs) for name in stored_formats(value.format)]

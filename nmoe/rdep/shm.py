@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import platform
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,10 +30,8 @@ FOLDER = Path("/dev/shm")
 LINE = 128  # bytes: a flag word has a cache line, and its prefetched neighbour, to itself
 SPINS = 100  # polls before a waiting rank lets others run
 PATIENCE = 2000  # polls, about 0.1 s, after which a waiting rank looks whether its peer lives
-MAPPED, STATE = (
-    "mapped",
-    "state",
-)  # STATE: 1 + the rank that a rank waits for, 1 + the one that it gave up on, or 0
+# STATE: 1 + the rank that a rank waits for, 1 + the one that it gave up on, or 0; the collectives that it has come to
+MAPPED, STATE = "mapped", "state"
 
 
 class Shm:
@@ -55,6 +54,7 @@ class Shm:
             )
         self.rank, self.ranks, self._timeout = rank, ranks, timeout
         self._files: list[BinaryIO] = []
+        self._arriving = threading.Lock()
         flags = {f"flag {name}": Buffer((ranks, LINE // 8), torch.int64) for name in (MAPPED, *FLAGS)}
         layout = {STATE: Buffer((LINE // 8,), torch.int64), **flags, **buffers}
         size = sum(_bytes(buffer) for buffer in layout.values())
@@ -115,9 +115,19 @@ class Shm:
             "with --resume"
         )
 
+    def arrive(self) -> None:
+        """This rank has come to a collective outside of this transport, the next in a count. From any thread."""
+        with self._arriving:
+            self._views[self.rank][STATE][2] += 1
+
     def dead(self) -> list[int]:
         """The ranks whose processes are gone."""
         return [peer for peer in range(self.ranks) if peer != self.rank and not self._alive(peer)]
+
+    def late(self) -> list[int]:
+        """The ranks that have come to fewer collectives than this one."""
+        come = [int(views[STATE][2]) for views in self._views]
+        return [peer for peer in range(self.ranks) if come[peer] < come[self.rank]]
 
     def _lost(self, peer: int) -> bool:
         """Whether a peer will never answer: it has died, or given up on another rank."""

@@ -90,3 +90,11 @@ class Local:
         raise AssertionError("a group of one rank has no peers")
 
     wait_flag = raise_flag
+
+    def arrive(self) -> None:
+        pass
+
+    def dead(self) -> list[int]:
+        return []
+
+    late = dead

@@ -46,8 +46,6 @@ def test_the_gemms_of_moonlet_in_bf16_have_templates(target: str) -> None:
     assert GemmProblem("fprop", 0, 2048, 2816, "store", addends=2) in dense, (
         "their residual and the routed experts"
     )
-    attention = [p for s, p in found.items() if s.parts[0].kind == "attention"]
-    assert attention == ["no template for attention"] * len(attention) != []
 
 
 SHIPPED = ("moonlet", "moonlight", "dsv2", "dsv3")
@@ -173,8 +171,7 @@ def test_another_version_of_the_compiler_is_refused(monkeypatch: pytest.MonkeyPa
 def test_a_runtime_without_its_compiler_is_told_from_one_with_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(compiler, "TOOLCHAIN", {"nvidia-cutlass-dsl": "4.8.1"})
-    monkeypatch.setattr("importlib.metadata.version", lambda package: "4.8.1")
+    monkeypatch.setattr("importlib.metadata.version", (compiler.TOOLCHAIN | compiler.TRITON).__getitem__)
     monkeypatch.setattr("shutil.which", lambda tool: f"/usr/bin/{tool}")
     monkeypatch.setattr(compiler, "_package_folders", lambda: [str(tmp_path)])
     with pytest.raises(compiler.CompilerError, match=r"found its runtime library alone .*: pip install"):

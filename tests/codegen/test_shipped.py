@@ -16,6 +16,7 @@ import pytest
 
 from nmoe.binding import lowered
 from nmoe.codegen import report
+from nmoe.codegen.attention import AttentionProblem
 from nmoe.codegen.build import Build, build
 from nmoe.codegen.gemm import GemmConfig, GemmProblem
 from nmoe.codegen.hardware import HARDWARE
@@ -57,8 +58,10 @@ def test_every_kernel_of_the_shipped_configs(built: Build, target: str) -> None:
         found = [*_budget(entry.report, target)]
         if isinstance(problem, GemmProblem) and isinstance(config, GemmConfig):
             found += _gemm(problem, config, entry.report, target)
+        elif isinstance(problem, AttentionProblem):
+            found += _attention(entry.report, target)
         elif entry.report["sass"]["mma"] or entry.report["tensor_columns"]:
-            found.append("what is no GEMM uses the tensor cores")
+            found.append("what has no product of matrices uses the tensor cores")
         wrong += [f"{spec.name} {problem}, {config}: {text}" for text in found]
     assert not wrong, "\n".join(wrong)
 
@@ -76,6 +79,14 @@ def _budget(found: Mapping[str, Any], target: str) -> list[str]:
     if found["tensor_columns"] > hardware.tensor_columns:
         wrong.append(f"{found['tensor_columns']} columns of tensor memory")
     return wrong
+
+
+def _attention(found: Mapping[str, Any], target: str) -> list[str]:
+    wanted = {"sm_100a": "UTCHMMA", "sm_90a": "HGMMA"}[target]
+    others = [op for op in found["sass"]["mma"] if not op.startswith(wanted)]
+    return (
+        [f"products {found['sass']['mma']}, expected {wanted}"] if others or not found["sass"]["mma"] else []
+    )
 
 
 def _gemm(p: GemmProblem, c: GemmConfig, found: Mapping[str, Any], target: str) -> list[str]:

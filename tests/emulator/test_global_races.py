@@ -282,6 +282,7 @@ def test_bulk_reductions_of_two_ctas_add_up():
     mad.lo.u32 %r3, %r0, 4, %r2;
     st.shared.b32 [%r3], %r0;
     fence.proxy.async.shared::cta;
+    bar.warp.sync -1;
     setp.ne.u32 %p1, %r0, 0;
     @%p1 bra END;
     {operation} [%rd0], [%r2], 128;

@@ -40,6 +40,7 @@ LOAD = """
     @%p1 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r2], [{source}], {size}, [loaded];
     L{tag}: mbarrier.try_wait.parity.shared.b64 %p2, [loaded], 0;
     @!%p2 bra L{tag};
+    tcgen05.fence::after_thread_sync;
 """
 
 
@@ -132,6 +133,7 @@ def product(
         lines.append(
             "barrier.cluster.arrive.aligned;\n"
             "barrier.cluster.wait.aligned;\n"
+            "tcgen05.fence::after_thread_sync;\n"
             "setp.ne.and.u32 %p1, %r9, 99, %p1;\n"
             "setp.eq.and.u32 %p1, %r9, 0, %p1;"
         )
@@ -154,6 +156,7 @@ def product(
     else:
         lines.append("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [bar];")
     lines.append("ISSUED: mbarrier.try_wait.parity.shared.b64 %p2, [bar], 0;\n@!%p2 bra ISSUED;")
+    lines.append("tcgen05.fence::after_thread_sync;")
     lines.append(read_back(n))
     if pair:
         lines.append("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;")
@@ -507,7 +510,9 @@ def test_a_comes_from_tensor_memory_two_elements_to_a_column():
     add.u32 %r6, %r4, 64;
     tcgen05.st.sync.aligned.32x32b.x8.b32 [%r6], {registers(20, 8)};
     tcgen05.wait::st.sync.aligned;
+    tcgen05.fence::before_thread_sync;
     bar.sync 0;
+    tcgen05.fence::after_thread_sync;
     @!%p1 bra ISSUED;
     and.b32 %r5, %r2, 0x3FFFF;
     shr.u32 %r5, %r5, 4;
@@ -519,6 +524,7 @@ def test_a_comes_from_tensor_memory_two_elements_to_a_column():
     tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [bar];
     ISSUED: mbarrier.try_wait.parity.shared.b64 %p2, [bar], 0;
     @!%p2 bra ISSUED;
+    tcgen05.fence::after_thread_sync;
     """
         + read_back(16)
         + FREE.format(group=1)

@@ -86,7 +86,9 @@ def test_copies_to_tensor_memory(shape):
     {zeros}
     tcgen05.st.sync.aligned.32x32b.x8.b32 [%r4], {registers(20, 8)};
     tcgen05.wait::st.sync.aligned;
+    tcgen05.fence::before_thread_sync;
     bar.sync 0;
+    tcgen05.fence::after_thread_sync;
     @!%p1 bra ISSUED;
     and.b32 %r5, %r2, 0x3FFFF;
     shr.u32 %r5, %r5, 4;
@@ -96,6 +98,7 @@ def test_copies_to_tensor_memory(shape):
     tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [bar];
     ISSUED: mbarrier.try_wait.parity.shared.b64 %p2, [bar], 0;
     @!%p2 bra ISSUED;
+    tcgen05.fence::after_thread_sync;
     tcgen05.ld.sync.aligned.32x32b.x8.b32 {registers(20, 8)}, [%r4];
     tcgen05.wait::ld.sync.aligned;
     mad.wide.u32 %rd10, %r0, 32, %rd0;

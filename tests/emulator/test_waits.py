@@ -56,7 +56,7 @@ def test_every_use_needs_the_wait(use):
 
 
 def test_use_may_be_made_to_wait():
-    options = Options(implicit_waits=True)
+    options = Options(implicit_order=True)
     tensor_moves(second="", options=options)
     with pytest.raises(EmulationError, match=r"this write is not ordered after the read by tcgen05.ld"):
         overwrite = f"tcgen05.st.sync.aligned.32x32b.x1.b32 [%r4], {{%r0}};\n{STORE_WAIT}"

@@ -15,6 +15,7 @@ from layer import Problem, equal, joined, run
 from processes import CONTEXT, Group
 
 from nmoe.errors import UserError
+from nmoe.ranks import Ranks
 from nmoe.rdep import shm
 from nmoe.rdep.exchange import Exchange
 from nmoe.rdep.shm import Shm
@@ -131,6 +132,21 @@ def test_a_rank_that_gave_up_is_not_blamed():
     views[2]._lock.close()
     with pytest.raises(Missing, match="of rank 2, which waits for rank 1: rank 1 of 3 is stuck"):
         views[0].wait_flag(2, "rows.full", 1)
+
+
+def test_who_keeps_a_collective_waiting_is_named():
+    views = _views(3)
+    ranks = [Ranks(view) for view in views]
+    for rank in (0, 1, 2, 0, 1):
+        ranks[rank].arrive()
+    gloo = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc] Timed out waiting 1000ms for recv")
+    for rank in (0, 1):
+        assert str(ranks[rank].explain(gloo)).startswith("rank 2 of 3 is stuck. Look for")
+    assert str(ranks[2].explain(gloo)).startswith("one of 3 is stuck"), "it sees nobody behind itself"
+    views[1]._lock.close()
+    assert str(ranks[0].explain(gloo)).startswith("rank 1 of 3 has died")
+    other = ValueError("no collective's")
+    assert ranks[0].explain(other) is other
 
 
 def test_what_a_flag_says_stays_said():

@@ -177,11 +177,17 @@ def test_losses_and_weights_are_the_bits_of_one_rank(config, alone, world, ranks
 
 
 def test_resumed_on_other_numbers_of_ranks(config, alone):
-    run = config()
-    for world, steps in ((2, 2), (1, 4), (4, STEPS)):
+    run = config(checkpoint={"every": 2})
+    for world, steps in ((2, 3), (1, 4), (4, STEPS)):
         part = replace(run, rdep=Rdep(world), train=replace(run.train, steps=steps))
         first = finish(start(part, world), world)[0]
         assert not any("warning" in line for line in first)
+        if steps == 3:  # the last checkpoint is lost, and step 2 runs again, on one rank
+            (Path(run.checkpoint.dir) / "run" / "step_00000003").rename(Path(run.checkpoint.dir) / "lost")
+        if steps == 4:
+            (path,) = Path(run.metrics.dir).glob("*/rank_1.duckdb")
+            with duckdb.connect(str(path), read_only=True) as db:
+                assert db.execute("SELECT max(step) FROM metrics").fetchone() == (1,)
     assert_same(trajectory(run), alone)
 
 

@@ -26,6 +26,7 @@ from nmoe.errors import UserError
 
 MAX_LAUNCHES = 64  # of one run: the bits that a clock has for those that are over
 MULTIPROCESSORS = 148
+REGISTERS, MAX_REGISTERS = 65_536, 256  # of a multiprocessor, of a thread
 Triple = tuple[int, int, int]
 
 
@@ -47,15 +48,15 @@ class Options:
     seed: 0 runs warps round robin and asynchronous work at once; others choose a random, a priority-based or a lazy
     schedule. races: happens-before detection. limit: warp instructions before a launch counts as a livelock.
     threads: how many parts of the grid run side by side; with more than one, floating atomics between clusters add
-    up in no fixed order. implicit_waits: using a result of tcgen05.ld waits for it, which the PTX ISA does not promise
-    but NVIDIA's assembler does.
+    up in no fixed order. implicit_order: tensor memory needs no tcgen05.fence where barriers release and acquire, and
+    using what tcgen05.ld has loaded waits for the load, as NVIDIA's examples assume.
     """
 
     seed: int = 0
     races: bool = True
     limit: int = 1 << 32
     threads: int = 1
-    implicit_waits: bool = False
+    implicit_order: bool = False
 
 
 @dataclass
@@ -129,6 +130,7 @@ class _Run:
                 report.cluster,
                 launch.dynamic_shared,
                 len(launch.params),
+                registers_at_start(report.program, math.prod(launch.block)),
                 params.ctypes.data,
                 launch.device,
                 max(1, min(bounds[1] - bounds[0], MULTIPROCESSORS // math.prod(report.cluster))),
@@ -145,7 +147,7 @@ class _Run:
             options.seed,
             options.limit,
             int(options.races),
-            int(options.implicit_waits),
+            int(options.implicit_order),
             int(parts > 1),
         )
 
@@ -187,6 +189,14 @@ def execute(launches: Sequence[Launch], buffers: Sequence[BufferStruct], options
         report.roles += np.sum([r.roles[at] for r in runs], axis=0)
         for name in report.counters:
             report.counters[name] = sum(int(getattr(r.launches[at].counters, name)) for r in runs)
+
+
+def registers_at_start(program: Program, threads: int) -> int:
+    """Registers a thread has before any setmaxnreg: .maxnreg, else what the assembler can give a block of this size."""
+    directives = program.entry.directives
+    blocks = max(1, *directives.get("minnctapersm", (1,)))
+    shared = min(MAX_REGISTERS, REGISTERS // (threads * blocks)) // 8 * 8
+    return directives.get("maxnreg", (shared,))[0]
 
 
 def _compare(one: _Run, other: _Run, kernel: str) -> None:

@@ -493,6 +493,11 @@ def create_policy(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
 
 @opcode("setmaxnreg")
 def registers(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
-    mods.need("inc", "dec")
+    """The registers that a kernel starts with are known to the assembler only where the block's size is."""
+    increases, count = mods.need("inc", "dec") == "inc", ins.operands[0]
     mods.type()
-    asm.emit("setmaxnreg")
+    if not isinstance(count, ptx.Imm) or not 24 <= count.bits <= 256 or count.bits % 8:
+        raise asm.error("a multiple of 8 from 24 to 256 is expected")
+    if not asm.entry.directives.keys() & {"maxnreg", "reqntid", "maxntid"}:
+        raise asm.error("the assembler ignores it without .maxnreg, .reqntid or .maxntid")
+    asm.emit("setmaxnreg", mods=(count.bits, int(increases)))

@@ -538,7 +538,7 @@ def tcgen05_wait(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
 
 @opcode("tcgen05.fence::before_thread_sync", "tcgen05.fence::after_thread_sync")
 def tcgen05_fence(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
-    asm.emit("nop")
+    asm.emit("tcgen05_fence", mods=(int("after" in ins.opcode),))
 
 
 A_REGISTERS, A_MN, B_MN, NEGATE_A, NEGATE_B = 1, 2, 4, 8, 16

@@ -86,7 +86,7 @@ class LaunchStruct(ctypes.Structure):
     _fields_ = [
         ("program", ctypes.POINTER(ProgramStruct)),
         *((name, ctypes.c_uint32 * 3) for name in ("grid", "block", "cluster")),
-        *((name, ctypes.c_uint32) for name in ("dynamic_shared", "param_bytes")),
+        *((name, ctypes.c_uint32) for name in ("dynamic_shared", "param_bytes", "registers")),
         ("params", ctypes.c_void_p),
         *((name, ctypes.c_uint32) for name in ("device", "resident", "first_cluster", "last_cluster")),
         *((name, ctypes.c_void_p) for name in ("executed", "roles")),
@@ -101,7 +101,7 @@ class RunStruct(ctypes.Structure):
         ("buffers", ctypes.POINTER(BufferStruct)),
         ("cells", ctypes.POINTER(ctypes.c_void_p)),
         *((name, ctypes.c_uint64) for name in ("seed", "limit")),
-        *((name, ctypes.c_uint32) for name in ("races", "implicit_waits", "partial")),
+        *((name, ctypes.c_uint32) for name in ("races", "implicit_order", "partial")),
     ]
 
 

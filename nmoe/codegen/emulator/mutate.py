@@ -21,7 +21,7 @@ ACTIONS: tuple[tuple[str, str], ...] = (
     (r"mbarrier\.(try|test)_wait\b.*", "true"),
     (r"mbarrier\.arrive(_drop)?(?!.*expect_tx)\b.*", "delete"),
     (r"mbarrier\.arrive\.expect_tx\b.*", "bytes"),
-    (r"(bar|barrier)\.(cta\.)?(sync|arrive)\b.*", "delete"),
+    (r"(bar|barrier)\.((cta|warp)\.)?(sync|arrive)\b.*", "delete"),
     (r"barrier\.cluster\.arrive\b.*", "delete"),
     (r"barrier\.cluster\.wait\b.*", "delete"),
     (r"(fence|membar)\b.*", "delete"),

@@ -72,6 +72,10 @@ class Link(Fixed):
     def overflowed(self):  # type: ignore[no-untyped-def]
         return self.state[STATE.index("overflow")] != 0
 
+    def flag(self, name: str, peer: Int32) -> cute.Pointer:
+        """This rank's word that `peer` writes."""
+        return self.at(self.rank, "flags", Int64) + (FLAGS.index(name) * self.ranks + peer) * LINE
+
     @cute.jit
     def report(self, kind: int, peer: Int32, flag: int, expected: Int64, seen: Int64) -> None:
         """Row `peer` of the host's report."""
@@ -82,12 +86,12 @@ class Link(Fixed):
         cute.arch.fence_acq_rel_sys()
 
     @cute.jit
-    def wait(self, flag: cutlass.Constexpr, epoch: Int64) -> None:
-        """By all threads of the block: until every peer has raised `flag` for `epoch` or a later one."""
+    def wait(self, flag: cutlass.Constexpr, epoch: Int64, every: cutlass.Constexpr = 1) -> None:
+        """By all threads of the block: until every peer has raised `flag` for `epoch` or a later one; of peers whose
+        rank differs by a multiple of `every`."""
         peer = Int32(cute.arch.thread_idx()[0])
-        if peer < self.ranks and peer != self.rank:
-            words = self.at(self.rank, "flags", Int64)
-            word = words + (FLAGS.index(flag) * self.ranks + peer) * LINE
+        if peer < self.ranks and peer != self.rank and (peer - self.rank) % every == 0:
+            word = self.flag(flag, peer)
             budget = self.state[STATE.index("timeout")]
             seen = Int64(cute.arch.load(word, Int64, sem="acquire", scope="sys"))
             # Not before the first load: with a timer's read between them, ptxas (CuTeDSL 4.8.1 and CUDA 13.0, not at
@@ -129,6 +133,11 @@ class Link(Fixed):
     def finish(self, channel: cutlass.Constexpr, epoch: Int64) -> None:
         """By the last block: the transfer is sent."""
         self.raise_all(f"{channel}.full", epoch)
+        self.advance(channel, epoch)
+
+    @cute.jit
+    def advance(self, channel: cutlass.Constexpr, epoch: Int64) -> None:
+        """By the last block: the next launch finds its counters at zero and the channel's epoch."""
         if cute.arch.thread_idx()[0] == 0:
             self.state[STATE.index("done")] = Int64(0)
             self.state[STATE.index("taken")] = Int64(0)

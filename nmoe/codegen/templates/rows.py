@@ -41,6 +41,7 @@ from nmoe.storage import ATOM_ROWS
 
 RESERVED = 1024  # bytes of shared memory that every thread block takes beside its own
 CLEARING = 128  # threads that set the amaxes to zero
+ROWS_OF = {"concat": "a", "embedding": "tokens", "dispatch": "row_source"}  # whose extent is the rows'
 TOGETHER = 8  # tiles down the rows that run side by side: their scale factors of a column fill 32 bytes
 
 
@@ -86,8 +87,7 @@ class Rows(Fixed):
 
     def _extent(self, named) -> Int32:  # type: ignore[no-untyped-def]
         """How many rows the operands have."""
-        name = {"concat": "a", "embedding": "tokens"}.get(self.problem.body, "x")
-        return named[name].shape[1 if self.problem.batch else 0]
+        return named[ROWS_OF.get(self.problem.body, "x")].shape[1 if self.problem.batch else 0]
 
     @cute.kernel
     def clear(self, amax: cute.Tensor):  # type: ignore[no-untyped-def]
@@ -117,8 +117,7 @@ class Rows(Fixed):
             work.run(tile * config.rows, Int32(0))
 
     def _rows(self, named) -> Int32:  # type: ignore[no-untyped-def]
-        name = {"concat": "a", "embedding": "tokens"}.get(self.problem.body, "x")
-        return named[name].shape[0]
+        return named[ROWS_OF.get(self.problem.body, "x")].shape[0]
 
 
 def member(tensor: cute.Tensor, entry: Int32) -> cute.Tensor:
@@ -258,6 +257,8 @@ class Tile(Fixed):
             self.store(result, self.named["y"], spot)
         if cutlass.const_expr(problem.body == "split"):
             self.split(result, spot)
+        if cutlass.const_expr(problem.body == "dispatch" and problem.weighted and not self.measures):
+            self.weigh(found, first)
         for a in cutlass.range_constexpr(problem.addends):
             if cutlass.const_expr(not problem.statistic):
                 found.row(f"addend{a}", self.named[f"addend{a}"])
@@ -294,6 +295,17 @@ class Tile(Fixed):
         for i in cutlass.range_constexpr(self.config.vectors):
             if spot.alive[i]:
                 cute.autovec_copy(values[None, i], line(tensor, spot, i))
+
+    @cute.jit
+    def weigh(self, found, first: Int32) -> None:  # type: ignore[no-untyped-def]
+        """Dispatch: each row's router weight, 0 of padding."""
+        if self.chunk == 0 and self.column == 0:
+            for i in cutlass.range_constexpr(self.config.vectors):
+                choice, weight = found.choices[i], Float32(0.0)
+                if choice >= 0:
+                    weight = self.named["weights"][choice // self.problem.topk, choice % self.problem.topk]
+                if found.spot.alive[i]:
+                    self.named["row_weight"][first + self.row + i] = weight
 
     @cute.jit
     def split(self, values, spot) -> None:  # type: ignore[no-untyped-def]

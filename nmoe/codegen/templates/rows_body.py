@@ -6,7 +6,7 @@ Every result is rounded to BF16, as the op stores it, before anything further is
 from __future__ import annotations
 
 import cutlass
-from cutlass import BFloat16, Float32, Int32, Int64, cute
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync
 
 from nmoe.codegen.problem import VECTOR
@@ -47,15 +47,20 @@ class Spot(Fixed):
 
 
 @cute.jit
-def gather(held: cute.Tensor, sources: list[cute.Tensor], spot: Spot) -> None:
+def gather(held: cute.Tensor, sources: list[cute.Tensor], spot: Spot, wanted=None) -> None:  # type: ignore[no-untyped-def]
     """Reads a vector a row; zeros where there is nothing. A result may lie where x does, so nothing else is touched."""
-    if spot.full:
+    full, alive = spot.full, spot.alive
+    if cutlass.const_expr(wanted is not None):
+        alive = [a & w for a, w in zip(alive, wanted, strict=True)]
+        for w in wanted:
+            full &= w
+    if full:
         for i in cutlass.range_constexpr(spot.vectors):
             cute.autovec_copy(sources[i], held[None, i])
     else:
         held.fill(0.0)
         for i in cutlass.range_constexpr(spot.vectors):
-            if spot.alive[i]:
+            if alive[i]:
                 cute.autovec_copy(sources[i], held[None, i])
 
 
@@ -81,19 +86,23 @@ class Loaded(Fixed):
         self.rows: dict[str, cute.Tensor] = {}
         self.columns: dict[str, cute.Tensor] = {}
         self.weights: list[Float32] = []  # swiglu: each row's router weight
+        self.choices: list[
+            Int32
+        ] = []  # dispatch: which choice of which token each row is, negative for padding
         self.rstd: list[Float32] = []  # rms_norm_bwd: each row's
         self.rotates = False  # rope: are these rotary columns?
 
     def row(self, name: str, tensor: cute.Tensor, shift: int = 0) -> None:
         self.put(name, [line(tensor, self.spot, i, shift) for i in range(self.spot.vectors)])
 
-    def put(self, name: str, sources: list[cute.Tensor]) -> None:
+    def put(self, name: str, sources: list[cute.Tensor], wanted: list[Boolean] | None = None) -> None:
+        """`wanted`: which rows are not zero, of those that there are."""
         if self.held is not None:
             held = self.held[None, None, len(self.rows)]
             fetch(held, sources, self.spot)
         else:
             held = cute.make_rmem_tensor((VECTOR, len(sources)), sources[0].element_type)
-            gather(held, sources, self.spot)
+            gather(held, sources, self.spot, wanted)
         self.rows[name] = held
 
     def column(self, name: str, tensor: cute.Tensor) -> None:
@@ -121,6 +130,16 @@ class RowBody(Fixed):
         if kind == "embedding":
             tokens = [cutlass.max(named["tokens"][row], 0) for row in spot.source]
             found.put("x", [vector(named["table"], token, spot.column) for token in tokens])
+        elif kind == "dispatch":
+            found.choices = [named["row_source"][row] for row in spot.source]
+            found.put(
+                "x",
+                [
+                    vector(named["x"], cutlass.max(c, 0) // self.problem.topk, spot.column)
+                    for c in found.choices
+                ],
+                [c >= 0 for c in found.choices],
+            )
         elif kind == "concat":
             self._either(found)
         else:

@@ -50,6 +50,9 @@ def case(problem: RowProblem, config: RowConfig, seed: int, rows: int = 0, devic
             made[name] = torch.randint(
                 -3 if name == "tokens" else 0, 50, shape, generator=gen, device=device, dtype=dtype
             )
+        elif name in ("slots", "row_source"):  # some rows are padding
+            choices = torch.randint(0, rows * problem.topk, shape, generator=gen, device=device, dtype=dtype)
+            made[name] = torch.where(choices % 5 == 0, -1, choices)
         elif name == "counter":
             made[name] = torch.tensor([COUNTER], device=device)
         elif name == "offsets":
@@ -59,7 +62,7 @@ def case(problem: RowProblem, config: RowConfig, seed: int, rows: int = 0, devic
             if operand.format == "bf16":
                 x *= torch.exp2(torch.randint(-6, 7, (*shape[:-1], 1), generator=gen, device=device).float())
             made[name] = (x.abs() + 0.1 if name == "rstd" else x).to(dtype)
-    if problem.segments:
+    if problem.segments and problem.body != "dispatch":
         made["x"][int(made["offsets"][-1]) :] = float("nan")
     return made
 
@@ -89,7 +92,9 @@ def check(problem: RowProblem, before: Tensors, after: Tensors) -> dict[str, flo
     live = int(before["offsets"][-1]) if problem.segments else None
 
     def compare(name: str, want: torch.Tensor, bound: torch.Tensor) -> None:
-        got = after[name][..., :live, :] if live is not None and after[name].ndim > 1 else after[name]
+        got = after[name]
+        if live is not None:
+            got = got[..., :live, :] if got.ndim > 1 else got[:live]
         error = (got.double() - want).abs()
         if lost := int(error.isnan().sum()):
             raise Mismatch(f"{name}: {lost} elements are NaN or were not written")
@@ -116,6 +121,10 @@ def check(problem: RowProblem, before: Tensors, after: Tensors) -> dict[str, flo
         terms = before["dy"].double() * before["x"].double() * before["rstd"].double()[:, None]
         want, depth = before["dw"].double() + terms.sum(0), len(terms) + 300
         compare("dw", want, depth * U * terms.abs().sum(0) + 2 * U * want.abs())
+    if problem.body == "dispatch" and problem.weighted:
+        source = before["row_source"][:live].long()
+        weights = before["weights"].flatten()[source.clamp(min=0)].double().masked_fill(source < 0, 0.0)
+        compare("row_weight", weights, torch.zeros_like(weights))
     if problem.keeps_body:
         compare("y", value, bound)
         value, bound = after["y"][..., :live, :].double(), torch.zeros_like(bound)
@@ -141,6 +150,10 @@ def _body(
         value = torch.cat([t["a"], t["b"]], 1).double()
     elif kind == "embedding":
         value = t["table"][t["tokens"].clamp(min=0).long()].double()
+    elif kind == "dispatch":
+        source = t["row_source"][:live].long()
+        value = t["x"][source.clamp(min=0) // problem.topk].double()
+        value = value.masked_fill((source < 0)[:, None], 0.0)
     elif kind == "rms_norm":
         value = (t["x"].float() * after["rstd"][:, None] * t["w"]).bfloat16().double()
     else:
@@ -183,7 +196,8 @@ def _copy(
     problem: RowProblem, copy: Copy, value: torch.Tensor, bound: torch.Tensor, before: Tensors, after: Tensors
 ) -> float:
     """Raises Mismatch unless a copy is that of `value`, whose error is within `bound`."""
-    rows = next(before[o.name].shape[-2] for o in problem._inputs() if o.format == "bf16")
+    operands = (before[o.name] for o in problem._inputs() if o.format == "bf16")
+    rows = len(before["row_source"]) if problem.body == "dispatch" else next(operands).shape[-2]
     full = torch.zeros(*value.shape[:-2], rows, problem.width, dtype=torch.float64, device=value.device)
     full[..., : value.shape[-2], :] = value
     want = formats.quantize(

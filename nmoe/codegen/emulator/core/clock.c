@@ -9,8 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MAX_TIME 0x1FFFFFu /* 21 bits of an epoch (race.c) */
-
 static void *allocate(size_t count, size_t size) {
   void *memory = calloc(count, size);
   if (memory == NULL) {
@@ -21,9 +19,10 @@ static void *allocate(size_t count, size_t size) {
 }
 
 static void fill(Clock *clock) {
-  clock->hb = allocate(3 * (size_t)clock->n, sizeof *clock->hb);
+  clock->hb = allocate(COMPONENTS * (size_t)clock->n, sizeof *clock->hb);
   clock->px = clock->hb + clock->n;
   clock->gx = clock->px + clock->n;
+  clock->tx = clock->gx + clock->n;
 }
 
 /* An empty clock of a cluster; without race detection it stays one. */
@@ -49,31 +48,30 @@ void clock_free(Clock *clock) {
 
 void clock_reset(Clock *clock) {
   forget(clock);
-  if (clock->hb) memset(clock->hb, 0, 3 * clock->n * sizeof *clock->hb);
+  if (clock->hb) memset(clock->hb, 0, COMPONENTS * clock->n * sizeof *clock->hb);
 }
 
 static void raise_times(uint32_t *into, const uint32_t *from, uint32_t n) {
-  for (uint32_t i = 0; i < 3 * n; i++)
-    if (from[i] > into[i]) into[i] = from[i];
+  for (uint32_t i = 0; i < n; i++) into[i] = from[i] > into[i] ? from[i] : into[i];
 }
 
 static void learn(Clock *into, uint32_t owner, uint32_t n, const uint32_t *times) {
   if (owner == into->owner) {
     if (into->hb == NULL) fill(into);
-    raise_times(into->hb, times, n);
+    raise_times(into->hb, times, COMPONENTS * n);
     return;
   }
   for (uint32_t i = 0; i < into->n_known; i++)
     if (into->known[i].owner == owner) {
-      raise_times(into->known[i].times, times, n);
+      raise_times(into->known[i].times, times, COMPONENTS * n);
       return;
     }
   Known *grown = allocate(into->n_known + 1, sizeof *grown);
   if (into->n_known) memcpy(grown, into->known, into->n_known * sizeof *grown);
   free(into->known);
   into->known = grown;
-  into->known[into->n_known] = (Known){owner, n, allocate(3 * (size_t)n, sizeof *times)};
-  memcpy(into->known[into->n_known++].times, times, 3 * n * sizeof *times);
+  into->known[into->n_known] = (Known){owner, n, allocate(COMPONENTS * (size_t)n, sizeof *times)};
+  memcpy(into->known[into->n_known++].times, times, COMPONENTS * n * sizeof *times);
 }
 
 void clock_join(Clock *into, const Clock *from) {
@@ -85,10 +83,11 @@ void clock_join(Clock *into, const Clock *from) {
 /* What an asynchronous agent has done by `time` is known, and visible to every proxy. */
 void clock_reach(Clock *clock, uint32_t agent, uint32_t time) {
   if (clock->hb == NULL || clock->hb[agent] >= time) return;
-  clock->hb[agent] = clock->px[agent] = clock->gx[agent] = time;
+  clock->hb[agent] = clock->px[agent] = clock->gx[agent] = clock->tx[agent] = time;
 }
 
-/* The same for an agent of the generic proxy: async reads of what it wrote still need a proxy fence. */
+/* The same where a fence is still needed: async reads of what an agent of the generic proxy wrote, tensor memory that a
+ * warp accessed. */
 void clock_reach_generic(Clock *clock, uint32_t agent, uint32_t time) {
   if (clock->hb && clock->hb[agent] < time) clock->hb[agent] = time;
 }
@@ -134,6 +133,36 @@ void warp_proxy_fence(Warp *w, int memories) {
         if (times[i] > times[memory * n + i]) times[memory * n + i] = times[i];
   }
   tick(w);
+}
+
+/* tcgen05.fence (PTX ISA 9.7.16.6.3). Before a signal it puts what the warp has waited for first; it goes with relaxed
+ * signals, too. After a wait, the tcgen05 operations that follow come after all that the warp then knows. */
+void warp_tensor_fence(Warp *w, bool after) {
+  if (w->clock.hb == NULL) return;
+  uint32_t n = w->clock.n;
+  for (int far = SCOPE_CTA; far < SCOPES; far++) {
+    Clock *relaxed = after ? &w->observed[far] : &w->fenced[far];
+    if (relaxed->hb == NULL) fill(relaxed);
+    if (after) raise_times(w->clock.tx, relaxed->tx, n);
+  }
+  if (after) {
+    clock_join(&w->ordered, &w->clock);
+    return;
+  }
+  for (uint32_t agent = w->agent + AGENT_TMEM_LOAD; agent <= w->agent + AGENT_TMEM_STORE; agent++)
+    w->clock.tx[agent] = w->clock.hb[agent];
+  for (int far = SCOPE_CTA; far < SCOPES; far++) raise_times(w->fenced[far].tx, w->clock.tx, n);
+}
+
+/* What tcgen05 operations that the warp issues now are ordered after: program order needs no fence. */
+const Clock *tensor_clock(Warp *w) {
+  if (w->clock.hb == NULL || w->cta->cluster->machine->run->implicit_order) return &w->clock;
+  if (w->ordered.hb == NULL) fill(&w->ordered);
+  for (uint32_t agent = w->agent; agent < w->agent + AGENTS_PER_WARP; agent++) {
+    for (uint32_t i = 0; i < COMPONENTS - 1; i++) w->ordered.hb[i * w->clock.n + agent] = w->clock.hb[i * w->clock.n + agent];
+    w->ordered.tx[agent] = w->clock.hb[agent];
+  }
+  return &w->ordered;
 }
 
 uint32_t new_agent(Machine *m, Cluster *cluster) {

@@ -81,6 +81,9 @@ static void start_warp(Machine *m, Cta *cta, uint32_t index, uint32_t threads) {
     }
   for (int far = 0; far < SCOPES; far++) /* filled when first needed */
     w->fenced[far] = w->observed[far] = (Clock){.owner = w->clock.owner, .n = w->clock.n};
+  w->ordered = w->fenced[0];
+  w->registers = m->launch->registers;
+  lanes_sync(m, w);
   for (uint32_t i = 0; i < program->n_specials; i++)
     for (uint32_t lane = 0; lane < LANES; lane++)
       u32_of(w, program->specials[i].slot)[lane] = special_value(m->launch, w, program->specials[i].kind, lane);
@@ -120,7 +123,11 @@ void cluster_start(Machine *m, Job *job) {
     cta->shared_bytes = SHARED_BASE + m->program->static_shared + l->dynamic_shared;
     cta->shared = zeroed(m, cta->shared_bytes, 1);
     cta->shared_written = zeroed(m, cta->shared_bytes, 1);
-    if (m->run->races) cta->cells = zeroed(m, cta->shared_bytes / 4 + 1, sizeof(Cell));
+    if (m->run->races) {
+      cta->cells = zeroed(m, cta->shared_bytes / 4 + 1, sizeof(Cell));
+      cta->lane_writes = zeroed(m, 2 * (size_t)cta->shared_bytes, sizeof *cta->lane_writes);
+      cta->lane_reads = cta->lane_writes + cta->shared_bytes;
+    }
     cta->pipe_agent = n_ctas * n_warps * AGENTS_PER_WARP + rank;
     clock_new(cluster, &cta->pipe);
     clock_new(cluster, &cta->reached);
@@ -144,6 +151,7 @@ void cluster_free(Cluster *cluster) {
       free(cta->warps[i].wgmma_busy);
       free(cta->warps[i].tmem_pending);
       clock_free(&cta->warps[i].clock);
+      clock_free(&cta->warps[i].ordered);
       for (int far = 0; far < SCOPES; far++) {
         clock_free(&cta->warps[i].fenced[far]);
         clock_free(&cta->warps[i].observed[far]);
@@ -164,6 +172,7 @@ void cluster_free(Cluster *cluster) {
     free(cta->shared);
     free(cta->shared_written);
     free(cta->cells);
+    free(cta->lane_writes);
     free(cta->tmem);
     free(cta->tmem_written);
     free(cta->tmem_cells);

@@ -71,6 +71,7 @@ typedef struct {
   const Program *program;
   uint32_t grid[3], block[3], cluster[3];
   uint32_t dynamic_shared, param_bytes;
+  uint32_t registers; /* a thread starts with; 0 if no setmaxnreg asks */
   const uint8_t *params;
   uint32_t device;   /* launches on one device run one after another, in their order */
   uint32_t resident; /* clusters that may be under way at a time */
@@ -90,7 +91,7 @@ typedef struct {
   uint64_t seed;  /* 0: round robin, asynchronous work at once; else a random or adversarial schedule */
   uint64_t limit; /* warp instructions before a launch is called a livelock */
   uint32_t races;
-  uint32_t implicit_waits; /* using a result of tcgen05.ld waits for it */
+  uint32_t implicit_order; /* of tensor memory: a use of what tcgen05.ld loads waits for it, and barriers suffice */
   uint32_t partial; /* other threads run the rest of the grid, so clusters must not wait for each other */
 } Run;
 
@@ -99,23 +100,27 @@ typedef struct {
   char text[4000];
 } Fault;
 
-/* What is known of the agents of one cluster: three times each, as in Clock. */
+/* What is known of the agents of one cluster: COMPONENTS times each, as in Clock. */
 typedef struct {
   uint32_t owner, n;
   uint32_t *times;
 } Known;
 
 /* Vector clocks of what a warp, barrier or flag knows. Of the agents of its own cluster: hb is happens-before, px what
- * is also visible to asynchronous accesses of shared memory, gx to those of global memory. Of other clusters it has
- * those that a release has reached, and a bit for each launch that is over. */
+ * is also visible to asynchronous accesses of shared memory, gx to those of global memory, tx which accesses of tensor
+ * memory a tcgen05.fence or commit has put before. Of other clusters it has those that a release has reached, and a bit
+ * for each launch that is over. */
+enum { COMPONENTS = 4 };
 typedef struct {
   uint32_t owner, n; /* number of the cluster, or NOBODY; its agents */
-  uint32_t *hb, *px, *gx;
+  uint32_t *hb, *px, *gx, *tx;
   uint64_t launches;
   uint32_t n_known;
   Known *known;
 } Clock;
 #define NOBODY 0xFFFFFFFFu
+#define TIME_BITS 21 /* of an epoch of shared or tensor memory (race.c) */
+#define MAX_TIME ((1u << TIME_BITS) - 1)
 #define MAX_AGENTS 2000u /* of a cluster: 11 bits of an epoch (race.c, global.c) */
 
 typedef struct {
@@ -164,19 +169,23 @@ typedef struct Warp {
   Clock clock;
   Clock fenced[SCOPES], observed[SCOPES]; /* by how far away: what fences let relaxed writes release, what relaxed
                                              reads have yet to acquire */
+  Clock ordered; /* what its tcgen05 operations come after: the clock at the last tcgen05.fence::after_thread_sync */
+  uint32_t registers; /* a thread */
+  uint32_t lane_number, bulk_lanes, bulk_known; /* lanes.c: of its last synchronisation; who has waited for bulk groups since */
   uint64_t polled; /* the flag that a strong load read last, or 0 */
   uint64_t executed;
 } Warp;
 
 typedef struct {
   uint32_t write, read[3];
-} Cell; /* epochs: agent << 21 | time */
+} Cell; /* epochs: agent << TIME_BITS | time */
 
 typedef struct Cta {
   struct Cluster *cluster;
   uint32_t id[3], rank, n_warps, live_warps, shared_bytes;
   uint8_t *shared, *shared_written;
   Cell *cells, *tmem_cells;
+  uint32_t *lane_writes, *lane_reads; /* lanes.c; one a byte */
   MBarrier *mbarriers;
   uint32_t n_mbarriers, cap_mbarriers;
   NamedBarrier named[MAX_BARRIERS];
@@ -185,6 +194,7 @@ typedef struct Cta {
   uint8_t columns[TMEM_COLUMNS / 32]; /* allocation id of each 32-column unit, 0 = free */
   uint32_t next_allocation;
   bool relinquished;
+  uint32_t free_registers; /* that setmaxnreg.dec gave back, in registers of every thread of one warp */
   Warp *warps;
   Clock reached; /* the last accesses of its shared memory by agents of other CTAs; they must be known when it exits */
   Clock pipe; /* tensor pipe: what the operations issued so far know */
@@ -247,6 +257,7 @@ typedef struct Machine {
   uint64_t random;
   uint64_t progress; /* changes whenever some warp or engine did something that others can see */
   uint32_t hint; /* last buffer hit */
+  uint32_t lane_numbers;
   int mode;
 } Machine;
 
@@ -336,6 +347,8 @@ static inline uint32_t warp_time(const Warp *w) { return w->clock.hb ? w->clock.
 void warp_release(Warp *w, Clock *into, int order);
 void warp_acquire(Warp *w, const Clock *from, int order);
 void warp_fence(Warp *w, int scope);
+void warp_tensor_fence(Warp *w, bool after);
+const Clock *tensor_clock(Warp *w);
 void warp_flag(Warp *w, const void *place, int order, bool global, Access access);
 void flags_free(Flags *flags);
 enum { PROXY_SHARED = 1, PROXY_GLOBAL = 2 };
@@ -353,6 +366,13 @@ void race_shared(Machine *m, Cta *cta, uint32_t offset, uint32_t size, Access ac
 void race_exit(Machine *m, Cta *cta);
 void race_tmem(Machine *m, Cta *cta, uint32_t lane, uint32_t lanes, uint32_t column, uint32_t columns, Access access,
                uint32_t agent, uint32_t clock, const Clock *seen);
+
+/* lanes.c */
+#define ALL_LANES 63u
+void lanes_sync(Machine *m, Warp *w);
+void lanes_check(Machine *m, Warp *w, Cta *cta, uint32_t offset, uint32_t size, Access access, uint32_t lane);
+void lanes_note(Machine *m, Warp *w, Cta *cta, uint32_t offset, uint32_t size, Access access, uint32_t lane, const uint8_t *data);
+void lanes_waited(Warp *w, uint32_t mask, uint32_t known);
 
 /* global.c */
 typedef struct {

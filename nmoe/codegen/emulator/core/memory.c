@@ -68,14 +68,18 @@ Cta *cta_of(Machine *m, Warp *w, uint32_t address) {
 }
 
 /* Strong accesses of shared memory take no part in data races. */
-static uint8_t *shared_access(Machine *m, Warp *w, uint32_t address, uint32_t size, Access access, int order) {
+static uint8_t *shared_access(Machine *m, Warp *w, uint32_t address, uint32_t size, Access access, int order, unsigned lane) {
   Cta *cta = cta_of(m, w, address);
   uint32_t offset = address & OFFSET_MASK;
   uint8_t *place = shared_at(m, cta, offset, size);
   if (access == WRITE) shared_mark(cta, offset, size);
   else shared_check_written(m, cta, offset, size, "the instruction");
   if (cta != w->cta) clock_reach(&cta->reached, w->agent, warp_time(w));
-  if (order == 0) race_shared(m, cta, offset, size, access, BY_GENERIC, w->agent, warp_time(w), &w->clock);
+  if (order == 0) {
+    lanes_check(m, w, cta, offset, size, access, lane);
+    if (access == READ || lane == ALL_LANES) lanes_note(m, w, cta, offset, size, access, lane, NULL);
+    race_shared(m, cta, offset, size, access, BY_GENERIC, w->agent, warp_time(w), &w->clock);
+  }
   return place;
 }
 
@@ -90,7 +94,7 @@ uint8_t *resolve(Machine *m, Warp *w, int space, uint64_t address, uint32_t size
   }
   if (address % size) fault(m, "misaligned access: %u bytes at address %#llx", size, (unsigned long long)address);
   switch (space) {
-    case SPACE_SHARED: return shared_access(m, w, (uint32_t)address, size, access, order);
+    case SPACE_SHARED: return shared_access(m, w, (uint32_t)address, size, access, order, lane);
     case SPACE_PARAM:
       if (address + size > m->launch->param_bytes) fault(m, "kernel parameter offset %llu is out of bounds", (unsigned long long)address);
       return (uint8_t *)(uintptr_t)m->launch->params + address;
@@ -137,17 +141,33 @@ static Outcome load(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint
   return in->d ? YIELD : NEXT;
 }
 
+/* The CTA whose shared memory a checked address is in, or NULL. */
+static Cta *shared_home(const Warp *w, int space, uint64_t address, uint32_t *offset) {
+  if (space == SPACE_GENERIC && address >> WINDOW_SHIFT == WINDOW_SHARED) space = SPACE_SHARED;
+  if (space != SPACE_SHARED) return NULL;
+  *offset = (uint32_t)address & OFFSET_MASK;
+  return &w->cta->cluster->ctas[(uint32_t)address >> RANK_SHIFT];
+}
+
 /* st: operands address, s0..; modifiers as ld; WIDE_DST tells that the sources are 64-bit registers. */
 static void store(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
   uint32_t bytes = (uint32_t)(in->a * in->b);
+  uint8_t *places[LANES];
   FOR_LANES(i, mask) {
     uint64_t address = address_of(w, in, o[0], i);
-    uint8_t *place = resolve(m, w, in->c, address, bytes, WRITE, in->d, i);
-    if (in->d) flag(m, w, place, address, in->d, WRITE);
+    places[i] = resolve(m, w, in->c, address, bytes, WRITE, in->d, i);
+    if (in->d) flag(m, w, places[i], address, in->d, WRITE);
+  }
+  FOR_LANES(i, mask) {
+    uint8_t data[32 + sizeof(uint64_t)];
     for (int k = 0; k < in->b; k++) {
       uint64_t value = in->flags & WIDE_DST ? u64_of(w, o[1 + k])[i] : u32_of(w, o[1 + k])[i];
-      memcpy(place + k * in->a, &value, (size_t)in->a);
+      memcpy(data + k * in->a, &value, sizeof value);
     }
+    uint32_t offset;
+    Cta *cta = in->d ? NULL : shared_home(w, in->c, address_of(w, in, o[0], i), &offset);
+    if (cta) lanes_note(m, w, cta, offset, bytes, WRITE, i, data);
+    memcpy(places[i], data, bytes);
   }
   m->progress++;
 }
@@ -238,6 +258,8 @@ static void copy_async(Machine *m, Warp *w, const Insn *in, const uint32_t *o, u
     if (offset % bytes) fault(m, "cp.async: shared offset %#x is not a multiple of the %u bytes copied", offset, bytes);
     uint8_t *to = shared_at(m, cta, offset, bytes);
     race_shared(m, cta, offset, bytes, WRITE, BY_GENERIC, w->agent + AGENT_CP_ASYNC, w->copies_committed + 1, &w->clock);
+    lanes_check(m, w, cta, offset, bytes, WRITE, i);
+    lanes_note(m, w, cta, offset, bytes, WRITE, i, NULL);
     shared_mark(cta, offset, bytes);
     memset(to, 0, (size_t)in->a);
     if (size == 0) continue;
@@ -257,7 +279,7 @@ static void matrix(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint3
     uint32_t *lanes = u32_of(w, loads ? o[j] : o[1 + j]), address_slot = loads ? o[in->a] : o[0];
     for (unsigned r = 0; r < 8; r++)
       rows[r] = (uint16_t *)resolve(m, w, SPACE_SHARED, address_of(w, in, address_slot, 8 * (unsigned)j + r), 16,
-                                    loads ? READ : WRITE, 0, 0);
+                                    loads ? READ : WRITE, 0, ALL_LANES);
     for (unsigned lane = 0; lane < LANES; lane++)
       for (unsigned k = 0; k < 2; k++) {
         unsigned major = lane / 4, minor = lane % 4 * 2 + k;

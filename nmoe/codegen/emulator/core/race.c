@@ -1,14 +1,15 @@
 /* Happens-before race detection on shared and tensor memory (FastTrack-like epochs); clocks are in clock.c.
  *
  * An async read of generically written memory must find the write in px, whichever side of the synchronisation the
- * proxy fence stood on. */
+ * proxy fence stood on. Asynchronous operations on tensor memory must find each other in tx: there are two fences to
+ * pass, one of either side (PTX ISA 9.7.16.6.4). tcgen05.dealloc is synchronous, so barriers are enough for it. */
 #include "emu.h"
 #include <stdlib.h>
 #include <string.h>
 
-#define EPOCH(agent, clock) ((agent) << 21 | (clock))
-#define AGENT(epoch) ((epoch) >> 21)
-#define TIME(epoch) ((epoch) & 0x1FFFFF)
+#define EPOCH(agent, clock) ((agent) << TIME_BITS | (clock))
+#define AGENT(epoch) ((epoch) >> TIME_BITS)
+#define TIME(epoch) ((epoch) & MAX_TIME)
 
 const char *agent_name(Cluster *cluster, uint32_t agent) {
   uint32_t warps = cluster->ctas[0].n_warps * cluster->n_ctas;
@@ -34,19 +35,29 @@ static bool is_generic(Cluster *cluster, uint32_t agent) {
   return agent < AGENTS_PER_WARP * cluster->ctas[0].n_warps * cluster->n_ctas && agent % AGENTS_PER_WARP <= AGENT_CP_ASYNC;
 }
 
+/* What orders two accesses. */
+typedef enum { BARRIERS, FENCES, EITHER } Order;
+
+static inline bool known(const Clock *seen, uint32_t epoch, Order order) {
+  return (order != FENCES && seen->hb[AGENT(epoch)] >= TIME(epoch)) || (order != BARRIERS && seen->tx[AGENT(epoch)] >= TIME(epoch));
+}
+
 __attribute__((noreturn)) static void report(Machine *m, Cta *cta, uint32_t place, const char *memory, const char *now,
                                              const char *before, uint32_t epoch, const char *rule) {
   Cluster *cluster = cta->cluster;
+  if (*rule == 0 && known(&m->current->clock, epoch, EITHER))
+    rule = " as tcgen05 wants it: tcgen05.fence::before_thread_sync (or a commit) is missing before the signal, or "
+           "::after_thread_sync after the wait";
   fault(m, "race on %s %#x of CTA rank %u: this %s is not ordered after the %s by %s %u%s", memory, place, cta->rank, now,
         before, agent_name(cluster, AGENT(epoch)), agent_number(cluster, AGENT(epoch)), rule);
 }
 
 static inline const char *conflict(const Cell *cell, Access access, int proxy, uint32_t agent, const Clock *seen,
-                            Cluster *cluster, uint32_t *epoch, const char **rule) {
+                            Order order, Cluster *cluster, uint32_t *epoch, const char **rule) {
   *rule = "";
   if (cell->write && AGENT(cell->write) != agent) {
     *epoch = cell->write;
-    if (seen->hb[AGENT(cell->write)] < TIME(cell->write)) return "write";
+    if (!known(seen, cell->write, order)) return "write";
   }
   if (cell->write && proxy == BY_ASYNC && access == READ && is_generic(cluster, AGENT(cell->write)) &&
       seen->px[AGENT(cell->write)] < TIME(cell->write)) {
@@ -56,14 +67,14 @@ static inline const char *conflict(const Cell *cell, Access access, int proxy, u
   }
   if (access == READ) return NULL;
   for (int i = 0; i < 3; i++)
-    if (cell->read[i] && AGENT(cell->read[i]) != agent && seen->hb[AGENT(cell->read[i])] < TIME(cell->read[i])) {
+    if (cell->read[i] && AGENT(cell->read[i]) != agent && !known(seen, cell->read[i], order)) {
       *epoch = cell->read[i];
       return "read";
     }
   return NULL;
 }
 
-static inline void note(Cell *cell, Access access, uint32_t agent, uint32_t clock, const Clock *seen) {
+static inline void note(Cell *cell, Access access, uint32_t agent, uint32_t clock, const Clock *seen, Order order) {
   if (access != READ) {
     cell->write = EPOCH(agent, clock);
     memset(cell->read, 0, sizeof cell->read);
@@ -72,7 +83,7 @@ static inline void note(Cell *cell, Access access, uint32_t agent, uint32_t cloc
   int free_slot = -1;
   for (int i = 0; i < 3; i++) {
     uint32_t other = cell->read[i];
-    if (other && AGENT(other) != agent && seen->hb[AGENT(other)] < TIME(other)) continue;
+    if (other && AGENT(other) != agent && !known(seen, other, order)) continue;
     cell->read[i] = 0; /* empty, or ordered before this read */
     if (free_slot < 0) free_slot = i;
   }
@@ -95,9 +106,9 @@ void race_shared(Machine *m, Cta *cta, uint32_t offset, uint32_t size, Access ac
     }
     last = *cell;
     uint32_t epoch;
-    const char *rule, *before = conflict(cell, access, proxy, agent, seen, cta->cluster, &epoch, &rule);
+    const char *rule, *before = conflict(cell, access, proxy, agent, seen, BARRIERS, cta->cluster, &epoch, &rule);
     if (before) report(m, cta, i * 4, "shared memory", access_names[access], before, epoch, rule);
-    note(cell, access, agent, clock, seen);
+    note(cell, access, agent, clock, seen, BARRIERS);
     noted = *cell;
   }
 }
@@ -106,13 +117,14 @@ void race_tmem(Machine *m, Cta *cta, uint32_t lane, uint32_t lanes, uint32_t col
                uint32_t agent, uint32_t clock, const Clock *seen) {
   if (cta->tmem_cells == NULL) return;
   m->counters->race_checks++;
+  Order order = m->run->implicit_order || agent == m->current->agent ? EITHER : FENCES;
   for (uint32_t quadrant = lane / 32; quadrant <= (lane + lanes - 1) / 32; quadrant++)
     for (uint32_t i = column; i < column + columns; i++) {
       Cell *cell = &cta->tmem_cells[quadrant * TMEM_COLUMNS + i];
       uint32_t epoch;
-      const char *rule, *before = conflict(cell, access, BY_GENERIC, agent, seen, cta->cluster, &epoch, &rule);
+      const char *rule, *before = conflict(cell, access, BY_GENERIC, agent, seen, order, cta->cluster, &epoch, &rule);
       if (before) report(m, cta, quadrant << 21 | i, "tensor memory", access_names[access], before, epoch, rule);
-      note(cell, access, agent, clock, seen);
+      note(cell, access, agent, clock, seen, order);
     }
 }
 

@@ -143,6 +143,7 @@ static Outcome wait(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint
   w->expired = false;
   int order = (in->d ? SEM_RELAXED : SEM_ACQUIRE) | SCOPE_CTA << 4;
   FOR_LANES(i, done) warp_acquire(w, &addressed(m, w, in, o[1], i)->done, order);
+  if (done) lanes_sync(m, w);
   uint32_t *p = u32_of(w, o[0]);
   *p = (*p & ~mask) | done;
   return NEXT;
@@ -184,6 +185,7 @@ static Outcome named_barrier(Machine *m, Warp *w, const Insn *in, const uint32_t
   }
   if (in->a == 1) return NEXT;
   if (b->generation == w->waiting_generation) return STAY;
+  lanes_sync(m, w);
   warp_acquire(w, &b->done, SEM_ACQUIRE);
   if (in->a == 2) FOR_LANES(i, mask) u32_of(w, o[0])[i] = b->result_count;
   if (in->a > 2) {
@@ -220,16 +222,18 @@ static Outcome cluster_barrier(Machine *m, Warp *w, const Insn *in, uint32_t mas
   cluster_settle(m, cluster);
   if (cluster->phase < w->cluster_phase) return STAY;
   w->cluster_phase = 0;
+  lanes_sync(m, w);
   warp_acquire(w, &cluster->done, SEM_ACQUIRE);
   return NEXT;
 }
 
 /* cp.async.bulk.wait_group: modifiers a = groups that may still be under way, b = .read: their writes need not be seen. */
-static Outcome bulk_wait(Machine *m, Warp *w, const Insn *in) {
+static Outcome bulk_wait(Machine *m, Warp *w, const Insn *in, uint32_t mask) {
   uint32_t allowed = (uint32_t)in->a, finished = w->bulk_committed > allowed ? w->bulk_committed - allowed : 0;
   w->bulk_pending = finished;
   if (async_pending(w->cta->cluster, w)) return STAY;
   m->counters->barrier_waits++;
+  if (w->clock.hb) lanes_waited(w, mask, w->clock.hb[w->agent + AGENT_BULK_READ]);
   if (w->bulk_done < finished) w->bulk_done = finished;
   clock_reach(&w->clock, w->agent + AGENT_BULK_READ, finished);
   if (!in->b) clock_reach(&w->clock, w->agent + AGENT_BULK_WRITE, finished);
@@ -259,6 +263,7 @@ Outcome execute_sync(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uin
     case OP_bar_warp: {
       uint32_t wanted = u32_of(w, o[0])[first_lane(mask)] & live_mask(w);
       if (wanted & ~mask) fault(m, "bar.warp.sync: lanes %08x are not here", wanted & ~mask);
+      lanes_sync(m, w);
       return NEXT;
     }
     case OP_cluster_arrive: case OP_cluster_wait: return cluster_barrier(m, w, in, mask);
@@ -287,7 +292,7 @@ Outcome execute_sync(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uin
       return NEXT;
     }
     case OP_bulk_commit: w->bulk_committed++; return NEXT;
-    default: return bulk_wait(m, w, in);
+    default: return bulk_wait(m, w, in, mask);
   }
 }
 
@@ -310,6 +315,9 @@ void describe_wait(Machine *m, Warp *w, char *out, size_t size) {
   } else if (w->polled) { /* where in its loop the warp stands says little */
     snprintf(out, size, "polls global memory at %#llx, %llu bytes into buffer %u", (unsigned long long)w->polled,
              (unsigned long long)(w->polled - m->run->buffers[buffer_at(m, w->polled)].base), buffer_at(m, w->polled));
+  } else if (in->op == OP_setmaxnreg) {
+    snprintf(out, size, "waits for registers: it has %u a thread and asks for %d, but this CTA's warps have given back %u",
+             w->registers, in->a, w->cta->free_registers);
   } else if (in->op == OP_tcgen05_alloc) {
     snprintf(out, size, "waits for free tensor memory");
   } else {

@@ -58,6 +58,8 @@ static Outcome allocate(Machine *m, Warp *w, const Insn *in, const uint32_t *o, 
   cta->next_allocation = cta->next_allocation % 255 + 1;
   memset(cta->columns + start, (int)cta->next_allocation, units);
   for (uint32_t i = 0; i < TMEM_LANES; i++) memset(cta->tmem_written + i * TMEM_COLUMNS + start * 32, 0, count);
+  for (uint32_t i = 0; i < 4 && cta->tmem_cells; i++) /* it waits for dealloc, which has checked what came before */
+    memset(cta->tmem_cells + i * TMEM_COLUMNS + start * 32, 0, count * sizeof(Cell));
   uint32_t address = start * 32;
   uint64_t place = (in->flags & ADDRESS_64 ? u64_of(w, o[0])[lane] : u32_of(w, o[0])[lane]) + (uint64_t)in->imm;
   memcpy(resolve(m, w, SPACE_SHARED, (uint32_t)place, 4, WRITE, 0, lane), &address, 4);
@@ -115,7 +117,7 @@ static void move_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *
     }
   require_columns(m, cta, column0 + low, high - low);
   race_tmem(m, cta, lane0, in->a ? 16 : 32, column0 + low, high - low, loads ? READ : WRITE,
-            w->agent + (loads ? AGENT_TMEM_LOAD : AGENT_TMEM_STORE), loads ? ++w->tmem_loads : ++w->tmem_stores, &w->clock);
+            w->agent + (loads ? AGENT_TMEM_LOAD : AGENT_TMEM_STORE), loads ? ++w->tmem_loads : ++w->tmem_stores, tensor_clock(w));
   if (loads && w->tmem_pending == NULL && !(w->tmem_pending = calloc(m->program->register_bytes / 128 + 1, sizeof *w->tmem_pending)))
     fault(m, "out of host memory");
   for (unsigned r = 0; r < registers; r++) {
@@ -140,12 +142,12 @@ static void move_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *
 /* tcgen05.wait: modifier a = ::st. */
 static void wait_registers(Warp *w, const Insn *in) {
   if (!in->a) w->tmem_loaded = w->tmem_loads;
-  clock_reach(&w->clock, w->agent + (in->a ? AGENT_TMEM_STORE : AGENT_TMEM_LOAD), in->a ? w->tmem_stores : w->tmem_loads);
+  clock_reach_generic(&w->clock, w->agent + (in->a ? AGENT_TMEM_STORE : AGENT_TMEM_LOAD), in->a ? w->tmem_stores : w->tmem_loads);
 }
 
 /* Results of tcgen05.ld are there after its wait. The compiler moves packing across the wait, so moves only pass on that
- * a result is pending. The assembler tracks registers, so that using one waits for it too: NVIDIA's examples rely on
- * that, the ISA does not promise it. */
+ * a result is pending. Using one waits for it too (PTX ISA 9.7.16.6.4.5), but not for the load's access of memory:
+ * NVIDIA's examples rely on more than that, so `implicit_order` grants it. */
 void tmem_check_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *o) {
   uint32_t *pending = w->tmem_pending, targets = 0, latest = 0;
   switch (in->op) {
@@ -157,9 +159,9 @@ void tmem_check_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *o
   for (uint32_t i = targets; i < in->n; i++)
     if (pending[o[i] / 128] > latest) latest = pending[o[i] / 128];
   if (targets == 0 && latest > w->tmem_loaded) {
-    if (!m->run->implicit_waits) fault(m, "a result of tcgen05.ld is used, but no tcgen05.wait::ld came between");
+    if (!m->run->implicit_order) fault(m, "a result of tcgen05.ld is used, but no tcgen05.wait::ld came between");
     w->tmem_loaded = latest;
-    clock_reach(&w->clock, w->agent + AGENT_TMEM_LOAD, latest);
+    clock_reach_generic(&w->clock, w->agent + AGENT_TMEM_LOAD, latest);
   }
   for (uint32_t i = 0; i < targets; i++) pending[o[i] / 128] = latest;
 }
@@ -339,7 +341,7 @@ static void run_mma(Machine *m, AsyncOp *op) {
 /* Enters an operation into the pipe's clock; returns its own time there. */
 static uint32_t pipe_enter(Warp *w, Cta *pipe) {
   pipe->pipe_count++;
-  clock_join(&pipe->pipe, &w->clock);
+  clock_join(&pipe->pipe, tensor_clock(w));
   clock_reach(&pipe->pipe, pipe->pipe_agent, pipe->pipe_count);
   return pipe->pipe_count;
 }
@@ -477,6 +479,7 @@ Outcome execute_tensor(Machine *m, Warp *w, const Insn *in, const uint32_t *o, u
     case OP_tcgen05_dealloc: deallocate(m, w, o, mask); return NEXT;
     case OP_tcgen05_relinquish: require_converged(m, w, mask); w->cta->relinquished = true; return NEXT;
     case OP_tcgen05_ld: case OP_tcgen05_st: move_registers(m, w, in, o, mask); return NEXT;
+    case OP_tcgen05_fence: warp_tensor_fence(w, in->a); return NEXT; /* modifier a = after */
     case OP_tcgen05_wait: require_converged(m, w, mask); wait_registers(w, in); return NEXT;
     case OP_tcgen05_cp: FOR_LANES(i, mask) issue_copy(m, w, in, o, i); return NEXT;
     case OP_tcgen05_mma: FOR_LANES(i, mask) issue_mma(m, w, in, o, i); return NEXT;

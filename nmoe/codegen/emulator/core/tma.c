@@ -360,6 +360,7 @@ static void issue_tensor(Machine *m, Warp *w, const Insn *in, const uint32_t *o,
   } else {
     op->arg[A_GROUP] = w->bulk_issued = w->bulk_committed + 1;
     shared_at(m, w->cta, base, t.box_bytes);
+    lanes_check(m, w, w->cta, base, t.box_bytes, READ, lane);
     race_shared(m, w->cta, base, t.box_bytes, READ, BY_ASYNC, w->agent + AGENT_BULK_READ, w->bulk_committed + 1, &w->clock);
   }
   if (m->run->races) race_box(m, op, &t, gather, load);
@@ -382,6 +383,7 @@ static void issue_bulk(Machine *m, Warp *w, const Insn *in, const uint32_t *o, u
     op->arg[A_SHARED] = u32_of(w, o[1])[lane];
     op->arg[A_GROUP] = w->bulk_issued = w->bulk_committed + 1;
     shared_at(m, w->cta, op->arg[A_SHARED] & OFFSET_MASK, size);
+    lanes_check(m, w, w->cta, op->arg[A_SHARED] & OFFSET_MASK, size, READ, lane);
     race_shared(m, w->cta, op->arg[A_SHARED] & OFFSET_MASK, size, READ, BY_ASYNC, w->agent + AGENT_BULK_READ, w->bulk_committed + 1, &w->clock);
   } else {
     op->arg[A_SHARED] = u32_of(w, o[0])[lane] + (uint32_t)in->imm;
@@ -392,6 +394,7 @@ static void issue_bulk(Machine *m, Warp *w, const Insn *in, const uint32_t *o, u
     if (!load) {
       MBarrier *b = mbarrier_for_async(m, cta_of(m, w, (uint32_t)op->arg[A_BARRIER]), op->arg[A_BARRIER] & OFFSET_MASK);
       shared_at(m, w->cta, op->arg[A_GLOBAL] & OFFSET_MASK, size);
+      lanes_check(m, w, w->cta, op->arg[A_GLOBAL] & OFFSET_MASK, size, READ, lane);
       race_shared(m, w->cta, op->arg[A_GLOBAL] & OFFSET_MASK, size, READ, BY_ASYNC, b->agent, b->phase + 1, &w->clock);
     }
   }

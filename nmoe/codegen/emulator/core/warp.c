@@ -84,6 +84,19 @@ static void reduce(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint3
   FOR_LANES(i, mask) u32_of(w, o[0])[i] = result;
 }
 
+/* setmaxnreg: modifiers a = registers a thread, b = inc. What one warp gives back another of its CTA may take. */
+static Outcome set_registers(Machine *m, Warp *w, const Insn *in, uint32_t mask) {
+  require_converged(m, w, mask);
+  uint32_t wanted = (uint32_t)in->a, *free = &w->cta->free_registers;
+  if (in->b ? wanted < w->registers : wanted > w->registers)
+    fault(m, "setmaxnreg.%s to %u: this warp has %u registers a thread", in->b ? "inc" : "dec", wanted, w->registers);
+  if (wanted > w->registers + *free) return STAY;
+  *free -= wanted - w->registers;
+  w->registers = wanted;
+  m->progress++;
+  return NEXT;
+}
+
 Outcome execute_warp(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
   switch (in->op) {
     case OP_shfl: shuffle(m, w, in, o, mask); return NEXT;
@@ -100,7 +113,7 @@ Outcome execute_warp(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uin
       FOR_LANES(i, mask) u32_of(w, o[0])[i] = mask;
       return NEXT;
     case OP_trap: fault(m, "trap");
-    case OP_setmaxnreg: require_converged(m, w, mask); return NEXT;
+    case OP_setmaxnreg: return set_registers(m, w, in, mask);
     default: return NEXT;
   }
 }

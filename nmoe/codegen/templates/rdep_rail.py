@@ -1,0 +1,157 @@
+"""Rows to the GPU of this rank's index on every other host: gathered into chunks, one message a chunk for each part.
+
+    block ─▶ (host, chunk of 32 rows)    lane r: does any place of row r lie there?  ballot ─▶ which rows go, and where
+        rows that go, in their order ──▶ staged       their places and values, then places of −1 ──▶ staged
+        fence.sys ─▶ bar.sync ─▶ put_signal of each: staged ──▶ the peer's landed, rails.full += 1
+
+A signal comes after what its own put wrote, and says nothing of other puts: `rails.full` counts messages, and all of
+an epoch have arrived when it has reached so many epochs' worth. There is room for all tokens, so that where a chunk
+begins is known beforehand. `move` takes what has landed on inside the host.
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
+from cutlass.memory import SmemAllocator
+
+from nmoe.codegen.rdep import CHUNK
+from nmoe.codegen.templates.nvshmem import Nvshmem
+from nmoe.codegen.templates.rdep_link import Kernel, Link, Named
+
+PIECE = 16  # bytes that a lane copies at once
+
+
+class Rail(Kernel):
+    capability: int
+
+    @cute.kernel
+    def kernel(self, operands):  # type: ignore[no-untyped-def]
+        problem, named = self.problem, Named(operands)
+        link, nvshmem = self.link(named), Nvshmem(self.capability, problem.nvshmem)
+        epoch = link.epoch("rails") + 1
+        link.wait("rails.free", epoch - 1, problem.gpus)
+        rows = named["rows"]
+        if link.overflowed():
+            rows = Int32(0)  # peers still count on the messages
+        chunks = problem.tokens // CHUNK
+        for item in cutlass.range(
+            cute.arch.block_idx()[0], (problem.hosts - 1) * chunks, cute.arch.grid_dim()[0]
+        ):
+            self._send(link, nvshmem, named, item // chunks, item % chunks * CHUNK, rows)
+        if link.last(SmemAllocator()):
+            if cute.arch.thread_idx()[0] == 0:
+                nvshmem.quiet()  # the next launch stages over what has been read
+            link.advance("rails", epoch)
+
+    @cute.jit
+    def _send(
+        self, link: Link, nvshmem: Nvshmem, named: Named, hop: Int32, chunk: Int32, rows: Int32
+    ) -> None:
+        """Of the rows from `chunk` on those with a place on the host `hop` + 1 after this one."""
+        problem = self.problem
+        warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
+        here = link.rank // problem.gpus
+        host = (here + 1 + hop) % problem.hosts
+        row, first = chunk + lane, named["base"] + host * named["stride"]
+        places, goes = [], False
+        for j in cutlass.range_constexpr(problem.fan):
+            place = Int32(-1)
+            if row < rows:
+                place = named["places"][row, j] - first
+                if place < 0 or place >= named["span"]:
+                    place = Int32(-1)
+            places.append(place)
+            goes |= place >= 0
+        going = Uint32(cute.arch.vote_ballot_sync(goes))
+        count, earlier = Int32(cute.arch.popc(going)), Int32(cute.arch.popc(going & cute.arch.lanemask_lt()))
+        if warp == 0:
+            to = chunk + (earlier if goes else count + lane - earlier)
+            for j in cutlass.range_constexpr(problem.fan):
+                named["staged places"][hop, to, j] = places[j]
+                if cutlass.const_expr(problem.describes):
+                    value = Float32(0.0)
+                    if goes:
+                        value = named["values"][row, j]
+                    named["staged values"][hop, to, j] = value
+        for r in cutlass.range(warp, CHUNK, self.config.warps):
+            if (going >> Uint32(r)) & 1 != 0:
+                to = chunk + Int32(cute.arch.popc(going & ((Uint32(1) << Uint32(r)) - 1)))
+                for i in cutlass.range_constexpr(len(problem.parts)):
+                    self._copy(
+                        named[f"rows{i}"][chunk + r, None], named[f"staged rows{i}"][hop, to, None], lane
+                    )
+        cute.arch.fence_acq_rel_sys()
+        cute.arch.sync_threads()
+
+        peer = host * problem.gpus + link.rank % problem.gpus
+        # The peer knows this host as its hosts − 2 − hop after next.
+        landed, flag = problem.hosts - 2 - hop, link.flag("rails.full", link.rank)
+        missing = Int64(1)
+        for i in cutlass.range_constexpr(len(problem.parts)):
+            if count > 0:
+                self._put(nvshmem, named, f"rows{i}", hop, landed, chunk, count, flag, Int64(1), peer)
+            else:
+                missing += 1
+        if cutlass.const_expr(problem.describes):
+            self._put(nvshmem, named, "values", hop, landed, chunk, Int32(CHUNK), flag, Int64(1), peer)
+        self._put(nvshmem, named, "places", hop, landed, chunk, Int32(CHUNK), flag, missing, peer)
+
+    @cute.jit
+    def _copy(self, source: cute.Tensor, target: cute.Tensor, lane: Int32) -> None:
+        source, target = (cute.zipped_divide(row, (PIECE,)) for row in (source, target))
+        for at in cutlass.range(lane, cute.size(source, mode=[1]), 32):
+            piece = cute.make_rmem_tensor((PIECE,), Uint8)
+            cute.autovec_copy(source[None, at], piece)
+            cute.autovec_copy(piece, target[None, at])
+
+    def _put(self, nvshmem, named, name, hop, landed, chunk, count, flag, value, peer) -> None:  # type: ignore[no-untyped-def]
+        """`count` rows of a staged buffer, from `chunk` on, to where the peer has them of this host."""
+        staged, target = named[f"staged {name}"], named[f"landed {name}"]
+        width = staged.shape[2]
+        size = Int64(count) * (width * staged.element_type.width // 8)
+
+        def start(tensor, host):  # type: ignore[no-untyped-def]
+            return tensor.iterator + (Int64(host) * self.problem.tokens + chunk) * width
+
+        nvshmem.put(start(target, landed), start(staged, hop), size, flag, value, peer)
+
+
+class Rail90(Rail):
+    capability = 90
+
+
+class Rail100(Rail):
+    capability = 100
+
+
+class Await(Kernel):
+    """One block: until the rows of the epoch have landed from every host."""
+
+    @cute.kernel
+    def kernel(self, named):  # type: ignore[no-untyped-def]
+        link = self.link(named)
+        link.wait("rails.full", link.epoch("rails") * self.problem.messages, self.problem.gpus)
+
+
+class Raise(Kernel):
+    """One block: tells the senders that what landed has been consumed, as by the kernels before it on the stream."""
+
+    capability: int
+
+    @cute.kernel
+    def kernel(self, named):  # type: ignore[no-untyped-def]
+        problem, link = self.problem, self.link(named)
+        peer = Int32(cute.arch.thread_idx()[0])
+        if peer < problem.ranks and peer != link.rank and (peer - link.rank) % problem.gpus == 0:
+            nvshmem = Nvshmem(self.capability, problem.nvshmem)
+            cute.arch.fence_acq_rel_sys()
+            nvshmem.set(link.flag("rails.free", link.rank), link.epoch("rails"), peer)
+
+
+class Raise90(Raise):
+    capability = 90
+
+
+class Raise100(Raise):
+    capability = 100
