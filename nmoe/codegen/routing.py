@@ -22,6 +22,7 @@ STATIC_SHARED = 49_152  # bytes that a thread block has without asking for more
 
 # Tile and slice of the router's products, of which there are two stages (templates/products.py).
 PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 128, 64, 16
+PRODUCT_WAVE = 3 * 132  # thread blocks that an H100 runs at once: registers allow three a multiprocessor
 PRODUCT_SHARED = 2 * PRODUCT_DEPTH * (PRODUCT_ROWS + PRODUCT_COLUMNS) * 4
 
 
@@ -267,9 +268,14 @@ class RouterBwdProblem(ScoredProblem):
 
     @property
     def splits(self) -> int:
-        """Parts of the tokens that dw's tiles are summed over: enough thread blocks for any device."""
+        """Parts of the tokens that dw's tiles are summed over: the fewest that fill waves of thread blocks but for a
+        twentieth, on every device, so that the sum's order is the same."""
         tiles = -(-self.experts // PRODUCT_COLUMNS) * -(-self.hidden // PRODUCT_ROWS)
-        return max(1, min(32, 512 // tiles))
+
+        def idle(splits: int) -> float:
+            return -(-tiles * splits // PRODUCT_WAVE) * PRODUCT_WAVE / (tiles * splits) - 1
+
+        return next((s for s in range(1, 33) if idle(s) < 0.05), min(range(1, 33), key=idle))
 
     def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
         choices, matrix = (TOKENS, self.topk), (self.experts, self.hidden)
