@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -46,9 +47,7 @@ class Experiments:
         except OSError as e:
             raise self._error(e) from e
         with self._transaction() as connection:
-            connection.execute(
-                "PRAGMA journal_mode = WAL"
-            )  # readers do not wait for writers, nor they for readers
+            _write_ahead(connection)
             connection.execute(_SCHEMA)
 
     def start(self, run_id: str, config_json: str, fingerprint: str, git: str) -> None:
@@ -94,6 +93,20 @@ class Experiments:
             f"{self._db}: cannot record the run: {cause}; "
             "point [metrics] experiments at a writable SQLite file or at a new one"
         )
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Readers do not wait for writers, nor they for readers. SQLite waits for other processes in statements, but not
+    in this switch."""
+    end = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as e:
+            if e.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
 
 
 def git_state(path: Path) -> str:

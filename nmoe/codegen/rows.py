@@ -63,9 +63,9 @@ class RowProblem(Problem):
     the last of them is quantized into `copies`. With `segments`, rows from offsets[segments] on are zero and, in NVFP4,
     each segment has an amax of its own.
 
-    `weighted`: router weights, SwiGLU's, or those that dispatch brings to its rows; `topk`: choices of its tokens. `at`:
-    where concat's second operand and split's second result start. `heads`, `rotary`, `inverse`: rope turns the last
-    `rotary` columns of each head. `vocabulary`: rows of the embedding.
+    `weighted`: router weights, SwiGLU's, or those that dispatch brings to its rows; `topk`: choices of its
+    tokens. `at`: where concat's second operand and split's second result start. `heads`, `rotary`, `inverse`:
+    rope turns the last `rotary` columns of each head. `vocabulary`: rows of the embedding.
     """
 
     body: Body
