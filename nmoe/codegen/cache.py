@@ -23,7 +23,7 @@ from typing import Any
 
 from nmoe.files import write_synced
 
-FORMAT = 2  # of an entry's files and its report; part of every key
+FORMAT = 3  # of an entry's files and its report; part of every key
 MANIFEST = "manifest.json"
 FUNCTION = "nmoe_kernel"  # the symbol that kernel.so exports
 

@@ -50,10 +50,12 @@ def resources(cubin: bytes) -> dict[str, Any]:
         file.write(cubin)
         file.flush()
         usage = _output([str(cuobjdump), "-res-usage", file.name])
-    kernels = {
-        _short(name): {"registers": int(reg), "stack": int(stack), "local": int(local)}
-        for name, reg, stack, _, local in USAGE.findall(usage)
-    }
+    kernels: dict[str, dict[str, int]] = {}
+    for name, *numbers in USAGE.findall(usage):
+        registers, stack, _, local = map(int, numbers)
+        found = {"registers": registers, "stack": stack, "local": local}
+        before = kernels.get(_short(name), found)  # one function for other operands: the most of each
+        kernels[_short(name)] = {key: max(before[key], found[key]) for key in found}
     return {"kernels": kernels, "sass": count(sass)}
 
 
