@@ -26,6 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ from nmoe.torchrun import launched
 CONFIGS = Path(__file__).parents[1] / "configs"
 TARGET, RANKS, STEPS = "sm_90a", 2, 20
 PARTS = ("layer", "replay", "train", "again", "replicas", "moonlet", "command")
-LIMIT = 45.0  # seconds that a part may take
+LIMIT = 60.0  # seconds that a part may take
 
 
 def small(ranks: int, sequences: int = 2) -> Config:
@@ -71,21 +72,21 @@ def small(ranks: int, sequences: int = 2) -> Config:
         rdep=replace(config.rdep, ranks=ranks, timeout=60.0),
         schedule=replace(config.schedule, precision="bf16"),
         train=replace(config.train, batch_size=8, micro_batch_size=sequences, seq_len=128, steps=STEPS),
-        optim=replace(config.optim, warmup_tokens=0, decay_tokens=0),
+        optim=replace(config.optim, lr=3e-4, warmup_tokens=0, decay_tokens=0),
     )
 
 
-def moonlet(ranks: int, sequences: int = 2) -> Config:
-    """A dense layer and two MoE layers of moonlet, a smaller vocabulary."""
+def moonlet(ranks: int, sequences: int = 16) -> Config:
+    """A dense and an MoE layer of moonlet, a smaller vocabulary, sequences short enough that attention is little."""
     config = load(CONFIGS / "moonlet.toml")
     dense, moe = config.model.layers
     return replace(
         config,
         target=replace(config.target, device=TARGET),
         rdep=replace(config.rdep, ranks=ranks, timeout=60.0),
-        model=replace(config.model, vocab_size=32768, layers=(dense, replace(moe, repeat=2))),
+        model=replace(config.model, vocab_size=32768, layers=(dense, replace(moe, repeat=1))),
         schedule=replace(config.schedule, precision="bf16"),
-        train=replace(config.train, batch_size=8, micro_batch_size=sequences, steps=STEPS),
+        train=replace(config.train, batch_size=64, micro_batch_size=sequences, seq_len=512, steps=STEPS),
     )
 
 
@@ -248,11 +249,11 @@ def alone_schedule() -> Schedule:
     def kernels(graph: Graph, ops: tuple[Op, ...], fused: frozenset[str]) -> Workspace | None:
         return every(graph, ops, fused) if ops[0].kind != "combine" or len(ops) == 1 else None
 
-    return lower(moonlet(1), sequences=4, kernels=kernels)
+    return lower(moonlet(1), sequences=RANKS * 16, kernels=kernels)
 
 
 def compare(path: str, both: dict[str, torch.Tensor], say: Callable[[Any], None]) -> None:
-    config, schedule = moonlet(1, 4), alone_schedule()
+    config, schedule = moonlet(1), alone_schedule()
     parameters = Parameters(schedule.graph, "cuda")
     parameters.initialise(config.run.seed, config.model.init_std)
     skew(parameters)
@@ -265,7 +266,7 @@ def compare(path: str, both: dict[str, torch.Tensor], say: Callable[[Any], None]
         ("positions", batch.positions),
         ("targets", batch.targets[0]),
     ):
-        tensors[name].copy_(torch.from_numpy(array[:4].reshape(-1)))
+        tensors[name].copy_(torch.from_numpy(array[: RANKS * 16].reshape(-1)))
     tensors["scale"].fill_(1e-4)
     alone.run("step")
     found = observed(alone, path, both) | experts(parameters, path)
@@ -285,16 +286,18 @@ def observed(executor: Executor, path: str, given: dict[str, torch.Tensor]) -> d
     route, combine, back = (ops[f"{path}.{n}"] for n in ("route", "combine.bwd", "dispatch.bwd"))
     before = {f"{path}.plan": route.outputs[:2], f"{path}.combine.bwd": combine.inputs[:1]}
     before[f"{path}.plan"] += route.inputs[:1]
-    after = {f"{path}.dispatch.bwd": back.outputs}
+    after = {f"{path}.combine": ops[f"{path}.combine"].outputs[:1], f"{path}.dispatch.bwd": back.outputs}
     kept: dict[str, torch.Tensor] = {}
 
     @contextmanager
     def observe(name: str) -> Iterator[None]:
+        torch.cuda.synchronize()  # whatever stream made what is read here
         for tensor in before.get(name, ()):
             if given:
                 executor.operand(tensor).copy_(given[tensor])
             kept[tensor] = executor.operand(tensor).cpu()
         yield
+        torch.cuda.synchronize()
         for tensor in after.get(name, ()):
             kept[tensor] = executor.operand(tensor).cpu()
 
@@ -470,19 +473,27 @@ def milliseconds(call: Callable[[], None], repeats: int = 7) -> float:
 
 
 def command(config: Path) -> tuple[list[str], dict[str, Any]]:
-    lines = []
-    for run in (ended, resumed, stopped, killed):
-        begin = time.monotonic()
-        try:
-            lines.append(f"{run.__name__}: {run(config)} ({time.monotonic() - begin:.1f} s)")
-        except Exception as error:
-            lines.append(f"{run.__name__}: FAILED: {type(error).__name__}: {error}")
-    return lines, {}
+    """All at once, but a resumed run after the run that it resumes."""
+
+    def tell(*runs: Callable[[Path], str]) -> list[str]:
+        lines = []
+        for run in runs:
+            begin = time.monotonic()
+            try:
+                lines.append(f"{run.__name__}: {run(config)} ({time.monotonic() - begin:.1f} s)")
+            except Exception as error:
+                lines.append(f"{run.__name__}: FAILED: {type(error).__name__}: {error}")
+        return lines
+
+    with ThreadPoolExecutor(3) as pool:
+        told = [pool.submit(tell, *runs) for runs in ((ended, resumed), (stopped,), (killed,))]
+        return [line for lines in told for line in lines.result()], {}
 
 
 def start(config: Path, name: str, processes: int, *flags: str, **keys: str) -> subprocess.Popen[str]:
     environment = os.environ | {"NMOE_RUN__NAME": name} | keys
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29700"]
+    port = 29700 + len(name)
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
     command = [
         sys.executable,
         *(torchrun if processes > 1 else ()),

@@ -236,8 +236,9 @@ def memory_plan(config: Config, world: int, schedule: Schedule) -> dict[str, int
 
 
 def _rdep_bytes(config: Config, schedule: Schedule) -> int:
-    """Symmetric memory, shared by all layers: received rows and received output gradients, which must be distinct;
-    returned rows of either direction with a gradient of the router weight; metadata; counts of every rank."""
+    """What peers write to beside the arena, shared by all layers: returned rows of either direction with a gradient of
+    the router weight; counts of every rank; received rows and received output gradients, which must be distinct, with
+    metadata. On a GPU rows that are not quantized arrive in the arena."""
     moe, ranks, dims = config.moe, config.rdep.ranks, schedule.dims
     if moe is None or ranks == 1:
         return 0
@@ -246,11 +247,15 @@ def _rdep_bytes(config: Config, schedule: Schedule) -> int:
     payload = predict.payload_bytes(schedule)
     for op in schedule.graph.ops:
         if op.kind == "dispatch" and not op.name.endswith(".again"):
-            received[op.stage] = max(received[op.stage], payload[op.name])
+            rows = schedule.graph.tensors[str(op.outputs[0])]
+            whole = predict.row_bytes(rows.format, int(rows.shape[1]))
+            if payload[op.name] < whole or schedule.target == "cpu":
+                received[op.stage] = max(received[op.stage], payload[op.name])
         elif op.kind == "combine":
             returned = max(returned, payload[op.name])
-    rows = dims["R"] * (sum(received.values()) + ROW_META_BYTES)
-    return round(rows + dims["T"] * moe.topk * returned + ranks * moe.experts * 4)
+    row = sum(received.values())
+    arrived = dims["R"] * (row + ROW_META_BYTES) if row else 0.0
+    return round(arrived + dims["T"] * moe.topk * returned + ranks * moe.experts * 4)
 
 
 def _sync(config: Config, world: int, node: int, schedule: Schedule) -> Wire:

@@ -289,6 +289,8 @@ def test_rdep_buffers_by_hand(shipped) -> None:
     expected = rows * (2 * (2048 + 64) + 12) + tokens * 6 * 4100 + 8 * 64 * 4
     assert shipped["moonlight"].memory["RDEP buffers"] == expected
     assert shipped["moonlet"].memory["RDEP buffers"] == 0
+    wide = plan.plan(load(CONFIGS / "moonlight.toml", env={"NMOE_SCHEDULE__PRECISION": "bf16"}), 8)
+    assert wide.memory["RDEP buffers"] == tokens * 6 * 4100 + 8 * 64 * 4, "rows arrive in the arena"
 
 
 def test_bf16_weight_gradients_need_bf16_rows() -> None:

@@ -262,10 +262,7 @@ class RouterProblem(ScoredProblem):
 
 @dataclass(frozen=True)
 class RouterBwdProblem(ScoredProblem):
-    """dweights[T, topk], x, w, indices, logits, addend? → dx; dw is added to. An addend, of `addends` at most one, is
-    added to dx, which is rounded before and after."""
-
-    addends: int = 0
+    """dweights[T, topk], x, w, indices, logits → dx; dw is added to."""
 
     family: ClassVar[str] = "router_bwd"
 
@@ -281,13 +278,11 @@ class RouterBwdProblem(ScoredProblem):
         return next((s for s in range(1, 33) if idle(s) < 0.05), min(range(1, 33), key=idle))
 
     def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
-        choices, row, matrix = (TOKENS, self.topk), (TOKENS, self.hidden), (self.experts, self.hidden)
-        dx, dw = Operand("dx", "bf16", row), Operand("dw", "f32", matrix)
-        results = (Operand("addend", "bf16", row), dw, dx) if self.addends else (dx, dw)
+        choices, matrix = (TOKENS, self.topk), (self.experts, self.hidden)
         return (Operand("dweights", "f32", choices), Operand("x", "bf16", (TOKENS, self.hidden)),
                 Operand("w", "f32", matrix), Operand("indices", "i32", choices),
-                Operand("logits", "f32", (TOKENS, self.experts)), *results,
-                Operand("dlogits", "f32", (TOKENS, self.experts)),
+                Operand("logits", "f32", (TOKENS, self.experts)), Operand("dx", "bf16", (TOKENS, self.hidden)),
+                Operand("dw", "f32", matrix), Operand("dlogits", "f32", (TOKENS, self.experts)),
                 Operand("partial", "f32", (self.splits, *matrix)), *self.scalars())  # fmt: skip
 
     def template(self, target: str) -> str:
@@ -318,8 +313,7 @@ def match(spec: KernelSpec) -> RoutingProblem | row_kernels.RowProblem | str:
     anchor, attrs = spec.parts[0], dict(spec.parts[0].attrs)
     ins, outs = list(spec.inputs), list(spec.outputs)
     addends = len(spec.parts) - 1
-    most = {"combine": addends, "router_bwd": 1}.get(anchor.kind, 0)
-    if addends > most or any(part.kind != "add" for part in spec.parts[1:]):
+    if addends and not (anchor.kind == "combine" and all(part.kind == "add" for part in spec.parts[1:])):
         return f"no template for {' + '.join(map(str, spec.parts))} yet"
     if anchor.kind in ("moe_plan", "dispatch", "combine") and attrs.get("ranks", 1) > 1:
         return f"{anchor.kind} of {attrs['ranks']} ranks is several kernels of RDEP (codegen/rdep.py)"
@@ -341,7 +335,7 @@ def match(spec: KernelSpec) -> RoutingProblem | row_kernels.RowProblem | str:
             groups = {k: attrs[k] for k in ("groups", "topk_groups")}
             problem = RouterProblem(**common, **groups, biased=len(ins) == 3)
         else:
-            problem = RouterBwdProblem(**common, addends=addends)
+            problem = RouterBwdProblem(**common)
     formats = [o.format for o in problem.operands(RoutingConfig()) if o.shape]
     found = [v.format for v in (*ins, *outs)]
     if found != formats[: len(found)]:

@@ -43,6 +43,13 @@ PROTOCOL: Protocol = {
     "totals": (*SEND, *RECEIVE),
 }
 
+# On GPUs (device_layer.py) rows go to a place of their own in the arena, and what was there before is consumed when the
+# next transfer begins, by the memory plan: leave for it is given only then.
+GPU_PROTOCOL: Protocol = {
+    **PROTOCOL,
+    "rows": (Action("raise", "free", lag=1), Action("wait", "free", lag=1), *SEND, *RECEIVE),
+}
+
 # What a layer transfers, on all ranks alike. The first rows of FORWARD are the choices that the slots hold.
 FORWARD: tuple[Channel, ...] = ("counts", "rows", "rows", "returns")
 BACKWARD: tuple[Channel, ...] = ("rows", "returns")

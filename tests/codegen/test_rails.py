@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nmoe.codegen import compiler
-from nmoe.codegen.rdep import CHUNK, COLUMNS, FLAGS, LINE, REPORT, STATE, RailFlagProblem, RailProblem
+from nmoe.codegen.rails import CHUNK, RailFlagProblem, RailProblem
+from nmoe.codegen.rdep import COLUMNS, FLAGS, LINE, REPORT, STATE
 from nmoe.rdep.device import check, offsets
 from nmoe.rdep.transport import Buffer, Missing
 
@@ -156,11 +157,11 @@ def test_rows_wait_for_the_landing_and_a_missing_host_is_named(wire: dict[str, i
     send(1)
     with pytest.raises(EmulationError, match="trap"):
         send(1)  # nobody has consumed the first
-    with pytest.raises(Missing, match=r"rank 1 waited 30 s for rails.free 1 \(seen 0\) of rank 3 in layer 7"):
+    with pytest.raises(Missing, match=r"layer 7: rank 1 waited 30 s for rails.free 1 \(seen 0\) of rank 3"):
         check(host.reports[1].torch, 30)
     with pytest.raises(EmulationError, match="trap"):
         host.launch(RailFlagProblem(4, 2, VERSION, "await", problem.messages), 1)
-    with pytest.raises(Missing, match=r"rank 1 waited 30 s for rails.full 2 \(seen 0\) of rank 3 in layer 7"):
+    with pytest.raises(Missing, match=r"layer 7: rank 1 waited 30 s for rails.full 2 \(seen 0\) of rank 3"):
         check(host.reports[1].torch, 30)
 
 

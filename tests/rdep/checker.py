@@ -62,6 +62,10 @@ class Checker:
         self.at = [{(a.kind, a.channel, a.epoch): i + 1 for i, a in enumerate(p)} for p in self.programs]
         self.states = 0
 
+    def peers(self, channel: str, rank: int) -> list[int]:
+        """The ranks that a rank exchanges a channel with."""
+        return [peer for peer in range(self.ranks) if peer != rank]
+
     def run(self) -> int:
         """The number of states; raises Violation."""
         zero = (0,) * self.ranks
@@ -107,23 +111,23 @@ class Checker:
         """The receivers must have read all rows of the epoch before, and the writer must know."""
         if act.epoch == 1:
             return
-        for peer in range(self.ranks):
+        for peer in self.peers(act.channel, rank):
             read = self.at[peer].get(("read", act.channel, act.epoch - 1))
-            if peer != rank and (read is None or clock[peer] < read):
+            if read is None or clock[peer] < read:
                 raise Violation(
                     f"rank {rank} puts {act.channel} {act.epoch} over rows that rank {peer} still reads"
                 )
 
     def _read(self, state: State, act: Act, rank: int, clock: list[int]) -> None:
         """The rows of every source must have arrived, and no later ones."""
-        for peer in range(self.ranks):
+        for peer in self.peers(act.channel, rank):
             put = self.at[peer].get(("put", act.channel, act.epoch))
-            if peer != rank and (put is None or clock[peer] < put):
+            if put is None or clock[peer] < put:
                 raise Violation(
                     f"rank {rank} reads {act.channel} {act.epoch} of rank {peer} before it has arrived"
                 )
             later = self.at[peer].get(("put", act.channel, act.epoch + 1))
-            if peer != rank and later is not None and state.place[peer] >= later:
+            if later is not None and state.place[peer] >= later:
                 raise Violation(f"rank {rank} reads {act.channel} {act.epoch} after rank {peer} overwrote it")
 
     def _end(self, state: State) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from checker import Checker, Violation, check, mutants, program
 
-from nmoe.rdep.protocol import BACKWARD, FORWARD, PROTOCOL, RECOMPUTE, SUM
+from nmoe.rdep.protocol import BACKWARD, FORWARD, GPU_PROTOCOL, PROTOCOL, RECOMPUTE, SUM
 
 STEP = FORWARD + BACKWARD + SUM
 RECOMPUTED = FORWARD + RECOMPUTE + BACKWARD + SUM * 2
@@ -25,6 +25,20 @@ RECOMPUTED = FORWARD + RECOMPUTE + BACKWARD + SUM * 2
 )
 def test_safe(ranks, sequence):
     assert check(PROTOCOL, sequence, ranks) > 100
+
+
+GPU_LAYER = ("counts", "rows", "returns", *RECOMPUTE, *BACKWARD)  # the plan on GPUs needs no rows of its own
+
+
+@pytest.mark.parametrize(("ranks", "sequence"), [(2, GPU_LAYER * 4), (3, GPU_LAYER), (2, ("rows",) * 6)])
+def test_safe_on_gpus(ranks, sequence):
+    assert check(GPU_PROTOCOL, sequence, ranks) > 100
+
+
+@pytest.mark.parametrize("name", [n for n in mutants(GPU_PROTOCOL) if "rows" in n])
+def test_nothing_can_be_left_out_on_gpus(name):
+    with pytest.raises(Violation):
+        check(mutants(GPU_PROTOCOL)[name], GPU_LAYER * 2, 2)
 
 
 @pytest.mark.parametrize("mutant", mutants(PROTOCOL).values(), ids=mutants(PROTOCOL).keys())

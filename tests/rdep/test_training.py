@@ -24,6 +24,7 @@ from processes import CONTEXT, Group
 from nmoe.checkpoint import Checkpointer
 from nmoe.config import Checkpoint, Data, Metrics, Rdep, Run, Source
 from nmoe.data.prep import prepare
+from nmoe.errors import UserError
 from nmoe.plan import PlanError
 from nmoe.rdep.exchange import Exchange
 from nmoe.rdep.plan import CapacityError
@@ -347,8 +348,15 @@ def test_wrong_numbers_of_ranks_are_refused(config, monkeypatch):
         Missing, match=r"the 2 processes did not find each other .*torchrun --nproc-per-node 2"
     ):
         train(config(timeout=1.0), out=lambda text: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        UserError, match=r"2 processes .* one a GPU: this host has 1; start `torchrun --nproc"
+    ):
+        train(config(target={"device": "sm_90a"}), out=lambda text: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    with pytest.raises(Exception, match="on several hosts"):
+    with pytest.raises(UserError, match="on several hosts"):
         train(config(), out=lambda text: None)
 
 

@@ -90,7 +90,10 @@ class Link(Fixed):
         """By all threads of the block: until every peer has raised `flag` for `epoch` or a later one; of peers whose
         rank differs by a multiple of `every`."""
         peer = Int32(cute.arch.thread_idx()[0])
-        if peer < self.ranks and peer != self.rank and (peer - self.rank) % every == 0:
+        awaited = peer < self.ranks and peer != self.rank
+        if cutlass.const_expr(every > 1):
+            awaited = awaited and (peer - self.rank) % every == 0
+        if awaited:
             word = self.flag(flag, peer)
             budget = self.state[STATE.index("timeout")]
             seen = Int64(cute.arch.load(word, Int64, sem="acquire", scope="sys"))

@@ -15,7 +15,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.memory import SmemAllocator
 
-from nmoe.codegen.rdep import CHUNK
+from nmoe.codegen.rails import CHUNK
 from nmoe.codegen.templates.nvshmem import Nvshmem
 from nmoe.codegen.templates.rdep_link import Kernel, Link, Named
 
