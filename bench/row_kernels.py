@@ -49,7 +49,7 @@ CASES: list[tuple[RowProblem, int]] = [  # moonlet's and dsv3's, and rows of the
     (RowProblem("load", ROWS, 7168, keeps_body=False, copies=(ROW, COL), segments=32), 2 * T),
     (RowProblem("swiglu", ROWS, 2048, weighted=True, keeps_body=False, copies=(COL, ROW), segments=32), 2 * T),
     (RowProblem("dispatch", ROWS, 2048, keeps_body=False, weighted=True, copies=(ROW, COL), segments=64, topk=6), R),
-    (RowProblem("dispatch", ROWS, 7168, keeps_body=False, weighted=True, copies=(ROW, COL), segments=32, topk=8), 2 * T),
+    (RowProblem("dispatch", ROWS, 7168, keeps_body=False, weighted=True, copies=(ROW, COL), segments=32, topk=8), R),
     (RowProblem("swiglu", ROWS, 1408, weighted=True), R),
     (RowProblem("swiglu", ROWS, 1408, weighted=True, keeps_body=False, copies=(COL,), segments=64), R),
     (RowProblem("swiglu", TOKENS, 2816, keeps_body=False, copies=(COL,)), T),
