@@ -1,7 +1,8 @@
 """The charts of README.md and docs/, from what the benches measured: `python bench/plots.py` rewrites them all.
 
 bench/results/NAME.json is what `bench/NAME.py run … --json` wrote on a GPU, copied there. A shape of moe_layer.json may
-hold SonicMoE's times beside torch's: "sonicmoe": {"forward": ms, "both": ms}. Needs matplotlib.
+hold SonicMoE's times beside torch's: "sonicmoe": {"forward": ms, "both": ms}; "note" is printed below the chart. Needs
+matplotlib.
 """
 
 from __future__ import annotations
@@ -88,9 +89,8 @@ def _those(rows: Mapping[str, Any], name: str, unit: str) -> list[float]:
 
 
 def save(figure: Any, name: str, found: Mapping[str, Any], what: str) -> None:
-    figure.supxlabel(
-        f"{what}; {found['device']}, {found['date']}", fontsize=8, x=0.01, ha="left", color="#555555"
-    )
+    notes = [what, f"{found['device']}, {found['date']}", *([found["note"]] if "note" in found else [])]
+    figure.supxlabel("; ".join(notes), fontsize=8, x=0.01, ha="left", color="#555555")
     figure.savefig(DOCS / name, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nmoe.autotune import cost
 from nmoe.codegen import compiler
 from nmoe.codegen.cache import Cache
 from nmoe.codegen.problem import ROWS, TOKENS
@@ -45,8 +46,10 @@ CASES: list[tuple[RowProblem, int]] = [  # moonlet's and dsv3's, and rows of the
     (RowProblem("rms_norm_bwd", TOKENS, 2048, addends=1, keeps_body=False, keeps_sum=True, copies=(COL, ROW)), T),
     (RowProblem("rms_norm", TOKENS, 7168, keeps_body=False, copies=(COL, ROW)), T // 2),
     (RowProblem("rms_norm_bwd", TOKENS, 7168, addends=1, keeps_body=False, keeps_sum=True, copies=(COL, ROW)), T // 2),
-    (RowProblem("load", ROWS, 7168, keeps_body=False, copies=(ROW, COL), segments=32), 65536),
-    (RowProblem("swiglu", ROWS, 2048, weighted=True, keeps_body=False, copies=(COL, ROW), segments=32), 65536),
+    (RowProblem("load", ROWS, 7168, keeps_body=False, copies=(ROW, COL), segments=32), 2 * T),
+    (RowProblem("swiglu", ROWS, 2048, weighted=True, keeps_body=False, copies=(COL, ROW), segments=32), 2 * T),
+    (RowProblem("dispatch", ROWS, 2048, keeps_body=False, weighted=True, copies=(ROW, COL), segments=64, topk=6), R),
+    (RowProblem("dispatch", ROWS, 7168, keeps_body=False, weighted=True, copies=(ROW, COL), segments=32, topk=8), 2 * T),
     (RowProblem("swiglu", ROWS, 1408, weighted=True), R),
     (RowProblem("swiglu", ROWS, 1408, weighted=True, keeps_body=False, copies=(COL,), segments=64), R),
     (RowProblem("swiglu", TOKENS, 2816, keeps_body=False, copies=(COL,)), T),
@@ -60,27 +63,9 @@ CASES: list[tuple[RowProblem, int]] = [  # moonlet's and dsv3's, and rows of the
 ]  # fmt: skip
 
 
-def tried(problem: RowProblem) -> list[RowConfig]:
-    """Configs to compare with the chosen one."""
-    if problem.two_passes:
-        sizes = [(8, 16, 2, 2, 3), (8, 16, 1, 4, 3), (16, 16, 1, 4, 3)]
-    elif problem.statistic and problem.columns:
-        sizes = [(8, 8, 1, 8, 2), (8, 8, 1, 4, 3), (8, 8, 1, 4, 4), (4, 4, 1, 8, 3), (4, 4, 1, 16, 1)]
-    elif problem.columns:
-        sizes = [(8, 8, 1, 4, 4), (8, 8, 2, 2, 4), (4, 4, 4, 4, 2)]
-    elif problem.statistic:
-        across = problem.configs(TARGET)[0].warps_across
-        sizes = [(32, 4, 1, across, 4), (32, 2, 1, across, 6), (32, 8, 1, across, 2)]
-    else:
-        sizes = [(32, 1, 1, 8, 8), (32, 2, 1, 8, 4)]
-    return [RowConfig(*size) for size in sizes]
-
-
 def configs(problem: RowProblem, every: bool) -> list[RowConfig]:
-    """The chosen one, then what else is legal."""
-    chosen = problem.configs(TARGET)
-    more = tried(problem) if every else []
-    return chosen + [c for c in more if c not in chosen and not problem.violations(c, TARGET)]
+    """The chosen one, then the others that tuning would try."""
+    return problem.configs(TARGET) if every else [cost.choose(problem, TARGET)]
 
 
 def main() -> None:

@@ -76,8 +76,10 @@ def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: i
 
 @cache  # a schedule asks for a kernel's config at each of its calls
 def choose(problem: Problem, target: str) -> Config:
-    """The fastest legal config by prediction; of equals the one with the least shared memory."""
-    return min(
-        problem.configs(target),
-        key=lambda c: (predict(problem, c, target)["microseconds"], problem.shared_bytes(c, target)),
-    )
+    """The fastest legal config by prediction; of equals, GEMMs' with the least shared memory, others' first."""
+
+    def order(config: Config) -> tuple[float, int]:
+        shared = problem.shared_bytes(config, target) if isinstance(config, GemmConfig) else 0
+        return predict(problem, config, target)["microseconds"], shared
+
+    return min(problem.configs(target), key=order)

@@ -22,6 +22,7 @@ STATIC_SHARED = 49_152  # bytes that a thread block has without asking for more
 
 # Tile and slice of the router's products, of which there are two stages (templates/products.py).
 PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 128, 64, 16
+PRODUCT_WAVE = 3 * 132  # thread blocks that an H100 runs at once: registers allow three a multiprocessor
 PRODUCT_SHARED = 2 * PRODUCT_DEPTH * (PRODUCT_ROWS + PRODUCT_COLUMNS) * 4
 
 
@@ -261,27 +262,27 @@ class RouterProblem(ScoredProblem):
 
 @dataclass(frozen=True)
 class RouterBwdProblem(ScoredProblem):
-    """dweights[T, topk], x, w, indices, logits, addend? → dx; dw is added to. An addend, of `addends` at most one, is
-    added to dx, which is rounded before and after."""
-
-    addends: int = 0
+    """dweights[T, topk], x, w, indices, logits → dx; dw is added to."""
 
     family: ClassVar[str] = "router_bwd"
 
     @property
     def splits(self) -> int:
-        """Parts of the tokens that dw's tiles are summed over: enough thread blocks for any device."""
+        """Parts of the tokens that dw's tiles are summed over: the fewest that fill waves of thread blocks but for a
+        twentieth, on every device, so that the sum's order is the same."""
         tiles = -(-self.experts // PRODUCT_COLUMNS) * -(-self.hidden // PRODUCT_ROWS)
-        return max(1, min(32, 512 // tiles))
+
+        def idle(splits: int) -> float:
+            return -(-tiles * splits // PRODUCT_WAVE) * PRODUCT_WAVE / (tiles * splits) - 1
+
+        return next((s for s in range(1, 33) if idle(s) < 0.05), min(range(1, 33), key=idle))
 
     def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
-        choices, row, matrix = (TOKENS, self.topk), (TOKENS, self.hidden), (self.experts, self.hidden)
-        dx, dw = Operand("dx", "bf16", row), Operand("dw", "f32", matrix)
-        results = (Operand("addend", "bf16", row), dw, dx) if self.addends else (dx, dw)
+        choices, matrix = (TOKENS, self.topk), (self.experts, self.hidden)
         return (Operand("dweights", "f32", choices), Operand("x", "bf16", (TOKENS, self.hidden)),
                 Operand("w", "f32", matrix), Operand("indices", "i32", choices),
-                Operand("logits", "f32", (TOKENS, self.experts)), *results,
-                Operand("dlogits", "f32", (TOKENS, self.experts)),
+                Operand("logits", "f32", (TOKENS, self.experts)), Operand("dx", "bf16", (TOKENS, self.hidden)),
+                Operand("dw", "f32", matrix), Operand("dlogits", "f32", (TOKENS, self.experts)),
                 Operand("partial", "f32", (self.splits, *matrix)), *self.scalars())  # fmt: skip
 
     def template(self, target: str) -> str:
@@ -312,8 +313,7 @@ def match(spec: KernelSpec) -> RoutingProblem | row_kernels.RowProblem | str:
     anchor, attrs = spec.parts[0], dict(spec.parts[0].attrs)
     ins, outs = list(spec.inputs), list(spec.outputs)
     addends = len(spec.parts) - 1
-    most = {"combine": addends, "router_bwd": 1}.get(anchor.kind, 0)
-    if addends > most or any(part.kind != "add" for part in spec.parts[1:]):
+    if addends and not (anchor.kind == "combine" and all(part.kind == "add" for part in spec.parts[1:])):
         return f"no template for {' + '.join(map(str, spec.parts))} yet"
     if anchor.kind in ("moe_plan", "dispatch", "combine") and attrs.get("ranks", 1) > 1:
         return f"{anchor.kind} of {attrs['ranks']} ranks is several kernels of RDEP (codegen/rdep.py)"
@@ -335,7 +335,7 @@ def match(spec: KernelSpec) -> RoutingProblem | row_kernels.RowProblem | str:
             groups = {k: attrs[k] for k in ("groups", "topk_groups")}
             problem = RouterProblem(**common, **groups, biased=len(ins) == 3)
         else:
-            problem = RouterBwdProblem(**common, addends=addends)
+            problem = RouterBwdProblem(**common)
     formats = [o.format for o in problem.operands(RoutingConfig()) if o.shape]
     found = [v.format for v in (*ins, *outs)]
     if found != formats[: len(found)]:

@@ -63,9 +63,9 @@ class RowProblem(Problem):
     the last of them is quantized into `copies`. With `segments`, rows from offsets[segments] on are zero and, in NVFP4,
     each segment has an amax of its own.
 
-    `weighted`: router weights, SwiGLU's, or those that dispatch brings to its rows; `topk`: choices of its
-    tokens. `at`: where concat's second operand and split's second result start. `heads`, `rotary`, `inverse`:
-    rope turns the last `rotary` columns of each head. `vocabulary`: rows of the embedding.
+    `weighted`: router weights, SwiGLU's, or those that dispatch brings to its rows; `topk`: choices of its tokens.
+    `at`: where concat's second operand and split's second result start. `heads`, `rotary`, `inverse`: rope turns the
+    last `rotary` columns of each head. `vocabulary`: rows of the embedding.
     """
 
     body: Body
@@ -202,17 +202,26 @@ class RowProblem(Problem):
         return 1
 
     def configs(self, target: str) -> list[RowConfig]:
+        """The first are the fastest of most measured (docs/kernels.md)."""
+        if self.statistic:
+            return self._norms()
+        if self.two_passes and self.columns:
+            return [RowConfig(8, 16, 2, 2, 3), RowConfig(8, 16, 1, 4, 3)]
+        if self.columns:
+            return [RowConfig(8, 8, 2, 2, 4), RowConfig(8, 8, 4, 2, 2), RowConfig(8, 8, 1, 4, 4)]
+        across = self._across(32, 8)
+        return [RowConfig(32, rows, 8 // across, across, 8 // rows) for rows in (2, 4)]
+
+    def _norms(self) -> list[RowConfig]:
+        """Registers are some 130 a thread with copies both ways, and 100 with one."""
         if not self.columns:
-            across = self._across(32, 8)
-            return [RowConfig(32, 4, 1 if self.statistic else 8 // across, across, 2)]
-        if not self.statistic:
-            return [RowConfig(8, 16, 2, 4, 2) if self.two_passes else RowConfig(8, 8, 4, 2, 2)]
+            held = {"rms_norm": (4, 8) if self.copies else (8, 4), "rms_norm_bwd": (4,)}[self.body]
+            return [RowConfig(32, rows, 1, self._across(32, 8), 2) for rows in held]
         if self.two_passes:
             return [RowConfig(16, 16, 1, self._across(16, 4), 2)]
-        # Registers for a norm and both copies are some 130 a thread, and 100 for one.
-        most, threads = (4, 448) if len(self.copies) == 2 else (8, 640)
-        across = self._across(8, most)
-        return [RowConfig(8, 8, 1, across, max(1, threads // (32 * across)))]
+        threads = 448 if len(self.copies) == 2 else 640
+        sizes = dict.fromkeys(self._across(8, most) for most in (4, 8))
+        return [RowConfig(8, 8, 1, across, max(1, threads // (32 * across))) for across in sizes]
 
     def _across(self, lanes: int, most: int) -> int:
         """Warps along a row: the fewest that need no more tiles than `most` do, and, of norms, no larger cluster than
@@ -249,6 +258,11 @@ class RowProblem(Problem):
         """Of a row."""
         return -(-self.width // config.columns)
 
+    def turns(self, config: RowConfig) -> int:
+        """Tiles, one below the other, that a thread block of a norm takes before it stores its columns' scale factors:
+        those of an atom's rows."""
+        return max(1, ATOM_ROWS // config.rows) if self.statistic and self.columns else 1
+
     def shared_bytes(self, config: RowConfig, target: str) -> int:
         """Pieces and sums of rows, sums of weight gradients, scale factors and transposed FP4 of a tile."""
         held = 2 * self.held * config.rows * config.columns
@@ -256,7 +270,8 @@ class RowProblem(Problem):
         gradient = 4 * config.columns if self.body == "rms_norm_bwd" else 0
         found = held + sums + gradient
         for copy in self.copies:
-            found += config.rows * config.columns // BLOCK[copy.format]
+            turns = 1 if copy.axis else self.turns(config)
+            found += turns * config.rows * config.columns // BLOCK[copy.format]
             if copy.format == "nvfp4" and copy.axis == 0:
                 found += config.columns * (config.rows // 2 + FP4_PAD)
         return found + 128

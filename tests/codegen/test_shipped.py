@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 
-from nmoe.binding import lowered
+from nmoe.binding import lowered, needed
 from nmoe.codegen import report
 from nmoe.codegen.attention import AttentionProblem
 from nmoe.codegen.build import Build, build
 from nmoe.codegen.gemm import GemmConfig, GemmProblem
 from nmoe.codegen.hardware import HARDWARE
-from nmoe.codegen.spec import specs
 from nmoe.config import Target, load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -41,7 +40,7 @@ def built(request: pytest.FixtureRequest, tmp_path: Path, name: str, precision: 
     cache = request.config.cache
     assert cache is not None
     # An empty cache chooses the configs: no tuning of this machine's.
-    return build(list(specs(lowered(config, root=tmp_path))), cache.mkdir("kernels"))
+    return build(list(needed(config, [lowered(config, root=tmp_path)])), cache.mkdir("kernels"))
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ class Deferred(Fixed):
                     both = zip(unpacked(total[j]), unpacked(more[j]), strict=True)
                     total[j] = packed(tuple(x + y for x, y in both))
             self._write(total, i, 0)
-        self.epilogue.send((("y", 0),), self._at(place, p))
+        self.epilogue.send((("y", 0, self._at(place, p)),))
 
     @cute.jit
     def _dswiglu(self, place, p: cutlass.Constexpr, half: cutlass.Constexpr) -> None:  # type: ignore[no-untyped-def]
@@ -191,8 +191,7 @@ class Deferred(Fixed):
             self._write(gates, i, 0)
             self._write(ups, i, 1)
         if cutlass.const_expr(half == 1):
-            for result in cutlass.range_constexpr(2):
-                self.epilogue.send((("dh", result),), self._at(place, p, result))
+            self.epilogue.send(tuple(("dh", i, self._at(place, p, i)) for i in range(2)))
             if cutlass.const_expr(p == self.epilogue.pieces - 1 and self.plain.partial is not None):
                 self.epilogue.partial([self.sums[i] for i in range(self.rows)], place, self.plain.partial)
 
@@ -206,7 +205,7 @@ class Deferred(Fixed):
         self.epilogue.reserve()
         for i in cutlass.range_constexpr(MATRICES):
             self._write(values[None, i], i, buffer)
-        self.epilogue.send(((result, buffer),), at)
+        self.epilogue.send(((result, buffer, at),))
 
     def _write(self, values, i: int, buffer: int) -> None:  # type: ignore[no-untyped-def]
         """Number i of the 16 columns of a buffer."""

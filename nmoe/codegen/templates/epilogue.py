@@ -159,7 +159,7 @@ class Epilogue(Fixed):
     def put(self, values, buffer, result: cutlass.Constexpr, at) -> None:  # type: ignore[no-untyped-def]
         """Stores one piece from registers through the next buffer."""
         self._write(values, buffer)
-        self.send(((result, buffer),), at)
+        self.send(((result, buffer, at),))
 
     @cute.jit
     def _write(self, values, buffer) -> None:  # type: ignore[no-untyped-def]
@@ -177,12 +177,12 @@ class Epilogue(Fixed):
         self.fragment.sync()
 
     @cute.jit
-    def send(self, sources, at) -> None:  # type: ignore[no-untyped-def]
-        """Stores results from shared memory: (result, place among its buffers) each."""
+    def send(self, sources) -> None:  # type: ignore[no-untyped-def]
+        """Stores results from shared memory: (result, place among its buffers, where to) each."""
         cute.arch.fence_proxy("async.shared", space="cta")
         self.fragment.sync()
         if self.fragment.leads:
-            for result, index in sources:
+            for result, index, at in sources:
                 atom, source, target = self.stores[result]
                 cute.copy(atom, source[None, index], target[(None, *at)])
             cute.arch.cp_async_bulk_commit_group()
@@ -258,7 +258,7 @@ class Epilogue(Fixed):
 
     @cute.jit
     def _send_copies(self, buffer, at) -> None:  # type: ignore[no-untyped-def]
-        self.send(tuple((copy, 2 * buffer + i) for i, copy in enumerate(self.problem.copies)), at)
+        self.send(tuple((copy, 2 * buffer + i, at) for i, copy in enumerate(self.problem.copies)))
 
     @cute.jit
     def fetch(self, slot: cutlass.Constexpr, row: Int32, at: Int32) -> None:
@@ -321,7 +321,7 @@ class Epilogue(Fixed):
             cute.autovec_copy(self._spot(count * slot + i), addend)
             total.store((total.load().to(Float32) + addend.load().to(Float32)).to(BFloat16))
         cute.autovec_copy(total, self._spot(count * slot))
-        self.send((("y", count * slot),), at)
+        self.send((("y", count * slot, at),))
 
     @cute.jit
     def _dswiglu(self, acc, p, factor, weights, sums, slot: cutlass.Constexpr, part):  # type: ignore[no-untyped-def]
@@ -354,8 +354,7 @@ class Epilogue(Fixed):
                 self._quantize(2 * slot + half, (*at, half), place, plain)
                 self._send_copies(2 * slot + half, (*at, half))
         else:
-            for half in cutlass.range_constexpr(2):
-                self.send((("dh", 2 * slot + half),), (*at, half))
+            self.send(tuple(("dh", 2 * slot + half, (*at, half)) for half in range(2)))
 
     @cute.jit
     def partial(self, sums, place, partial) -> None:  # type: ignore[no-untyped-def]

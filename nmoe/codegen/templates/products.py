@@ -84,20 +84,12 @@ class Products(Fixed):
         self.a_across, self.b_across, self.c_across, self.splits = a_across, b_across, c_across, splits
 
     @cute.jit
-    def launch(
-        self, a: cute.Tensor, b: cute.Tensor, c: cute.Tensor, stream, addend: cute.Tensor | None = None
-    ) -> None:  # type: ignore[no-untyped-def]
-        """`addend` [m, n]: added to C, of its type and layout, where n is contiguous; C is rounded before and after."""
+    def launch(self, a: cute.Tensor, b: cute.Tensor, c: cute.Tensor, stream) -> None:  # type: ignore[no-untyped-def]
         grid = [cute.ceil_div(c.shape[0], ROWS), cute.ceil_div(c.shape[1], COLUMNS), self.splits]
-        self.multiply(a, b, c, addend).launch(
-            grid=grid,
-            block=[THREADS, 1, 1],
-            min_blocks_per_mp=1,  # or ptxas spills for the sake of more
-            stream=stream,
-        )
+        self.multiply(a, b, c).launch(grid=grid, block=[THREADS, 1, 1], stream=stream)
 
     @cute.kernel
-    def multiply(self, a: cute.Tensor, b: cute.Tensor, c: cute.Tensor, addend: cute.Tensor | None):  # type: ignore[no-untyped-def]
+    def multiply(self, a: cute.Tensor, b: cute.Tensor, c: cute.Tensor):  # type: ignore[no-untyped-def]
         thread, (tile_m, tile_n, split) = cute.arch.thread_idx()[0], cute.arch.block_idx()
         smem = SmemAllocator()
         stages_a = smem.allocate_tensor(Float32, cute.make_layout((ROWS, DEPTH, 2)), 16)
@@ -127,12 +119,14 @@ class Products(Fixed):
             load_a.store(next_a, stage)
             load_b.store(next_b, stage)
             cute.arch.sync_threads()
-        self._store(sums, c, addend, tile_m, tile_n, split, thread)
+        self._store(sums, c, tile_m, tile_n, split, thread)
 
     @cute.jit
     def _add(self, sums, stages_a, stages_b, stage, thread) -> None:  # type: ignore[no-untyped-def]
         mine_a, mine_b = cute.make_rmem_tensor((4, 2), Float32), cute.make_rmem_tensor((4, 2), Float32)
-        for k in cutlass.range(DEPTH, unroll_full=True):
+        for k in cutlass.range(
+            DEPTH, unroll=8
+        ):  # all 16 at once take more registers than 4 blocks an SM have
             column_a = cute.zipped_divide(stages_a[None, k, stage], (4,))
             column_b = cute.zipped_divide(stages_b[None, k, stage], (4,))
             for half in cutlass.range_constexpr(2):
@@ -143,7 +137,7 @@ class Products(Fixed):
                     sums[i, j] = cute.math.fma(mine_a[i], mine_b[j], sums[i, j])
 
     @cute.jit
-    def _store(self, sums, c, addend, tile_m, tile_n, split, thread) -> None:  # type: ignore[no-untyped-def]
+    def _store(self, sums, c, tile_m, tile_n, split, thread) -> None:  # type: ignore[no-untyped-def]
         """16 pieces of 4, along whichever side is contiguous; extents along it are multiples of 4."""
         for i in cutlass.range_constexpr(2 if self.c_across else EACH):
             for j in cutlass.range_constexpr(EACH if self.c_across else 2):
@@ -159,10 +153,5 @@ class Products(Fixed):
                         line = cute.zipped_divide(c[None, n, split], (4,))
                         cute.autovec_copy(piece, line[None, m // 4])
                     else:
-                        if cutlass.const_expr(addend is not None):
-                            more = cute.make_rmem_tensor((4,), c.element_type)
-                            cute.autovec_copy(cute.zipped_divide(addend[m, None], (4,))[None, n // 4], more)
-                            total = piece.load().to(Float32) + more.load().to(Float32)
-                            piece.store(total.to(c.element_type))
                         line = cute.zipped_divide(c[m, None, split], (4,))
                         cute.autovec_copy(piece, line[None, n // 4])

@@ -16,8 +16,9 @@ Bodies that need a sum over whole rows (norms) share their rows among a cluster,
     loads ─▶ shared memory ─▶ terms ─▶ lanes ─▶ warps ─▶ totals in every block's shared memory ─▶ cluster's barrier
                   └────────────────────────────────────────────────────────────────────────────────▶ body ─▶ …
 
-A thread copies its own pieces there (cp.async) and reads them twice. In registers the compiler would keep their FP32
-values across the barrier, and spill.
+A thread copies its own pieces there (cp.async) and reads them twice: in registers the compiler would keep their FP32
+values across the barrier, and spill. Where copies run down the rows, a thread block takes 128 rows of its columns in
+turns, and then writes their scale factors: a byte of every turn would cost more than its data.
 
 The weight gradient of a norm is summed without atomics: STRIPES clusters add up their rows in shared memory and store
 partial[stripe, width], which a second kernel adds to dw in the order of the stripes.
@@ -51,6 +52,7 @@ class Rows(Fixed):
     def __init__(self, problem: RowProblem, config: RowConfig) -> None:
         self.problem, self.config = problem, config
         self.chunks = problem.tiles(config)
+        self.turns = problem.turns(config)
         self.sums = problem.body == "rms_norm_bwd"
         self.together = TOGETHER if problem.columns and not problem.statistic else 1
         # What the resident thread blocks need of shared memory, in per cent; the rest of it is cache.
@@ -66,7 +68,8 @@ class Rows(Fixed):
         # Scale factors are written up to whole atoms.
         rows = self._extent(named)
         padded = cute.ceil_div(rows, ATOM_ROWS) * ATOM_ROWS if problem.copies else rows
-        everything = cute.ceil_div(padded, config.rows * self.together) * self.together * self.chunks
+        size = config.rows * self.turns * self.together
+        everything = cute.ceil_div(padded, size) * self.together * self.chunks
         tiles = STRIPES * self.chunks if self.sums else everything
         shape = [1, max(1, problem.batch)]
         how: dict[str, Any] = {
@@ -108,13 +111,15 @@ class Rows(Fixed):
         live = named["offsets"][problem.segments] if cutlass.const_expr(problem.segments > 0) else rows
         smem = SmemAllocator()
         work = Tile(self, named, smem, rows, live, entry, measures, chunk)
+        work.join()
+        tiles = cute.ceil_div(padded, config.rows * self.turns)
         if cutlass.const_expr(self.sums and not measures):
             work.clear()
-            for i in cutlass.range(tile, cute.ceil_div(padded, config.rows), STRIPES, unroll=1):
-                work.run(i * config.rows, i // STRIPES % 2)
+            for i in cutlass.range(tile, tiles, STRIPES, unroll=1):
+                work.run(i, i // STRIPES)
             work.flush(tile)
-        elif tile * config.rows < padded:
-            work.run(tile * config.rows, Int32(0))
+        elif tile < tiles:
+            work.run(tile, Int32(0))
 
     def _rows(self, named) -> Int32:  # type: ignore[no-untyped-def]
         return named[ROWS_OF.get(self.problem.body, "x")].shape[0]
@@ -142,6 +147,7 @@ class Tile(Fixed):
             kernel.chunks,
             measures,
         )
+        self.turns = kernel.turns
         self.entry, self.chunk, self.sums = entry, chunk, kernel.sums and not measures
         config = self.config
         self.named, self.exists, self.live = named, rows, live
@@ -160,8 +166,6 @@ class Tile(Fixed):
             size = (VECTOR, config.threads, config.vectors, self.problem.held)
             whole = smem.allocate_tensor(BFloat16, cute.make_layout(size), 16)
             self.held = whole[None, thread, None, None]
-            if self.chunks > 1:
-                cute.arch.cluster_arrive_relaxed()
         if self.sums:
             self.gradient = self._shared(smem, config.columns)
         self.copies = copies(self, smem)
@@ -171,22 +175,27 @@ class Tile(Fixed):
         return smem.allocate_tensor(Float32, cute.make_layout(shape), 16)
 
     @cute.jit
-    def run(self, first: Int32, turn: Int32) -> None:
-        """The tile of rows from `first` on. `turn` alternates from one call to the next."""
+    def run(self, number: Int32, before: Int32) -> None:
+        """Tile `number`, in turns, after `before` others."""
+        for turn in cutlass.range(self.turns, unroll=1):
+            first = (number * self.turns + turn) * self.config.rows
+            self.step(first, turn, (before * self.turns + turn) % 2)
+
+    @cute.jit
+    def step(self, first: Int32, turn: Int32, parity: Int32) -> None:
+        """The rows of a turn, from `first` on. `parity` alternates from one call to the next."""
         column = self.chunk * self.config.columns + self.column
         spot = Spot(self.problem, self.config.vectors, first + self.row, column, self.live, self.exists)
         if cutlass.const_expr(self.problem.statistic):
             found = self.body.load(spot, self.held)
             cute.arch.cp_async_commit_group()
-            if cutlass.const_expr(not self.sums):
-                self.join()
             cute.arch.cp_async_wait_group(0)
-            self.finish(found, first, self.statistics(found, first, turn))
+            self.finish(found, first, turn, self.statistics(found, first, parity))
         else:
-            self.finish(self.body.load(spot), first, [None] * self.config.vectors)
+            self.finish(self.body.load(spot), first, turn, [None] * self.config.vectors)
 
     @cute.jit
-    def statistics(self, found, first: Int32, turn: Int32):  # type: ignore[no-untyped-def]
+    def statistics(self, found, first: Int32, parity: Int32):  # type: ignore[no-untyped-def]
         """Of each of the thread's rows, from sums in a fixed order: over lanes, then warps, then thread blocks."""
         config = self.config
         if cutlass.const_expr(self.sums):
@@ -204,13 +213,13 @@ class Tile(Fixed):
             total = Float32(0.0)
             for warp in cutlass.range_constexpr(config.warps_across):
                 total += self.partial[self.thread, warp]
-            self.share(total, turn)
+            self.share(total, parity)
         self.meet()
         statistics = []
         for i in cutlass.range_constexpr(config.vectors):
             total = Float32(0.0)
             for chunk in cutlass.range_constexpr(self.chunks):
-                total += self.totals[self.row + i, chunk, turn]
+                total += self.totals[self.row + i, chunk, parity]
             statistics.append(self.body.statistic(total, self.named.get("eps")))
         if cutlass.const_expr(self.problem.body == "rms_norm" and not self.measures):
             if self.chunk == 0 and self.column == 0:
@@ -220,14 +229,14 @@ class Tile(Fixed):
         return statistics
 
     @cute.jit
-    def share(self, total: Float32, turn: Int32) -> None:
-        """Stores the total of a row of this thread block, which the thread's number is, in the cluster's blocks. The
-        totals of the turn before may still be read."""
+    def share(self, total: Float32, parity: Int32) -> None:
+        """Stores the total of a row of this thread block, which the thread's number is, in the cluster's blocks. Those
+        of the step before may still be read."""
         if cutlass.const_expr(self.chunks == 1):
-            self.totals[self.thread, 0, turn] = total
+            self.totals[self.thread, 0, parity] = total
         else:
             for block in cutlass.range_constexpr(self.chunks):
-                place = self.totals.iterator + self.totals.layout((self.thread, self.chunk, turn))
+                place = self.totals.iterator + self.totals.layout((self.thread, self.chunk, parity))
                 there = cute.arch.map_dsmem_ptr(place, block).toint()
                 cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[there, total])
 
@@ -235,6 +244,7 @@ class Tile(Fixed):
     def join(self) -> None:
         """Waits until all thread blocks of the cluster run: their shared memory is there."""
         if cutlass.const_expr(self.chunks > 1):
+            cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
 
     @cute.jit
@@ -247,7 +257,7 @@ class Tile(Fixed):
             cute.arch.cluster_wait()
 
     @cute.jit
-    def finish(self, found, first: Int32, statistics) -> None:  # type: ignore[no-untyped-def]
+    def finish(self, found, first: Int32, turn: Int32, statistics) -> None:  # type: ignore[no-untyped-def]
         """Body, addends, stores and copies of what has been loaded."""
         problem, spot = self.problem, found.spot
         result = cute.make_rmem_tensor((VECTOR, self.config.vectors), BFloat16)
@@ -276,7 +286,7 @@ class Tile(Fixed):
                 if cutlass.const_expr(self.measures):
                     copy.measure(result, group)
                 else:
-                    copy.write(result, spot, first, self.chunk, group, self.entry)
+                    copy.write(result, spot, first, turn, self.chunk, group, self.entry)
 
     @cute.jit
     def group(self, first: Int32) -> Int32:
@@ -322,7 +332,6 @@ class Tile(Fixed):
         for column in cutlass.range(self.thread, self.config.columns, self.config.threads, unroll=1):
             self.gradient[column] = Float32(0.0)
         cute.arch.sync_threads()
-        self.join()
 
     @cute.jit
     def collect(self, found) -> None:  # type: ignore[no-untyped-def]

@@ -109,7 +109,7 @@ class Scales(Fixed):
 class Mxfp8(Fixed):
     def __init__(self, tile, copy: Copy, smem: SmemAllocator) -> None:  # type: ignore[no-untyped-def]
         self.tile, self.config, self.data = tile, tile.config, tile.named[copy.name]
-        size = (self.config.rows, self.config.columns)
+        size = (self.config.rows * (1 if copy.axis else tile.turns), self.config.columns)
         lines, length = size if copy.axis else size[::-1]
         self.scales = Scales(tile, copy, smem, lines, length // quantize.MXFP8_BLOCK)
 
@@ -124,7 +124,9 @@ class Mxfp8(Fixed):
 
 class RowMxfp8(Mxfp8):
     @cute.jit
-    def write(self, values, spot, first: Int32, chunk: Int32, group: Int32, entry: Int32) -> None:  # type: ignore[no-untyped-def]
+    def write(
+        self, values, spot, first: Int32, turn: Int32, chunk: Int32, group: Int32, entry: Int32
+    ) -> None:  # type: ignore[no-untyped-def]
         tile, config = self.tile, self.config
         words = cute.recast_tensor(values, Int32)
         for i in cutlass.range_constexpr(config.vectors):
@@ -142,7 +144,9 @@ class RowMxfp8(Mxfp8):
 
 class ColumnMxfp8(Mxfp8):
     @cute.jit
-    def write(self, values, spot, first: Int32, chunk: Int32, group: Int32, entry: Int32) -> None:  # type: ignore[no-untyped-def]
+    def write(
+        self, values, spot, first: Int32, turn: Int32, chunk: Int32, group: Int32, entry: Int32
+    ) -> None:  # type: ignore[no-untyped-def]
         tile, config = self.tile, self.config
         words = cute.recast_tensor(values, Int32)
         factors = cute.make_rmem_tensor(VECTOR, Float32)
@@ -158,11 +162,16 @@ class ColumnMxfp8(Mxfp8):
             for half in cutlass.range_constexpr(2):
                 factors[2 * j + half] = quantize.inverse(codes[half])
                 if tile.lane < config.lanes:
-                    self.scales[tile.column + 2 * j + half, tile.row // quantize.MXFP8_BLOCK] = codes[half]
+                    block = (tile.row + turn * config.rows) // quantize.MXFP8_BLOCK
+                    self.scales[tile.column + 2 * j + half, block] = codes[half]
         factor = factors.load()
         for i in cutlass.range_constexpr(config.vectors):
             self.row(values, spot, i, factor)
-        self.scales.store(chunk * config.columns, first // quantize.MXFP8_BLOCK)
+        if turn == tile.turns - 1:
+            self.scales.store(
+                chunk * config.columns,
+                first // quantize.MXFP8_BLOCK - turn * (config.rows // quantize.MXFP8_BLOCK),
+            )
 
 
 class Nvfp4(Fixed):
@@ -172,7 +181,7 @@ class Nvfp4(Fixed):
     def __init__(self, tile, copy: Copy, smem: SmemAllocator) -> None:  # type: ignore[no-untyped-def]
         self.tile, self.config, self.copy = tile, tile.config, copy
         self.data, self.amax = tile.named[copy.name], tile.named[f"{copy.name}_amax"]
-        size = (self.config.rows, self.config.columns)
+        size = (self.config.rows * (1 if copy.axis else tile.turns), self.config.columns)
         lines, length = size if copy.axis else size[::-1]
         self.scales = Scales(tile, copy, smem, lines, length // nvfp4.NVFP4_BLOCK)
         self.warps = smem.allocate_tensor(Int32, cute.make_layout(self.config.threads // 32), 16)
@@ -245,7 +254,9 @@ class Nvfp4(Fixed):
 
 class RowNvfp4(Nvfp4):
     @cute.jit
-    def write(self, values, spot, first: Int32, chunk: Int32, group: Int32, entry: Int32) -> None:  # type: ignore[no-untyped-def]
+    def write(
+        self, values, spot, first: Int32, turn: Int32, chunk: Int32, group: Int32, entry: Int32
+    ) -> None:  # type: ignore[no-untyped-def]
         tile, config = self.tile, self.config
         scale = nvfp4.encode_scale(self.amax[group])
         if cutlass.const_expr(self.copy.square):
@@ -281,7 +292,9 @@ class RowNvfp4(Nvfp4):
 
 class ColumnNvfp4(Nvfp4):
     @cute.jit
-    def write(self, values, spot, first: Int32, chunk: Int32, group: Int32, entry: Int32) -> None:  # type: ignore[no-untyped-def]
+    def write(
+        self, values, spot, first: Int32, turn: Int32, chunk: Int32, group: Int32, entry: Int32
+    ) -> None:  # type: ignore[no-untyped-def]
         tile, config = self.tile, self.config
         scale = nvfp4.encode_scale(self.amax[group])
         if cutlass.const_expr(self.copy.square):
@@ -308,5 +321,6 @@ class ColumnNvfp4(Nvfp4):
                     cute.recast_tensor(packed, Uint8),
                     cute.make_tensor(self.data.iterator + at, cute.make_layout(8)),
                 )
-            self.scales.held[tile.column + j, tile.row // nvfp4.NVFP4_BLOCK] = codes[j]
-        self.scales.store(chunk * config.columns, first // config.rows * half)
+            self.scales.held[tile.column + j, tile.row // nvfp4.NVFP4_BLOCK + turn * half] = codes[j]
+        if turn == tile.turns - 1:
+            self.scales.store(chunk * config.columns, (first // config.rows - turn) * half)

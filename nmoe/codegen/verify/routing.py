@@ -288,11 +288,7 @@ def _(problem: RouterBwdProblem, before: Tensors, after: Tensors) -> dict[str, f
     size = d.abs() + error
     want = d @ w
     bound = error @ w.abs() + (experts + 1) * U * (size @ w.abs())
-    bound = bound + STORE * (want.abs() + bound)
-    if problem.addends:
-        want = want + before["addend"].double()
-        bound = bound + STORE * (want.abs() + bound)
-    found = _within("dx", after["dx"], want, bound)
+    found = _within("dx", after["dx"], want, bound + STORE * (want.abs() + bound))
     want = before["dw"].double() + d.T @ x
     bound = error.T @ x.abs() + (len(x) + problem.splits + 2) * U * (size.T @ x.abs()) + 2 * U * want.abs()
     return found | _within("dw", after["dw"], want, bound)
