@@ -3,6 +3,7 @@
     python bench/emulator_kernels.py --mutate [PATTERN]  # one instruction broken at a time: the survivors
     python bench/emulator_kernels.py --numbers [PATTERN]  # a JSON object a launch: what it executed
     python bench/emulator_kernels.py --speed [PATTERN]   # warp instructions a CPU second, races checked and not
+    python bench/emulator_kernels.py --workers [PATTERN] # one worker against two
 
 PATTERN is a regular expression for names such as sm_100a/swiglu/2. Needs the compiler.
 """
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from nmoe.codegen import compiler, verify
-from nmoe.codegen.emulator import Device, HostFunction, Options, bind, ptx
+from nmoe.codegen.emulator import Device, HostFunction, Options, bind, execution, ptx
 from nmoe.codegen.emulator.mutate import mutants, survey
 from nmoe.codegen.gemm import GemmProblem
 from nmoe.codegen.problem import Config, Problem
@@ -159,15 +160,41 @@ def speed(pattern: str) -> None:
             )
 
 
+def workers(pattern: str) -> None:
+    """Eight clusters by one thread and by two. The longer worker's own CPU time is what the wall time would be on cores
+    that nobody else uses."""
+    original = execution._Run.execute
+    for label, kernel in kernels(pattern, LARGE):
+        for count in (1, 2, 1, 2):
+            spent: list[float] = []
+
+            def timed(run: execution._Run, spent: list[float] = spent) -> bool:
+                start = time.thread_time()
+                failed = original(run)
+                spent.append(time.thread_time() - start)
+                return failed
+
+            execution._Run.execute = timed  # type: ignore[method-assign]
+            start = time.perf_counter()
+            _, _, seconds = kernel.launch(kernel.host.module, Options(threads=count), 8)
+            wall = time.perf_counter() - start
+            execution._Run.execute = original  # type: ignore[method-assign]
+            print(
+                f"{label}: {count} workers, {wall:.2f} s, {seconds:.2f} s of CPU, longest worker {max(spent):.2f} s"
+            )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name in ("--mutate", "--numbers", "--speed"):
+    for name in ("--mutate", "--numbers", "--speed", "--workers"):
         parser.add_argument(name, metavar="PATTERN", nargs="?", const="")
     arguments = parser.parse_args()
     if arguments.speed is not None:
         speed(arguments.speed)
+    if arguments.workers is not None:
+        workers(arguments.workers)
     if arguments.numbers is not None:
         numbers(arguments.numbers)
     return mutate(arguments.mutate) if arguments.mutate is not None else 0

@@ -115,32 +115,31 @@ STORE = """
     @!%p1 bra SENT;
     cp.async.bulk.global.shared::cta.bulk_group [%rd0], [%r2], 128;
     cp.async.bulk.commit_group;
-    cp.async.bulk.wait_group{read} 0;
-    SENT: {second}
+    {one}
+    SENT: {every}
+    {second}
     st.shared.b32 [%r3], 5;
-    {third}
 """
 
 
-def send(first, second, read="", third="", seed=0):
+def send(first, second, seed=0, one="", every=""):
     device = Device(Options(seed=seed))
     out = device.empty((32,), torch.int32)
-    run(
-        PLACES + STORE.format(first=first, second=second, read=read, third=third),
-        device,
-        out,
-        declarations=BUFFER,
-    )
+    body = PLACES + STORE.format(first=first, second=second, one=one, every=every)
+    run(body, device, out, declarations=BUFFER)
     assert torch.equal(out.torch, torch.arange(32, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("waits", ["one", "every"])
 @pytest.mark.parametrize("read", ["", ".read"])
 @pytest.mark.parametrize("seed", range(4))
-def test_one_lane_stores_what_all_have_written(read, seed):
-    send(SYNC, SYNC, read, seed=seed)
+def test_one_lane_stores_what_all_have_written(waits, read, seed):
+    """Only the lane that has issued a bulk store can wait for it."""
+    wait = {waits: f"cp.async.bulk.wait_group{read} 0;"}
+    send(SYNC, SYNC, seed, **wait)
     with pytest.raises(EmulationError, match="this read by lane 0 is not ordered after the write by lane 1"):
-        send("", SYNC, read, seed=seed)
+        send("", SYNC, seed, **wait)
     with pytest.raises(
-        EmulationError, match="lane 1 overwrites what a bulk store reads, for which other lanes have waited"
+        EmulationError, match="lane 1 overwrites what a bulk store reads, for which other lanes"
     ):
-        send(SYNC, "", read, seed=seed)
+        send(SYNC, "", seed, **wait)

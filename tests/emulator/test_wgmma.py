@@ -128,3 +128,22 @@ def test_register_rules():
         product("m64n64k16", "f32.f16.f16", image, desc, image, desc, 64, ", 0, 0", wait="")
     with pytest.raises(EmulationError, match=r"must follow a wgmma.fence"):
         product("m64n64k16", "f32.f16.f16", image, desc, image, desc, 64, ", 0, 0", fence=False)
+
+
+def test_registers_that_others_have_used_need_a_fence_before_the_next_product():
+    a, b = small_integers(64, 16), small_integers(16, 16, seed=1)
+    (ia, da), (ib, db) = k_major(raw(a, torch.float16)), k_major(raw(b, torch.float16))
+    again = (
+        "wgmma.wait_group.sync.aligned 0;\n{use}\n{fence}\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {d}, %rd21, %rd22, 1, 1, 1, 0, 0;\n"
+        "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;"
+    )
+
+    def twice(use: str, fence: str) -> np.ndarray:
+        wait = again.format(use=use, fence=fence, d=registers(20, 8))
+        return matrix(product("m64n16k16", "f32.f16.f16", ia, da, ib, db, 16, ", 0, 0", wait=wait), 16)
+
+    np.testing.assert_array_equal(twice("", ""), 2 * (a @ b.T))
+    np.testing.assert_array_equal(twice("mov.b32 %r20, %r20;", "wgmma.fence.sync.aligned;"), 2 * (a @ b.T))
+    with pytest.raises(EmulationError, match=r"used by another instruction since the last wgmma.fence"):
+        twice("mov.b32 %r20, %r20;", "")

@@ -149,6 +149,7 @@ void cluster_free(Cluster *cluster) {
       free(cta->warps[i].regs);
       free(cta->warps[i].local);
       free(cta->warps[i].wgmma_busy);
+      free(cta->warps[i].wgmma_touched);
       free(cta->warps[i].tmem_pending);
       clock_free(&cta->warps[i].clock);
       clock_free(&cta->warps[i].ordered);

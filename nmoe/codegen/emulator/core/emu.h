@@ -162,7 +162,8 @@ typedef struct Warp {
   uint32_t bulk_committed, bulk_issued, bulk_done, bulk_pending; /* bulk groups; issued: the last one with work */
   uint32_t wgmma_committed, wgmma_done; /* groups */
   uint32_t *wgmma_busy;                 /* per 128-byte register slot: the group that has it in flight, or 0 */
-  bool wgmma_fenced;
+  uint32_t *wgmma_touched;              /* per slot: how many wgmma.fence came before its last other use */
+  uint32_t wgmma_fences;
   uint32_t copies_committed; /* cp.async groups */
   uint32_t tmem_loads, tmem_loaded, tmem_stores; /* tcgen05.ld issued, and waited for; tcgen05.st issued */
   uint32_t *tmem_pending; /* per 128-byte register slot: the tcgen05.ld whose result it has or passes on, or 0 */
@@ -171,7 +172,7 @@ typedef struct Warp {
                                              reads have yet to acquire */
   Clock ordered; /* what its tcgen05 operations come after: the clock at the last tcgen05.fence::after_thread_sync */
   uint32_t registers; /* a thread */
-  uint32_t lane_number, bulk_lanes, bulk_known; /* lanes.c: of its last synchronisation; who has waited for bulk groups since */
+  uint32_t lane_number, bulk_issuers, bulk_lanes, bulk_known; /* lanes.c */
   uint64_t polled; /* the flag that a strong load read last, or 0 */
   uint64_t executed;
 } Warp;

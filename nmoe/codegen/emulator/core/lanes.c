@@ -63,9 +63,9 @@ void lanes_note(Machine *m, Warp *w, Cta *cta, uint32_t offset, uint32_t size, A
   }
 }
 
-/* Some lanes have waited for bulk groups; `known` is up to which all had before. */
+/* Lanes have waited for bulk groups of their own, which they alone know of; `known` is up to which all had before. */
 void lanes_waited(Warp *w, uint32_t mask, uint32_t known) {
-  if (mask == live_mask(w)) return;
+  if (mask == 0 || mask == live_mask(w)) return;
   if (w->bulk_lanes == FULL) w->bulk_known = known;
   w->bulk_lanes = mask;
 }

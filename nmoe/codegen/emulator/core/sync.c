@@ -233,7 +233,7 @@ static Outcome bulk_wait(Machine *m, Warp *w, const Insn *in, uint32_t mask) {
   w->bulk_pending = finished;
   if (async_pending(w->cta->cluster, w)) return STAY;
   m->counters->barrier_waits++;
-  if (w->clock.hb) lanes_waited(w, mask, w->clock.hb[w->agent + AGENT_BULK_READ]);
+  if (w->clock.hb) lanes_waited(w, mask & w->bulk_issuers, w->clock.hb[w->agent + AGENT_BULK_READ]);
   if (w->bulk_done < finished) w->bulk_done = finished;
   clock_reach(&w->clock, w->agent + AGENT_BULK_READ, finished);
   if (!in->b) clock_reach(&w->clock, w->agent + AGENT_BULK_WRITE, finished);

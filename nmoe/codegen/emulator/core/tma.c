@@ -459,12 +459,14 @@ Outcome execute_tma(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint
       return NEXT;
     }
     case OP_tma_store: case OP_bulk_store:
+      w->bulk_issuers |= mask;
       /* A store that all lanes issue alike is one store: CuTeDSL epilogues leave out the elect, and it is idempotent. */
       if (mask & (mask - 1) && uniform(w, in, o, mask)) {
         m->counters->duplicate_bulk++;
         mask &= -mask;
       }
       break;
+    case OP_tma_reduce: case OP_bulk_reduce: w->bulk_issuers |= mask; break;
     default: break;
   }
   bool tensor = in->op == OP_tma_load || in->op == OP_tma_store || in->op == OP_tma_reduce;

@@ -74,25 +74,33 @@ static void multiply_accumulate(Machine *m, Warp *w, const Insn *in, const uint3
   m->counters->mma_flops += 2ull * 16 * n * k;
 }
 
-/* Registers of a group under way belong to the tensor core until wgmma.wait_group (PTX 9.7.15.7). */
+/* Registers of a group under way belong to the tensor core until wgmma.wait_group, and what others do with them comes
+ * before a later wgmma by a wgmma.fence (PTX 9.7.15.7). */
 void wgmma_check_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *o) {
-  for (int i = 0; i < in->n; i++)
+  for (int i = 0; i < in->n; i++) {
     if (w->wgmma_busy[o[i] / 128] > w->wgmma_done)
       fault(m, "a register of a wgmma that may still be under way is accessed: wgmma.wait_group is missing before this");
+    w->wgmma_touched[o[i] / 128] = w->wgmma_fences;
+  }
 }
 
 static void mark_busy(Machine *m, Warp *w, const uint32_t *slots, uint32_t count) {
   if (w->wgmma_busy == NULL) {
     w->wgmma_busy = calloc(m->program->register_bytes / 128 + 1, sizeof *w->wgmma_busy);
-    if (w->wgmma_busy == NULL) fault(m, "out of host memory");
+    w->wgmma_touched = calloc(m->program->register_bytes / 128 + 1, sizeof *w->wgmma_touched);
+    if (w->wgmma_busy == NULL || w->wgmma_touched == NULL) fault(m, "out of host memory");
   }
-  for (uint32_t i = 0; i < count; i++) w->wgmma_busy[slots[i] / 128] = w->wgmma_committed + 1;
+  for (uint32_t i = 0; i < count; i++) {
+    if (w->wgmma_touched[slots[i] / 128] == w->wgmma_fences)
+      fault(m, "a register of this wgmma was used by another instruction since the last wgmma.fence");
+    w->wgmma_busy[slots[i] / 128] = w->wgmma_committed + 1;
+  }
 }
 
 Outcome execute_wgmma(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
   switch (in->op) {
     case OP_wgmma:
-      if (!w->wgmma_fenced) fault(m, "the first wgmma.mma_async of a warp must follow a wgmma.fence");
+      if (w->wgmma_fences == 0) fault(m, "the first wgmma.mma_async of a warp must follow a wgmma.fence");
       multiply_accumulate(m, w, in, o, mask);
       mark_busy(m, w, o, (uint32_t)in->d + (in->c & W_A_REGISTERS ? 4 : 0));
       return NEXT;
@@ -103,6 +111,6 @@ Outcome execute_wgmma(Machine *m, Warp *w, const Insn *in, const uint32_t *o, ui
       clock_reach(&w->clock, w->agent + AGENT_WGMMA, done);
       return NEXT;
     }
-    default: w->wgmma_fenced = true; return NEXT;
+    default: w->wgmma_fences++; return NEXT;
   }
 }
