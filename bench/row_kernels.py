@@ -28,6 +28,7 @@ TARGET = "sm_90a"
 ROW, COL = (Copy("mxfp8", axis, "rows") for axis in (1, 0))
 FP4_ROW, FP4_COL = Copy("nvfp4", 1, "rows"), Copy("nvfp4", 0, "rows", hadamard=True)
 T, R = 32768, 98304
+N = 65536  # rows of dsv3's experts on one of eight ranks
 
 CASES: list[tuple[RowProblem, int]] = [  # moonlet's and dsv3's, and rows of the dynamic extent
     (RowProblem("load", 2816, 2048, 64, keeps_body=False, copies=(ROW, COL)), 0),
@@ -46,10 +47,10 @@ CASES: list[tuple[RowProblem, int]] = [  # moonlet's and dsv3's, and rows of the
     (RowProblem("rms_norm_bwd", TOKENS, 2048, addends=1, keeps_body=False, keeps_sum=True, copies=(COL, ROW)), T),
     (RowProblem("rms_norm", TOKENS, 7168, keeps_body=False, copies=(COL, ROW)), T // 2),
     (RowProblem("rms_norm_bwd", TOKENS, 7168, addends=1, keeps_body=False, keeps_sum=True, copies=(COL, ROW)), T // 2),
-    (RowProblem("load", ROWS, 7168, keeps_body=False, copies=(ROW, COL), segments=32), 2 * T),
-    (RowProblem("swiglu", ROWS, 2048, weighted=True, keeps_body=False, copies=(COL, ROW), segments=32), 2 * T),
+    (RowProblem("load", ROWS, 7168, keeps_body=False, copies=(ROW, COL), segments=32), N),
+    (RowProblem("swiglu", ROWS, 2048, weighted=True, keeps_body=False, copies=(COL, ROW), segments=32), N),
     (RowProblem("dispatch", ROWS, 2048, keeps_body=False, weighted=True, copies=(ROW, COL), segments=64, topk=6), R),
-    (RowProblem("dispatch", ROWS, 7168, keeps_body=False, weighted=True, copies=(ROW, COL), segments=32, topk=8), 2 * T),
+    (RowProblem("dispatch", ROWS, 7168, keeps_body=False, weighted=True, copies=(ROW, COL), segments=32, topk=8), N),
     (RowProblem("swiglu", ROWS, 1408, weighted=True), R),
     (RowProblem("swiglu", ROWS, 1408, weighted=True, keeps_body=False, copies=(COL,), segments=64), R),
     (RowProblem("swiglu", TOKENS, 2816, keeps_body=False, copies=(COL,)), T),

@@ -124,9 +124,8 @@ class Products(Fixed):
     @cute.jit
     def _add(self, sums, stages_a, stages_b, stage, thread) -> None:  # type: ignore[no-untyped-def]
         mine_a, mine_b = cute.make_rmem_tensor((4, 2), Float32), cute.make_rmem_tensor((4, 2), Float32)
-        for k in cutlass.range(
-            DEPTH, unroll=8
-        ):  # all 16 at once take more registers than 4 blocks an SM have
+        # All at once would take more registers than 4 blocks an SM have.
+        for k in cutlass.range(DEPTH, unroll=DEPTH // 2):
             column_a = cute.zipped_divide(stages_a[None, k, stage], (4,))
             column_b = cute.zipped_divide(stages_b[None, k, stage], (4,))
             for half in cutlass.range_constexpr(2):
