@@ -312,13 +312,13 @@ def match(spec: KernelSpec) -> RoutingProblem | row_kernels.RowProblem | str:
     """The problem that a spec states, or why no template builds it."""
     anchor, attrs = spec.parts[0], dict(spec.parts[0].attrs)
     ins, outs = list(spec.inputs), list(spec.outputs)
-    addends = len(spec.parts) - 1
-    if addends and not (anchor.kind == "combine" and all(part.kind == "add" for part in spec.parts[1:])):
-        return f"no template for {' + '.join(map(str, spec.parts))} yet"
     if anchor.kind in ("moe_plan", "dispatch", "combine") and attrs.get("ranks", 1) > 1:
         return f"{anchor.kind} of {attrs['ranks']} ranks is several kernels of RDEP (codegen/rdep.py)"
     if anchor.kind == "dispatch" and {part.kind for part in spec.parts[1:]} == {"quantize"}:
         return row_kernels.match(spec)  # rows are gathered into tiles, which copies down the columns need
+    addends = len(spec.parts) - 1
+    if addends and not (anchor.kind == "combine" and all(part.kind == "add" for part in spec.parts[1:])):
+        return f"no template for {' + '.join(map(str, spec.parts))} yet"
     problem: RoutingProblem
     if anchor.kind == "moe_plan":
         problem = PlanProblem(attrs["experts"], int(ins[0].shape[1]), attrs["align"])
