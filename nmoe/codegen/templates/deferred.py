@@ -65,22 +65,24 @@ class Deferred(Fixed):
 
     @cute.jit
     def take(self, acc: cute.Tensor, place: Place) -> None:
-        """Takes over a tile's accumulators; its tasks come next."""
+        """Takes over a tile's accumulators; its tasks come next. acc is not written: LLVM would copy what was into the
+        next wgmma's registers, and behind the fence that must follow such copies."""
         factor = self.epilogue.factor(place, self.plain)
-        if cutlass.const_expr(factor is not None):
-            acc.store(acc.load() * factor)
         self.place[0], self.place[1], self.place[2] = place.row, place.column, place.expert
         self.place[3] = Int32(place.exists)
         if cutlass.const_expr(self.kind == "accumulate"):
             held = cute.recast_tensor(self.held, Float32)
             for i in cutlass.range(cute.size(held), unroll_full=True):
-                held[i] = acc[cute.size(held) + i]
+                held[i] = scaled(acc[cute.size(held) + i], factor)
             if place.exists:
                 for p in cutlass.range_constexpr(self.epilogue.pieces // 2):
-                    self._reduce(place, acc, p, p)
+                    piece = self.epilogue.fragment.piece(acc, p)
+                    values = cute.make_rmem_tensor_like(piece)
+                    values.store(scaled(piece.load(), factor))
+                    self._reduce(place, values, 0, p)
         else:
             for i in cutlass.range(cute.size(self.held), unroll_full=True):
-                self.held[i] = packed((acc[2 * i], acc[2 * i + 1]))
+                self.held[i] = packed((scaled(acc[2 * i], factor), scaled(acc[2 * i + 1], factor)))
             if place.exists:
                 weights = self.epilogue.weights(self.plain.weight, place)
                 for i in cutlass.range_constexpr(self.rows):
@@ -215,6 +217,11 @@ class Deferred(Fixed):
         values = cute.make_rmem_tensor((MATRICES,), Int32)
         cute.copy(self.load, self.source[(None, i), buffer], cute.recast_tensor(values, BFloat16))
         return values
+
+
+def scaled(values, factor):  # type: ignore[no-untyped-def]
+    """Times the global scales, where there are any."""
+    return values if factor is None else values * factor
 
 
 def packed(pair) -> Int32:  # type: ignore[no-untyped-def]
