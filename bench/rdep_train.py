@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timing import median
 
 from nmoe import binding
 from nmoe.bench import synthetic
@@ -452,19 +453,12 @@ def overlap(step: Step, rank: int, say: Callable[[Any], None]) -> None:
 
 def milliseconds(call: Callable[[], None], repeats: int = 7) -> float:
     """Of one call, on the slower rank: both start together."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
+
+    def together() -> None:
         torch.cuda.synchronize()
         dist.barrier()
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record()
-        call()
-        b.record()
-        b.synchronize()
-        times.append(a.elapsed_time(b))
-    slowest = torch.tensor([statistics.median(times)])
+
+    slowest = torch.tensor([median(call, repeats, before=together)])
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest)
 

@@ -19,12 +19,13 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def median(call: Callable[[], Any], repeats: int = 11) -> float:
-    """Milliseconds of one call, between events around each."""
+def median(call: Callable[[], Any], repeats: int = 11, before: Callable[[], Any] = lambda: None) -> float:
+    """Milliseconds of one call, between events around each; `before` each, what is not timed."""
     for _ in range(3):
         call()
     times = []
     for _ in range(repeats):
+        before()
         a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         a.record()
         call()

@@ -13,7 +13,7 @@ import fcntl
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -125,10 +125,12 @@ def launcher(config: Config, schedules: Sequence[Schedule], say: Callable[[str],
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """The ranks of a run build one after the other: all but the first find the kernels there."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "building").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """The ranks of a run build one after the other: all but the first find the kernels there. Where nobody can write,
+    nobody builds, and `build` says so of what is missing."""
+    with ExitStack() as held:
+        with suppress(OSError):
+            root.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context((root / "building").open("w")), fcntl.LOCK_EX)
         yield
 
 

@@ -1,7 +1,7 @@
 """The `nmoe` command: argument parsing and printing only.
 
 Exit codes: 0 done; 1 a bug in nmoe (with a traceback); 2 a mistake in the command, config, data or checkpoint; 3 the
-run diverged (NaN or Inf) and stopped; 130 interrupted, after a checkpoint.
+run diverged (NaN or Inf) and stopped; 4 a rank is missing; 130 interrupted, after a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from pathlib import Path
 import nmoe
 from nmoe.errors import UserError
 
-EXIT_CODES = (
-    "exit codes: 0 done, 1 a bug in nmoe, 2 your input, 3 the run diverged, 4 a rank is missing, "
-    + "130 interrupted"
-)
+EXIT_CODES = "exit codes: 0 done, 1 a bug in nmoe, 2 your input, 3 the run diverged, 4 a rank is missing, 130 interrupted"
 
 
 def _train(args: argparse.Namespace) -> int:

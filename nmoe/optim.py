@@ -36,6 +36,7 @@ class AdamW:
         self.m = torch.zeros_like(parameters.master, dtype=dtype)
         self.v = torch.zeros_like(self.m)
         self.steps = 0
+        self._scratch = parameters.master.new_empty(3, min(CHUNK, parameters.master.numel()))
         self._updates: list[Bound] = []  # by segment; empty: by torch
         self._rates = parameters.master.new_zeros(len(parameters.segments), len(RATES))
 
@@ -76,12 +77,11 @@ class AdamW:
         """In chunks whose operands all stay in a core's cache."""
         p = self.parameters
         scale, keep, step, root, beta1, beta2, eps, _ = rates
-        scratch = p.master.new_empty(3, min(CHUNK, segment.end - segment.start))
         for start in range(segment.start, segment.end, CHUNK):
             part = slice(start, min(start + CHUNK, segment.end))
             g, w = p.grad[part], p.master[part]
             stored_m, stored_v = self.m[part], self.v[part]
-            wide_m, wide_v, below = scratch[:, : w.numel()]
+            wide_m, wide_v, below = self._scratch[:, : w.numel()]
             same = stored_m.dtype == w.dtype
             m = stored_m if same else wide_m.copy_(stored_m)
             v = stored_v if same else wide_v.copy_(stored_v)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +132,12 @@ def test_a_group_without_a_kernel_is_split_and_its_values_exist() -> None:
     assert binding.by_torch(whole) == "run by torch: nothing"
     assert binding.by_torch(split).startswith("run by torch: ")
     assert "gemm " not in binding.by_torch(split).replace("grouped_gemm ", "")
+
+
+def test_a_cache_that_cannot_be_written_needs_no_lock(tmp_path: Path) -> None:
+    """One that was shipped may be read-only."""
+    (tmp_path / "file").write_text("")
+    with binding._alone(tmp_path / "file" / "kernels"):
+        pass
+    with binding._alone(tmp_path / "kernels"):
+        assert (tmp_path / "kernels" / "building").exists()
