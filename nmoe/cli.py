@@ -14,7 +14,10 @@ from pathlib import Path
 import nmoe
 from nmoe.errors import UserError
 
-EXIT_CODES = "exit codes: 0 done, 1 a bug in nmoe, 2 your input, 3 the run diverged, 4 a rank is missing, 130 interrupted"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 a bug in nmoe, 2 your input, 3 the run diverged, 4 a rank is missing, "
+    "130 interrupted"
+)
 
 
 def _train(args: argparse.Namespace) -> int:
