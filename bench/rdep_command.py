@@ -5,7 +5,7 @@
 
 Losses: the quickstart as it is shipped, in BF16, 300 steps. One GPU with 1, 2 and 4 sequences a micro-batch, which are
 the same sums in other orders, says how far losses part for that reason alone. Two GPUs share the experts or hold all of
-them, are stopped and continued on the way, and are resumed on one.
+them, are stopped and continued on the way, and are resumed on one and on two.
 Ends: a rank is killed, or stopped for good; the other must say so.
 """
 
@@ -173,21 +173,30 @@ def losses(home: Path) -> dict[str, Any]:
         os.kill(victim, signal.SIGCONT)
         return ended("continued", process)
 
-    def resumed() -> str:
-        shutil.rmtree(home / "checkpoints" / "shared" / f"step_{STEPS:08d}")
-        return ended("resumed", start("shared", 1, "--resume"), "shared")
+    def resume(of: str, processes: int, name: str, **how: Any) -> str:
+        shutil.rmtree(home / "checkpoints" / of / f"step_{STEPS:08d}")
+        return ended(name, start(of, processes, "--resume", **how), of)
 
-    told = [*together(one, small, large, shared), *together(replicas, continued, resumed)]
+    def one_resumed() -> str:
+        return resume("one", 1, "one resumed")
+
+    def shared_resumed() -> str:
+        on_one = resume("shared", 1, "shared resumed on one")
+        return f"{on_one}; {resume('shared', RANKS, 'shared resumed', group=RANKS)}"
+
+    told = [
+        *together(one, small, large, shared),
+        *together(replicas, continued, one_resumed, shared_resumed),
+    ]
     apart = {
-        name: distance(values, found["one"])
+        f"{name} from {base}": distance(values, found[base])
         for name, values in found.items()
-        if "one" in found and name != "one"
+        for base in ("one", "shared")
+        if base in found and name != base
     }
     for name, line in apart.items():
-        print(f"  {name}: {line}")
-    same = "shared" in found and found["shared"] == found.get("continued")
-    print(f"  continued and shared: {'the same bits' if same else 'OTHER bits'}", flush=True)
-    return {"lines": told, "apart": apart, "same bits": same, "series": found}
+        print(f"  {name}: {line}", flush=True)
+    return {"lines": told, "apart": apart, "series": found}
 
 
 def series(home: Path, name: str) -> Series:
@@ -203,13 +212,17 @@ def series(home: Path, name: str) -> Series:
 
 
 def distance(values: Series, wanted: Series) -> str:
-    """Of the first step, the largest up to some steps, and of the means of the last 20."""
+    """Where they first part, the largest distances up to some steps, and the means of the last 20."""
     apart = [abs(a[0] - b[0]) for a, b in zip(values, wanted, strict=True)]
-    shown = ", ".join(f"{step}: {max(apart[:step]):.1e}" for step in (1, 10, 30, 100, STEPS))
-    norm = abs(values[0][1] / wanted[0][1] - 1)
+    if values == wanted:
+        return "the same bits"
+    first = next(i for i, (a, b) in enumerate(zip(values, wanted, strict=True)) if a != b)
+    shown = ", ".join(f"{step}: {max(apart[:step]):.1e}" for step in (first + 1, 10, 30, 100, STEPS))
+    norm = abs(values[first][1] / wanted[first][1] - 1)
     ends = [sum(loss for loss, _ in x[-20:]) / 20 for x in (values, wanted)]
     return (
-        f"loss at most apart to step {shown}; first norm {norm:.1e}; last 20 {ends[0]:.4f} and {ends[1]:.4f}"
+        f"other bits from step {first + 1} on; loss at most apart to step {shown}; that step's norm {norm:.1e}; "
+        f"last 20 {ends[0]:.4f} and {ends[1]:.4f}"
     )
 
 

@@ -4,7 +4,7 @@
     python bench/rdep_train.py run DIR --json FILE   on the GPUs
 
 Parts, each in fresh processes, one a GPU:
-    bf16 mxfp8         an MoE layer of moonlet's sizes, forward and backward on two ranks, against one rank that has
+    bf16 mxfp8 nvfp4   an MoE layer of moonlet's sizes, forward and backward on two ranks, against one rank that has
                        the tokens of both: how many bytes differ
     replay             1,000 replays of a captured micro-batch over 8 batches with skewed routing: every loss and
                        gradient has the bits that it had at first
@@ -16,6 +16,7 @@ bench/rdep_command.py has the command `nmoe train` and its losses.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -59,7 +60,7 @@ from nmoe.torchrun import launched
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TARGET, RANKS, STEPS = "sm_90a", 2, 6
-PRECISIONS = ("bf16", "mxfp8")
+PRECISIONS = ("bf16", "mxfp8", "nvfp4")
 PARTS = (*PRECISIONS, "replay", "moonlet")
 LIMIT = 60.0  # seconds that a part may take
 
@@ -353,6 +354,7 @@ def timed(name: str, rank: int, say: Callable[[Any], None]) -> None:
             begin = time.perf_counter()
             step.run(index, batch)
             seconds.append(time.perf_counter() - begin)
+        say(f"rank {rank}: {digest(step)} of replicated weights and biases after {STEPS} steps")
         taken = free - torch.cuda.mem_get_info()[0]
         planned = plan(config, world=RANKS).memory
         if rank == 0:
@@ -363,6 +365,12 @@ def timed(name: str, rank: int, say: Callable[[Any], None]) -> None:
                 f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB, arena {step.schedule.arena_bytes / 1e9:.2f} GB; "
                 f"planned {sum(planned.values()) / 1e9:.2f} GB: {listed}")  # fmt: skip
         overlap(step, rank, say)
+
+
+def digest(step: Step) -> str:
+    p = step.parameters
+    flat = [p.master[: p.experts], *step._biases.values()]
+    return hashlib.sha256(torch.cat([t.cpu().view(-1) for t in flat]).numpy().tobytes()).hexdigest()[:16]
 
 
 def overlap(step: Step, rank: int, say: Callable[[Any], None]) -> None:
