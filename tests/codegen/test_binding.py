@@ -12,6 +12,7 @@ from test_model import initialise
 from tiny import tiny_config
 
 from nmoe import binding
+from nmoe.codegen.gemm import GemmProblem
 from nmoe.config import Config, LayerGroup
 from nmoe.errors import UserError
 from nmoe.executor import Executor, allocate
@@ -60,6 +61,9 @@ def test_a_moe_layer_of_generated_kernels(target: str) -> None:
     found = run(Executor(schedule, tensors, arena, launcher))
     kernels = [call for call in schedule.calls if call.workspace is not None]
     assert sum(launcher.launches.values()) == len(kernels) >= 12
+    gathered = [p.role for p in launcher.launches if isinstance(p, GemmProblem) and p.gathered]
+    wanted = ["dgrad", "fprop", "wgrad", "wgrad"] if target == "sm_100a" else []
+    assert sorted(gathered) == wanted
     reference = by_torch(lower(config(target), kernels=no_kernel))
     exact = by_torch(lower(config("cpu"), activation="f64"))
     assert found.keys() == reference.keys() == exact.keys()
