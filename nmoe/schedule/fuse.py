@@ -1,4 +1,5 @@
-"""Which ops one kernel computes: a list of consecutive ops whose later members are epilogues of the first."""
+"""Which ops one kernel computes: a list of consecutive ops whose later members are epilogues of the first; before a
+grouped GEMM, the dispatch whose rows its loads gather."""
 
 from __future__ import annotations
 

@@ -72,6 +72,17 @@ def test_a_moe_layer_of_generated_kernels(target: str) -> None:
         assert ours <= 1.5 * theirs + 1e-6, f"{name}: {ours:.2e} from float64, the reference {theirs:.2e}"
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_gathering_changes_no_bit_of_the_reference(recompute: str) -> None:
+    """The graph whose GEMMs have dispatches of their own, run op by op, against the one that dispatches once."""
+    blackwell, hopper = (
+        by_torch(lower(replace(c, schedule=replace(c.schedule, recompute=recompute)), kernels=no_kernel))
+        for c in map(config, ("sm_100a", "sm_90a"))
+    )
+    assert blackwell.keys() == hopper.keys()
+    assert all(torch.equal(blackwell[name], hopper[name]) for name in hopper)
+
+
 @pytest.mark.usefixtures("emulator")
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])

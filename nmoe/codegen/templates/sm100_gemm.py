@@ -2,7 +2,7 @@
 
 warps 0..3  epilogue: each drains its 32 lanes of tensor memory (32 rows of the tile) and stores them by itself
 warp 4      one thread issues the products: 4 × tcgen05.mma of k16 a slice
-warp 5      loads: for every 64-deep slice of a tile A and B into the next stage
+warp 5      loads: for every 64-deep slice of a tile A and B into the next stage; rows of tokens by gather.py
 
                  ┌ stage 0 ┬ stage 1 ┬ … ┐             tensor memory, 512 columns
 warp 5 ── TMA ──▶│  A  B   │  A  B   │   │── warp 4 ──▶ ┌ tile i ┬ tile i+1 ┐ ──▶ warps 0..3
