@@ -215,7 +215,8 @@ class RowProblem(Problem):
     def _norms(self) -> list[RowConfig]:
         """Registers are some 130 a thread with copies both ways, and 100 with one."""
         if not self.columns:
-            held = {"rms_norm": (4, 8) if self.copies else (8, 4), "rms_norm_bwd": (4,)}[self.body]
+            once = self.copies and not self.two_passes
+            held = {"rms_norm": (4, 8) if once else (8, 4), "rms_norm_bwd": (4,)}[self.body]
             return [RowConfig(32, rows, 1, self._across(32, 8), 2) for rows in held]
         if self.two_passes:
             return [RowConfig(16, 16, 1, self._across(16, 4), 2)]
