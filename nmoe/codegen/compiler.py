@@ -189,12 +189,14 @@ def trace(problem: Problem, config: Config, target: str, options: str = "") -> A
     from cutlass.cute.runtime import make_fake_stream
 
     module, name = problem.template(target).split(".")
-    template = getattr(importlib.import_module(f"nmoe.codegen.templates.{module}"), name)
+    template = getattr(importlib.import_module(f"nmoe.codegen.templates.{module}"), name)(problem, config)
+    if hasattr(template, "ptxas"):
+        options += f" --ptxas-options={template.ptxas}"
     extents: dict[int, Any] = {}
     arguments = [_fake(operand, extents) for operand in problem.operands(config)]
     with tempfile.TemporaryDirectory() as folder:  # the compiler writes what it keeps there as well
         return cute.compile(
-            template(problem, config), *arguments, Int32(1), make_fake_stream(), no_jit_engine=True,
+            template, *arguments, Int32(1), make_fake_stream(), no_jit_engine=True,
             options=f"--enable-tvm-ffi --gpu-arch={target} --keep-ptx --keep-cubin --dump-dir={folder} {options}",
         )  # fmt: skip
 

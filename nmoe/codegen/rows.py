@@ -266,7 +266,7 @@ class RowProblem(Problem):
     def shared_bytes(self, config: RowConfig, target: str) -> int:
         """Pieces and sums of rows, sums of weight gradients, scale factors and transposed FP4 of a tile."""
         held = 2 * self.held * config.rows * config.columns
-        sums = 4 * config.rows * (config.warps_across + 2 * self.tiles(config)) if self.statistic else 0
+        sums = 4 * config.rows * (config.warps_across + 2 * self.tiles(config) + 1) if self.statistic else 0
         gradient = 4 * config.columns if self.body == "rms_norm_bwd" else 0
         found = held + sums + gradient
         for copy in self.copies:

@@ -8,6 +8,8 @@ gathered in shared memory and written by all threads, in the layout that the con
 
 from __future__ import annotations
 
+from functools import reduce
+
 import cutlass
 from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint8, cute
 from cutlass.memory import SmemAllocator
@@ -24,13 +26,11 @@ UNSIGNED = 0x7FFF_7FFF  # a pair of BF16 without signs
 
 
 def copies(tile, smem: SmemAllocator):  # type: ignore[no-untyped-def]
-    kinds = {
-        ("mxfp8", 0): ColumnMxfp8,
-        ("mxfp8", 1): RowMxfp8,
-        ("nvfp4", 0): ColumnNvfp4,
-        ("nvfp4", 1): RowNvfp4,
-    }
-    return [kinds[copy.format, copy.axis](tile, copy, smem) for copy in tile.problem.copies]
+    """What writes a tile's copies, which are of one format."""
+    if not tile.problem.two_passes:
+        return [Mxfp8(tile, smem)] if tile.problem.copies else []
+    kinds = {0: ColumnNvfp4, 1: RowNvfp4}
+    return [kinds[copy.axis](tile, copy, smem) for copy in tile.problem.copies]
 
 
 def largest(a: Int32, b: Int32) -> Int32:
@@ -107,70 +107,114 @@ class Scales(Fixed):
 
 
 class Mxfp8(Fixed):
+    """A tile's MXFP8 copies. Two passes over the rows serve both: in the first they see magnitudes, in the second each
+    row becomes FP32 once. What several passes need the compiler would keep in registers for all rows."""
+
+    def __init__(self, tile, smem: SmemAllocator) -> None:  # type: ignore[no-untyped-def]
+        kinds = {0: ColumnMxfp8, 1: RowMxfp8}
+        self.copies = [kinds[copy.axis](tile, copy, smem) for copy in tile.problem.copies]
+        self.vectors = tile.config.vectors
+
+    @cute.jit
+    def write(
+        self, values, spot, first: Int32, turn: Int32, chunk: Int32, group: Int32, entry: Int32
+    ) -> None:  # type: ignore[no-untyped-def]
+        words = cute.recast_tensor(values, Int32)
+        peaks = [copy.peaks() for copy in self.copies]
+        for i in cutlass.range_constexpr(self.vectors):
+            unsigned = [words[j, i] & UNSIGNED for j in range(PAIRS)]
+            for copy, held in zip(self.copies, peaks, strict=True):
+                copy.see(held, unsigned, i)
+        factors = [copy.factors(held, turn) for copy, held in zip(self.copies, peaks, strict=True)]
+        for i in cutlass.range_constexpr(self.vectors):
+            row = values[None, i].load().to(Float32)
+            for copy, factor in zip(self.copies, factors, strict=True):
+                codes = cute.make_rmem_tensor(VECTOR, Float8E4M3FN)
+                codes.store((row * copy.factor(factor, i)).to(Float8E4M3FN))
+                if spot.exists[i]:
+                    cute.autovec_copy(cute.recast_tensor(codes, Uint8), line(copy.data, spot, i))
+        for copy in self.copies:
+            copy.end(first, turn, chunk)
+
+
+class CopyMxfp8(Fixed):
+    """`see` raises the peaks, pairs of BF16, to a row's magnitudes; `factors` makes scale factors of them, which it keeps,
+    and what elements are multiplied by; `factor` is that of a row's eight."""
+
     def __init__(self, tile, copy: Copy, smem: SmemAllocator) -> None:  # type: ignore[no-untyped-def]
         self.tile, self.config, self.data = tile, tile.config, tile.named[copy.name]
         size = (self.config.rows * (1 if copy.axis else tile.turns), self.config.columns)
         lines, length = size if copy.axis else size[::-1]
         self.scales = Scales(tile, copy, smem, lines, length // quantize.MXFP8_BLOCK)
 
-    @cute.jit
-    def row(self, values, spot, i: cutlass.Constexpr, factor) -> None:  # type: ignore[no-untyped-def]
-        """Stores a row's eight elements, times `factor`."""
-        codes = cute.make_rmem_tensor(VECTOR, Float8E4M3FN)
-        codes.store((values[None, i].load().to(Float32) * factor).to(Float8E4M3FN))
-        if spot.exists[i]:
-            cute.autovec_copy(cute.recast_tensor(codes, Uint8), line(self.data, spot, i))
 
+class RowMxfp8(CopyMxfp8):
+    """Blocks along the rows: one in each of the thread's rows, which four lanes share."""
 
-class RowMxfp8(Mxfp8):
+    def peaks(self) -> cute.Tensor:
+        return cute.make_rmem_tensor(self.config.vectors, Int32)
+
+    def see(self, peaks: cute.Tensor, unsigned: list[Int32], i: int) -> None:
+        peaks[i] = reduce(largest, unsigned)
+
     @cute.jit
-    def write(
-        self, values, spot, first: Int32, turn: Int32, chunk: Int32, group: Int32, entry: Int32
-    ) -> None:  # type: ignore[no-untyped-def]
-        tile, config = self.tile, self.config
-        words = cute.recast_tensor(values, Int32)
-        for i in cutlass.range_constexpr(config.vectors):
-            pair = words[0, i] & UNSIGNED
-            for j in cutlass.range_constexpr(1, PAIRS):
-                pair = largest(pair, words[j, i] & UNSIGNED)
+    def factors(self, peaks: cute.Tensor, turn: Int32) -> cute.Tensor:
+        tile, found = self.tile, cute.make_rmem_tensor(self.config.vectors, Float32)
+        for i in cutlass.range_constexpr(self.config.vectors):
+            pair = peaks[i]
             pair = largest(pair, cute.arch.shuffle_sync_bfly(pair, 1))
             pair = largest(pair, cute.arch.shuffle_sync_bfly(pair, 2))
             code = quantize.ue8m0(cutlass.max(low(pair), pair & 0x7FFF_0000))
-            self.row(values, spot, i, quantize.inverse(code))
             if tile.lane % 4 == 0:
                 self.scales[tile.row + i, tile.column // quantize.MXFP8_BLOCK] = code
-        self.scales.store(first, chunk * (config.columns // quantize.MXFP8_BLOCK))
+            found[i] = quantize.inverse(code)
+        return found
+
+    def factor(self, factors: cute.Tensor, i: int) -> Float32:
+        return factors[i]
+
+    def end(self, first: Int32, turn: Int32, chunk: Int32) -> None:
+        self.scales.store(first, chunk * (self.config.columns // quantize.MXFP8_BLOCK))
 
 
-class ColumnMxfp8(Mxfp8):
+class ColumnMxfp8(CopyMxfp8):
+    """Blocks down the rows: one in each of the thread's columns, a pair of which is a word."""
+
+    def peaks(self) -> cute.Tensor:
+        found = cute.make_rmem_tensor(PAIRS, Int32)
+        found.fill(0)
+        return found
+
+    def see(self, peaks: cute.Tensor, unsigned: list[Int32], i: int) -> None:
+        for j in range(PAIRS):
+            peaks[j] = largest(peaks[j], unsigned[j])
+
     @cute.jit
-    def write(
-        self, values, spot, first: Int32, turn: Int32, chunk: Int32, group: Int32, entry: Int32
-    ) -> None:  # type: ignore[no-untyped-def]
-        tile, config = self.tile, self.config
-        words = cute.recast_tensor(values, Int32)
-        factors = cute.make_rmem_tensor(VECTOR, Float32)
+    def factors(self, peaks: cute.Tensor, turn: Int32) -> cute.Tensor:
+        tile, config, found = self.tile, self.config, cute.make_rmem_tensor(VECTOR, Float32)
         for j in cutlass.range_constexpr(PAIRS):
-            pair = words[j, 0] & UNSIGNED
-            for i in cutlass.range_constexpr(1, config.vectors):
-                pair = largest(pair, words[j, i] & UNSIGNED)
+            pair = peaks[j]
             distance = config.lanes
             while cutlass.const_expr(distance < 32):
                 pair = largest(pair, cute.arch.shuffle_sync_bfly(pair, distance))
                 distance *= 2
             codes = quantize.ue8m0(low(pair)), quantize.ue8m0(high(pair))
             for half in cutlass.range_constexpr(2):
-                factors[2 * j + half] = quantize.inverse(codes[half])
+                found[2 * j + half] = quantize.inverse(codes[half])
                 if tile.lane < config.lanes:
                     block = (tile.row + turn * config.rows) // quantize.MXFP8_BLOCK
                     self.scales[tile.column + 2 * j + half, block] = codes[half]
-        factor = factors.load()
-        for i in cutlass.range_constexpr(config.vectors):
-            self.row(values, spot, i, factor)
-        if turn == tile.turns - 1:
+        return found
+
+    def factor(self, factors: cute.Tensor, i: int):  # type: ignore[no-untyped-def]
+        return factors.load()
+
+    @cute.jit
+    def end(self, first: Int32, turn: Int32, chunk: Int32) -> None:
+        if turn == self.tile.turns - 1:
             self.scales.store(
-                chunk * config.columns,
-                first // quantize.MXFP8_BLOCK - turn * (config.rows // quantize.MXFP8_BLOCK),
+                chunk * self.config.columns,
+                first // quantize.MXFP8_BLOCK - turn * (self.config.rows // quantize.MXFP8_BLOCK),
             )
 
 
