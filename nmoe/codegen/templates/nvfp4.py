@@ -12,6 +12,7 @@ from nmoe.codegen.templates.quantize import as_bits, as_float, magnitude
 from nmoe.storage import FLT_MAX, HADAMARD_SIZE, SIGNS
 
 NVFP4_BLOCK = 16
+SCALES = 4  # that are converted together
 SCALE_MAX = 448.0 * 6.0  # what a tensor's amax becomes: both types' largest
 INVERSE_SIX = 1.0 / 6.0
 SIX = 0x40C0_0000
@@ -30,10 +31,14 @@ def encode_scale(amax: Float32) -> Float32:
 
 @cute.jit
 def block_scales(peaks: cute.Tensor, scale: Float32):  # type: ignore[no-untyped-def]
-    """UE4M3 codes of blocks with these largest magnitudes, as bytes, and what their elements are multiplied by."""
-    codes = cute.make_rmem_tensor(peaks.shape, Float8E4M3FN)
-    codes.store((peaks.load() * (scale * INVERSE_SIX)).to(Float8E4M3FN))
-    factors = cute.make_rmem_tensor(peaks.shape, Float32)
+    """UE4M3 codes, as bytes, of up to SCALES blocks with these peaks, and what their elements are multiplied by."""
+    four = cute.make_rmem_tensor(SCALES, Float32)
+    four.fill(0.0)
+    for i in cutlass.range_constexpr(cute.size(peaks)):
+        four[i] = peaks[i]
+    codes = cute.make_rmem_tensor(SCALES, Float8E4M3FN)
+    codes.store((four.load() * (scale * INVERSE_SIX)).to(Float8E4M3FN))
+    factors = cute.make_rmem_tensor(SCALES, Float32)
     factors.store(codes.load().to(Float32) * (1.0 / scale))
     for i in cutlass.range_constexpr(cute.size(peaks)):
         inverse = 1.0 / factors[i]
@@ -42,14 +47,13 @@ def block_scales(peaks: cute.Tensor, scale: Float32):  # type: ignore[no-untyped
 
 
 @cute.jit
-def square_scales(peak: Float32, count: cutlass.Constexpr, scale: Float32):  # type: ignore[no-untyped-def]
-    """`block_scales` of `count` blocks with the same largest magnitude. It is converted once, beside zeros, because
-    of what `compiler.check_ptx` refuses."""
-    peaks = cute.make_rmem_tensor(4, Float32)
-    peaks.fill(0.0)
+def square_scales(peak: Float32, scale: Float32):  # type: ignore[no-untyped-def]
+    """`block_scales` of SCALES blocks with the same largest magnitude. It is converted once, because of what
+    `compiler.check_ptx` refuses."""
+    peaks = cute.make_rmem_tensor(1, Float32)
     peaks[0] = peak
     code, factor = block_scales(peaks, scale)
-    codes, factors = cute.make_rmem_tensor(count, Uint8), cute.make_rmem_tensor(count, Float32)
+    codes, factors = cute.make_rmem_tensor(SCALES, Uint8), cute.make_rmem_tensor(SCALES, Float32)
     codes.fill(code[0])
     factors.fill(factor[0])
     return codes, factors

@@ -55,6 +55,8 @@ class Rows(Fixed):
         self.turns = problem.turns(config)
         self.buffers = problem.buffers(config, self.target)
         self.sums = problem.body == "rms_norm_bwd"
+        if problem.columns and (self.sums or problem.two_passes):
+            self.ptxas = "--register-usage-level=0"  # by default it spills to have more loads under way
         self.together = TOGETHER if problem.columns and not problem.statistic else 1
         # What the resident thread blocks need of shared memory, in per cent; the rest of it is cache.
         used = config.resident * (problem.shared_bytes(config, self.target) + RESERVED)
@@ -164,6 +166,7 @@ class Tile(Fixed):
         if self.problem.statistic:
             self.partial = self._shared(smem, config.rows, config.warps_across)
             self.totals = self._shared(smem, config.rows, self.chunks, 2)
+            self.statistic = self._shared(smem, config.rows)
             size = (VECTOR, config.threads, config.vectors, len(self.problem.held_names), self.buffers)
             whole = smem.allocate_tensor(BFloat16, cute.make_layout(size), 16)
             self.held = whole[None, thread, None, None, None]
@@ -233,19 +236,20 @@ class Tile(Fixed):
             for warp in cutlass.range_constexpr(config.warps_across):
                 total += self.partial[self.thread, warp]
             self.share(total, parity)
-        self.meet()
-        statistics = []
-        for i in cutlass.range_constexpr(config.vectors):
+        if cutlass.const_expr(self.chunks > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        if self.thread < config.rows:
             total = Float32(0.0)
             for chunk in cutlass.range_constexpr(self.chunks):
-                total += self.totals[self.row + i, chunk, parity]
-            statistics.append(self.body.statistic(total, self.named.get("eps")))
-        if cutlass.const_expr(self.problem.body == "rms_norm" and not self.measures):
-            if self.chunk == 0 and self.column == 0:
-                for i in cutlass.range_constexpr(config.vectors):
-                    if first + self.row + i < self.exists:
-                        self.named["rstd"][first + self.row + i] = statistics[i]
-        return statistics
+                total += self.totals[self.thread, chunk, parity]
+            statistic = self.body.statistic(total, self.named.get("eps"))
+            self.statistic[self.thread] = statistic
+            if cutlass.const_expr(self.problem.body == "rms_norm" and not self.measures):
+                if (self.chunk == 0) & (first + self.thread < self.exists):
+                    self.named["rstd"][first + self.thread] = statistic
+        cute.arch.sync_threads()
+        return [self.statistic[self.row + i] for i in range(config.vectors)]
 
     @cute.jit
     def share(self, total: Float32, parity: Int32) -> None:
@@ -264,15 +268,6 @@ class Tile(Fixed):
         """Waits until all thread blocks of the cluster run: their shared memory is there."""
         if cutlass.const_expr(self.chunks > 1):
             cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
-
-    @cute.jit
-    def meet(self) -> None:
-        """Waits for all threads of the cluster."""
-        if cutlass.const_expr(self.chunks == 1):
-            cute.arch.sync_threads()
-        else:
-            cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
     @cute.jit
