@@ -17,16 +17,16 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nmoe.codegen import families, triton
+from nmoe.codegen import triton
 from nmoe.codegen.cache import FORMAT, FUNCTION, Cache, Entry
 from nmoe.codegen.problem import Config, Operand, Problem
 from nmoe.codegen.report import resources, stated
-from nmoe.codegen.spec import KernelSpec
 from nmoe.errors import UserError
 
 # Exactly the versions that the templates were verified with; part of every key.
@@ -105,32 +105,54 @@ def _package_folders() -> list[str]:
     return list(found.submodule_search_locations or ()) if found else []
 
 
-def compile_kernel(spec: KernelSpec, config: Config, cache: Cache) -> Entry:
-    """The spec's artifact from the cache, built if it is not there. Specs that state one problem share it."""
-    problem = families.match(spec)
-    if isinstance(problem, str):
-        raise CompilerError(f"{spec.name} {spec.key}: {problem}")
-    return compile_problem(problem, config, spec.target, cache)
-
-
 def compile_problem(problem: Problem, config: Config, target: str, cache: Cache) -> Entry:
-    key = problem_key(problem, config, target)
-    if found := cache.get(key, target):
-        return found
+    """The problem's artifact from the cache, built if it is not there."""
+    (found,) = compile_problems([(problem, config)], target, cache)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def compile_problems(
+    work: Sequence[tuple[Problem, Config]], target: str, cache: Cache
+) -> list[Entry | Exception]:
+    """Each problem's artifact from the cache, built if it is not there, or why it could not be. What is built is
+    disassembled in one go, since the disassembler takes a third of a second to start."""
+    keys = [problem_key(problem, config, target) for problem, config in work]
+    found: list[Entry | Exception | None] = [cache.get(key, target) for key in keys]
+    if None in found:
+        check_toolchain()
+    made: dict[int, tuple[dict[str, bytes], dict[str, Any]]] = {}
+    for i, (problem, config) in enumerate(work):
+        if found[i] is None:
+            try:
+                made[i] = _make(problem, config, target)
+            except Exception as error:
+                found[i] = error
+    used = resources([_cubins(files) for files, _ in made.values()], target)
+    for (i, (files, report)), more in zip(made.items(), used, strict=True):
+        found[i] = cache.put(keys[i], target, files, report | more)
+    return [entry for entry in found if entry is not None]
+
+
+def _make(problem: Problem, config: Config, target: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """An artifact's files and its report, but for what the machine code tells."""
     problem.require_legal(config, target)
-    check_toolchain()
     begin = time.monotonic()
     if problem.language == "triton":
-        files, used = triton.generate(problem, config, target)
+        files, known = triton.generate(problem, config, target)
     else:
         files = generate(problem, config, target)
-        used = stated(files["kernel.ptx"].decode()) | resources(files["kernel.cubin"])
-    report = {
+        known = stated(files["kernel.ptx"].decode())
+    return files, {
         "family": problem.family, "problem": asdict(problem), "target": target, "config": str(config),
-        "stages": getattr(config, "stages", 0), "shared_bytes": problem.shared_bytes(config, target), **used,
+        "stages": getattr(config, "stages", 0), "shared_bytes": problem.shared_bytes(config, target), **known,
         "seconds": round(time.monotonic() - begin, 2),
     }  # fmt: skip
-    return cache.put(key, target, files, report)
+
+
+def _cubins(files: Mapping[str, bytes]) -> list[bytes]:
+    return [data for name, data in files.items() if name.endswith(".cubin")]
 
 
 def generate(problem: Problem, config: Config, target: str) -> dict[str, bytes]:
@@ -162,18 +184,21 @@ def check_ptx(text: str) -> None:
 
 
 def trace(problem: Problem, config: Config, target: str, options: str = "") -> Any:
-    """CuTeDSL's compiled function, its PTX and machine code. Arguments: the problem's operands, clusters, stream."""
+    """CuTeDSL's compiled function, its PTX and machine code. Arguments: the problem's operands, clusters, stream. It is
+    exported or emulated, never called, and so not loaded here."""
     os.environ.pop("CUTE_DSL_ARCH", None)  # read at import; the option must stand alone
     from cutlass import Int32, cute
     from cutlass.cute.runtime import make_fake_stream
 
     module, name = problem.template(target).split(".")
-    template = getattr(importlib.import_module(f"nmoe.codegen.templates.{module}"), name)
+    template = getattr(importlib.import_module(f"nmoe.codegen.templates.{module}"), name)(problem, config)
+    if hasattr(template, "ptxas"):
+        options += f" --ptxas-options={template.ptxas}"
     extents: dict[int, Any] = {}
     arguments = [_fake(operand, extents) for operand in problem.operands(config)]
     with tempfile.TemporaryDirectory() as folder:  # the compiler writes what it keeps there as well
         return cute.compile(
-            template(problem, config), *arguments, Int32(1), make_fake_stream(),
+            template, *arguments, Int32(1), make_fake_stream(), no_jit_engine=True,
             options=f"--enable-tvm-ffi --gpu-arch={target} --keep-ptx --keep-cubin --dump-dir={folder} {options}",
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from nmoe.schedule.fuse import fuse, internal, readers
 from nmoe.schedule.overlap import COMM, MAIN, SIDE, TRANSFERS, assign_streams, late, reorder
 
 ATOMS = ("sm_100a",)  # targets whose tensor cores read scale factors; the others dequantize from rows
+GATHERS = ("sm_100a",)  # targets whose GEMMs load rows by their tokens
 
 Workspace = tuple[Spec, ...]
 
@@ -154,6 +155,7 @@ def lower(
     stages += [
         lambda g: passes.quantize_operands(g, atoms=config.target.device in ATOMS),
         lambda g: passes.recompute(g, config.schedule.recompute),
+        lambda g: passes.gather_rows(g) if config.target.device in GATHERS else g,
         passes.drop_unused,
     ]
     for stage in stages:
