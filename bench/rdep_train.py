@@ -44,8 +44,8 @@ from nmoe.codegen.build import build as build_kernels
 from nmoe.codegen.build import build_transfers
 from nmoe.codegen.cache import Cache
 from nmoe.codegen.launch import CudaLauncher
-from nmoe.codegen.rdep import transfers_of
 from nmoe.codegen.spec import specs
+from nmoe.codegen.transfers import transfers_of
 from nmoe.config import Config, load
 from nmoe.data.loader import Batch
 from nmoe.executor import Executor, allocate
@@ -125,7 +125,7 @@ def build(root: Path) -> None:
     wanted = list(dict.fromkeys(spec for schedule in schedules for spec in specs(schedule)))
     made = build_kernels(wanted, root, workers=2, progress=sys.stderr)
     print(f"{len(made.warm)} kernels cached, {len(made.built)} built, failed: {made.failed}")
-    print(build_transfers([p for s in schedules for p in transfers_of(s)], TARGET, root, 2))
+    print(build_transfers([p for s in schedules for p in transfers_of(s, 2)], TARGET, root, 2))
 
 
 # ---- processes ----------------------------------------------------------------------------------------------

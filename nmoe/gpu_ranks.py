@@ -23,6 +23,7 @@ from nmoe.binding import Launcher
 from nmoe.config import Config
 from nmoe.errors import UserError
 from nmoe.executor import Implementations
+from nmoe.hosts import ranks_of_host
 from nmoe.model import bind_dims, row_align
 from nmoe.ranks import Ranks
 from nmoe.rdep.device import Group
@@ -73,9 +74,12 @@ class GpuRanks(Ranks):
         assert launcher is not None
         width, dims = self._config.model.hidden_size, self._dims
         align = row_align(self._config)
-        group = Group(self.group, moe.experts, dims["T"], moe.topk, dims["R"], align, (2 * width,), width)
+        gpus = ranks_of_host(self.group)
+        group = Group(
+            self.group, gpus, moe.experts, dims["T"], moe.topk, dims["R"], align, (2 * width,), width
+        )
         buffers = group.mailboxes() | {"arena": Buffer((arena_bytes,), torch.uint8)}
-        self._heap = Heap(buffers, self._group, timeout=self._config.rdep.timeout)
+        self._heap = Heap(buffers, self._group, gpus, timeout=self._config.rdep.timeout)
         layer = DeviceLayer(group, self._heap, launcher, target)
         self._names = layer.names
         return self._heap["arena"], layer.implementations

@@ -122,7 +122,8 @@ def compile_problem(problem: Problem, config: Config, target: str, cache: Cache)
         files, used = triton.generate(problem, config, target)
     else:
         files = generate(problem, config, target)
-        used = stated(files["kernel.ptx"].decode()) | resources(files["kernel.cubin"])
+        text = files["kernel.ptx"].decode()
+        used = (entry(text) if problem.linked else stated(text)) | resources(files["kernel.cubin"])
     report = {
         "family": problem.family, "problem": asdict(problem), "target": target, "config": str(config),
         "stages": getattr(config, "stages", 0), "shared_bytes": problem.shared_bytes(config, target), **used,
@@ -132,11 +133,14 @@ def compile_problem(problem: Problem, config: Config, target: str, cache: Cache)
 
 
 def generate(problem: Problem, config: Config, target: str) -> dict[str, bytes]:
-    """kernel.so, kernel.ptx and kernel.cubin of a CuTeDSL template."""
+    """kernel.so, kernel.ptx and kernel.cubin of a CuTeDSL template; no kernel.so of what the driver launches."""
+    compiled = trace(problem, config, target)
+    check_ptx(compiled.__ptx__)
+    files = {"kernel.ptx": compiled.__ptx__.encode(), "kernel.cubin": compiled.__cubin__}
+    if problem.linked:
+        return files
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        compiled = trace(problem, config, target)
-        check_ptx(compiled.__ptx__)
         compiled.export_to_c(str(folder / "kernel.o"), FUNCTION)
         library = folder / "kernel.so"
         done = subprocess.run(
@@ -144,8 +148,14 @@ def generate(problem: Problem, config: Config, target: str) -> dict[str, bytes]:
         )
         if done.returncode:
             raise CompilerError(f"gcc could not link a kernel: {done.stderr.strip()}")
-        return {"kernel.so": library.read_bytes(), "kernel.ptx": compiled.__ptx__.encode(),
-                "kernel.cubin": compiled.__cubin__}  # fmt: skip
+        return files | {"kernel.so": library.read_bytes()}
+
+
+def entry(text: str) -> dict[str, Any]:
+    """The symbol of a PTX text's kernel, and the threads that a block of it has."""
+    found = re.search(r"\.entry\s+(\w+).*?\.reqntid\s+(\d+)", text, re.DOTALL)
+    assert found, "a kernel states its threads"
+    return {"symbol": found[1], "threads": int(found[2])}
 
 
 def check_ptx(text: str) -> None:
