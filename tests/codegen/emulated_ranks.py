@@ -73,9 +73,8 @@ class Rank:
 
     def connect(self, ranks: list[Rank]) -> None:
         table = torch.tensor([[peer.heap[name].pointer for name in COLUMNS] for peer in ranks])
-        self.exchange = Exchange(
-            self.group, self.rank, self.device.tensor(table), self.state, self.heap, self.launch
-        )
+        self.addresses = self.device.tensor(table)
+        self.exchange = Exchange(self.group, self.rank, self.addresses, self.state, self.heap, self.launch)
 
     def launch(self, problem: RdepProblem, *arguments: Any) -> None:
         if self.group.gpus < self.group.ranks:

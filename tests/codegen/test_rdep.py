@@ -46,7 +46,7 @@ def draw(group: Group, tokens: tuple[int, ...], hot: float, generator: torch.Gen
         ("sm_90a", ALONE, 2),
         ("sm_100a", BF16, 3),
         ("sm_90a", HOSTS, 4),
-        ("sm_90a", RAIL, 5),
+        pytest.param("sm_90a", RAIL, 5, marks=pytest.mark.slow),
     ],
     ids=[
         "two-quantized",

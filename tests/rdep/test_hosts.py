@@ -50,8 +50,13 @@ def mutants() -> dict[str, dict[str, tuple[Step, ...]]]:
                 continue
             name = f"{step.kind} {step.flag} of {step.channel} in {transfer}"
             made[f"no {name}"] = (transfer, (*steps[:i], *steps[i + 1 :]))
-            made[f"unordered {name}"] = (transfer, (*steps[:i], step._replace(ordered=False), *steps[i + 1 :]))
-            before = [j for j in range(i) if steps[j].channel == step.channel and steps[j].kind in ("put", "read")]
+            made[f"unordered {name}"] = (
+                transfer,
+                (*steps[:i], step._replace(ordered=False), *steps[i + 1 :]),
+            )
+            before = [
+                j for j in range(i) if steps[j].channel == step.channel and steps[j].kind in ("put", "read")
+            ]
             if step.kind == "raise" and before:
                 j = before[-1]
                 made[f"early {name}"] = (transfer, (*steps[:j], step, *steps[j:i], *steps[i + 1 :]))
