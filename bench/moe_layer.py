@@ -47,6 +47,7 @@ from nmoe.graph import Graph, Op, Spec
 from nmoe.ops import OPS, nbytes
 from nmoe.ops.base import OpDef
 from nmoe.schedule import Kernels, Schedule, no_kernel, passes, place
+from nmoe.schedule.lower import GATHERS
 
 TARGET, DEVICE = "sm_90a", "cuda"
 MOONLET = Path(__file__).parents[1] / "configs" / "moonlet.toml"
@@ -144,7 +145,7 @@ def config_of(shape: Shape, precision: str) -> Config:
 
 
 def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str | None = None,
-                recompute: passes.Recompute = "none") -> Schedule:  # fmt: skip
+                recompute: passes.Recompute = "none", target: str = TARGET) -> Schedule:  # fmt: skip
     config = config_of(shape, precision)
     builder = model.Builder(config, "train", activation)
     g, layer = builder.g, next(x for x in layers(config) if x.ffn == "moe")
@@ -155,6 +156,7 @@ def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str 
     g.add("loss.left", (1,), "f32", "output")
     g.emit("layer.leave", "y", [y], into={"left": "loss.left"})
     g = passes.recompute(passes.quantize_operands(differentiate(g)), recompute)
+    g = passes.gather_rows(g) if target in GATHERS else g
     (dx,) = (op.inputs[0] for op in g.ops if op.name == "dx")
     # They stay in memory until the end, for the bench to fill and to read.
     for name in (x, y, dx, "moe.route.logits", "moe.route.indices"):
@@ -163,7 +165,7 @@ def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str 
     def found(graph: Graph, ops: Any, fused: Any) -> Any:
         return None if ops[0].kind.startswith("layer.") else kernels(graph, ops, fused)
 
-    return place(passes.drop_unused(g), TARGET, model.bind_dims(config, 1), kernels=found)
+    return place(passes.drop_unused(g), target, model.bind_dims(config, 1), kernels=found)
 
 
 class Runner:
@@ -349,10 +351,13 @@ def print_saved() -> None:
     for name, shape in LARGE.items():
         least = 2 * shape.tokens * (shape.hidden + 2 * shape.topk * shape.inter)
         print(f"{name} {shape}: 2Td + 4TKn bytes are {least / 2**20:.0f} MiB")
-        for precision, recompute in product(("bf16", "mxfp8", "nvfp4"), get_args(passes.Recompute)[:2]):
-            found = saved(schedule_of(shape, precision, binding.kernels(TARGET), recompute=recompute))
+        cases = [(TARGET, "bf16"), ("sm_100a", "bf16"), (TARGET, "mxfp8"), (TARGET, "nvfp4")]
+        for (target, precision), recompute in product(cases, get_args(passes.Recompute)[:2]):
+            kernels = binding.kernels(target)
+            found = saved(schedule_of(shape, precision, kernels, recompute=recompute, target=target))
             largest = ", ".join(f"{n} {size / 2**20:.0f}" for n, size in found.items() if size > least / 100)
-            print(f"    {precision:6} {recompute:9} {sum(found.values()) / 2**20:6.0f} MiB: {largest}")
+            total = sum(found.values()) / 2**20
+            print(f"    {target:7} {precision:6} {recompute:9} {total:6.0f} MiB: {largest}")
 
 
 # ---- time ---------------------------------------------------------------------------------------------------

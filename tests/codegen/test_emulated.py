@@ -30,6 +30,12 @@ PROBLEMS = [
     GemmProblem("wgrad", 0, 192, 328, "accumulate"),
     GemmProblem("fprop", 0, 400, 192, "store", addends=2),
 ]
+GATHERED = [
+    GemmProblem("fprop", 4, 400, 136, "swiglu", gathered="a", topk=6),
+    GemmProblem("dgrad", 3, 200, 264, "dswiglu", gathered="a", topk=1),
+    GemmProblem("wgrad", 3, 200, 328, "accumulate", gathered="a", topk=3),
+    GemmProblem("wgrad", 3, 192, 328, "accumulate", gathered="b", topk=8),
+]
 BLOCK_SCALED = [
     scaled("fprop", 4, "store", "mxfp8"),
     scaled("fprop", 0, "store", "mxfp8", addends=1),
@@ -55,8 +61,9 @@ def run(problem: GemmProblem, target: str, cluster: int) -> None:
 
 
 def name(problem: GemmProblem) -> str:
+    gathered = (problem.gathered,) if problem.gathered else ()
     return "-".join(
-        (problem.role, problem.epilogue, problem.precision, *problem.copies, str(problem.experts))
+        (problem.role, problem.epilogue, problem.precision, *problem.copies, str(problem.experts), *gathered)
     )
 
 
@@ -65,6 +72,13 @@ def name(problem: GemmProblem) -> str:
 @pytest.mark.parametrize("problem", PROBLEMS, ids=name)
 def test_grouped_gemms_are_right_under_every_schedule(problem: GemmProblem, target: str) -> None:
     run(problem, target, 1 if problem.epilogue == "store" else 2)
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("problem", GATHERED, ids=name)
+def test_gathered_gemms_are_right_under_every_schedule(problem: GemmProblem, cluster: int) -> None:
+    run(problem, "sm_100a", cluster)
 
 
 @pytest.mark.usefixtures("emulator")

@@ -333,7 +333,7 @@ void load_tile(Machine *m, Cta *cta, const Tile *tile, Type type, bool padded, u
                double *out, uint32_t row_step, uint32_t k_step);
 void race_tile(Machine *m, Cta *cta, const Tile *tile, Type type, bool padded, uint32_t row0, uint32_t rows, uint32_t k,
                uint32_t agent, uint32_t clock, const Clock *seen);
-void multiply(const double *a, const double *b, double *acc, uint32_t rows, uint32_t columns, uint32_t k);
+void multiply(const double *a, const double *b, double *acc, uint32_t columns, uint32_t k);
 
 /* clock.c */
 /* Added to Warp.agent: the warp itself, and what it has under way. */
