@@ -66,7 +66,9 @@ def test_sums_and_who_is_missing() -> None:
             assert torch.equal(got, tree_sum([terms[member] for member in among]))
     assert results[0][3].startswith("one of 4 has died or is stuck"), "it cannot see another host's"
     (late, stuck), dead = results[2][3]
-    assert late == [3] and stuck.startswith("rank 3 of 4 is stuck") and dead.startswith("rank 3 of 4 has died")
+    assert (
+        late == [3] and stuck.startswith("rank 3 of 4 is stuck") and dead.startswith("rank 3 of 4 has died")
+    )
 
 
 def test_groups_take_whole_hosts_or_an_equal_part(monkeypatch: pytest.MonkeyPatch) -> None:
