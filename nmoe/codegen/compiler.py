@@ -25,6 +25,7 @@ from typing import Any
 from nmoe.codegen import families, triton
 from nmoe.codegen.cache import FORMAT, FUNCTION, Cache, Entry
 from nmoe.codegen.problem import Config, Operand, Problem
+from nmoe.codegen.rails import linked
 from nmoe.codegen.report import resources, stated
 from nmoe.codegen.spec import KernelSpec
 from nmoe.errors import UserError
@@ -123,7 +124,7 @@ def compile_problem(problem: Problem, config: Config, target: str, cache: Cache)
     else:
         files = generate(problem, config, target)
         text = files["kernel.ptx"].decode()
-        used = (entry(text) if problem.linked else stated(text)) | resources(files["kernel.cubin"])
+        used = (entry(text) if linked(problem) else stated(text)) | resources(files["kernel.cubin"])
     report = {
         "family": problem.family, "problem": asdict(problem), "target": target, "config": str(config),
         "stages": getattr(config, "stages", 0), "shared_bytes": problem.shared_bytes(config, target), **used,
@@ -137,7 +138,7 @@ def generate(problem: Problem, config: Config, target: str) -> dict[str, bytes]:
     compiled = trace(problem, config, target)
     check_ptx(compiled.__ptx__)
     files = {"kernel.ptx": compiled.__ptx__.encode(), "kernel.cubin": compiled.__cubin__}
-    if problem.linked:
+    if linked(problem):
         return files
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

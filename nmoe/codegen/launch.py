@@ -18,6 +18,7 @@ from nmoe.codegen.compiler import problem_key
 from nmoe.codegen.driver import Functions, Linked
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import Problem
+from nmoe.codegen.rails import linked
 from nmoe.codegen.triton import counts
 from nmoe.errors import UserError
 
@@ -121,6 +122,6 @@ class CudaLauncher:
                     f"the kernel of {problem.family} {problem} for {target} ({config}) is not in {self.root}: "
                     "build it with nmoe compile, on a machine with nvidia-cutlass-dsl, and bring the cache here"
                 )
-            kind = Functions if problem.language == "triton" else Linked if problem.linked else Kernel
+            kind = Functions if problem.language == "triton" else Linked if linked(problem) else Kernel
             self._kernels[key] = kind(entry)
         return self._kernels[key]

@@ -110,11 +110,6 @@ class Problem(ABC):
     family: ClassVar[str]
     language: ClassVar[Literal["cutedsl", "triton"]] = "cutedsl"  # of its template
 
-    @property
-    def linked(self) -> bool:
-        """With NVSHMEM's device code: then the driver launches it, with addresses and 32-bit scalars alone."""
-        return False
-
     @abstractmethod
     def operands(self, config: Any) -> tuple[Operand, ...]:
         """The arguments in call order: the spec's stored inputs in the order of first use, its stored outputs (a

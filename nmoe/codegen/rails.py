@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from nmoe.codegen.hardware import HARDWARE
-from nmoe.codegen.problem import Format, Operand
+from nmoe.codegen.problem import Format, Operand, Problem
 from nmoe.codegen.rdep import Channel, RdepConfig, RdepProblem
 
 PACKAGE, VERSION = "nvidia-nvshmem-cu13", "3.8.0"
@@ -134,3 +134,8 @@ class RailFlagProblem(Rails):
 
     def template(self, target: str) -> str:
         return super().template(target) if self.linked else "rdep_rail.Await"
+
+
+def linked(problem: Problem) -> bool:
+    """Whether its kernel is linked with NVSHMEM: then the driver launches it, with addresses and 32-bit scalars."""
+    return isinstance(problem, Rails) and problem.linked

@@ -16,6 +16,7 @@ import torch
 from nmoe.codegen import compiler
 from nmoe.codegen.emulator import Device, Options, bind
 from nmoe.codegen.emulator.device import DeviceTensor
+from nmoe.codegen.rails import linked
 from nmoe.codegen.rdep import COLUMNS, REPORT, STATE, MoveProblem, RdepConfig, RdepProblem
 from nmoe.rdep.device import Exchange, Group, Routing, offsets
 from nmoe.rdep.transport import Buffer
@@ -84,7 +85,7 @@ class Rank:
 
     def run(self, problem: RdepProblem, *arguments: Any) -> None:
         """A launch, at once."""
-        arena = tuple(emulated_nvshmem.ARENA.values()) if problem.linked else ()
+        arena = tuple(emulated_nvshmem.ARENA.values()) if linked(problem) else ()
         function(problem, self.target, arena)(self.device, *arguments, config(problem).blocks, 0)
 
     def column(self, name: str) -> DeviceTensor:
