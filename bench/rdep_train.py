@@ -9,7 +9,8 @@ Parts, each in fresh processes, one a GPU:
     replay      1,000 replays of a captured micro-batch over 8 batches with skewed routing: every loss and gradient has
                 the bits that it had at first
     train again replicas    a small model on two GPUs that share the experts, twice, and that hold them all: losses
-    hosts       train, and `hosts replay`, as if each GPU were a host of its own: rows go by NVSHMEM's puts
+    hosts       only when named: train, and `hosts replay`, as if each GPU were a host of its own, between which rows
+                go by NVSHMEM's puts, from the version that the kernels are linked with
     moonlet     layers of moonlet: ms a step, memory against the plan, transfers hidden behind the shared expert
     command     `torchrun -m nmoe train`: to its end, resumed on one GPU, with a rank stopped and with a rank killed
 """
@@ -100,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("action", choices=("build", "run"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[p for p in PARTS if "hosts" not in p])
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--config", type=Path, help="of the part `command`: for [rdep] ranks = 2, prepared data"
@@ -108,7 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["NMOE_HOME"] = str(args.folder.resolve())  # where the trainer looks for kernels
     if args.action == "build":
-        build(args.folder / "kernels")
+        build(args.folder / "kernels", any("hosts" in part for part in args.parts))
         return
     results: dict[str, Any] = {"torch": torch.__version__}
     for name in args.parts:
@@ -121,16 +122,16 @@ def main() -> None:
     print("\n".join(compared(results)))
 
 
-def build(root: Path) -> None:
+def build(root: Path, hosts: bool) -> None:
+    """`hosts`: also what is linked with NVSHMEM, which must be installed."""
     schedules = [*(binding.lowered(config) for config in configs()), alone_schedule()]
     wanted = list(dict.fromkeys(spec for schedule in schedules for spec in specs(schedule)))
     made = build_kernels(wanted, root, workers=2, progress=sys.stderr)
     print(f"{len(made.warm)} kernels cached, {len(made.built)} built, failed: {made.failed}")
-    print(
-        build_transfers(
-            [p for s in schedules for gpus in (RANKS, 1) for p in transfers_of(s, gpus)], TARGET, root, 2
-        )
-    )
+    moved = [
+        p for s in schedules for gpus in ((RANKS, 1) if hosts else (RANKS,)) for p in transfers_of(s, gpus)
+    ]
+    print(build_transfers(moved, TARGET, root, 2))
 
 
 # ---- processes ----------------------------------------------------------------------------------------------
