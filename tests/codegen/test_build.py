@@ -158,22 +158,19 @@ def test_a_failing_kernel_fails_alone(
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("role, epilogue, k", [("fprop", "store", 2048), ("dgrad", "store", 2048),
-                                               ("fprop", "swiglu", 2048), ("dgrad", "dswiglu", 1408),
-                                               ("wgrad", "accumulate", 1408)])  # fmt: skip
-def test_hoppers_products_follow_each_other_without_waits(role: Role, epilogue: Epilogue, k: int) -> None:
-    """ptxas may serialize wgmma: a wait after each instead of one for the four of a slice, a tenth of the speed. With
-    1408 columns the last tile is half empty, and its products have a loop of their own."""
+@pytest.mark.parametrize("role, epilogue", [("fprop", "store"), ("dgrad", "store"), ("fprop", "swiglu"),
+                                            ("dgrad", "dswiglu"), ("wgrad", "accumulate")])  # fmt: skip
+def test_hoppers_products_follow_each_other_without_waits(role: Role, epilogue: Epilogue) -> None:
+    """ptxas may serialize wgmma: a wait after each instead of one for the four of a slice, a tenth of the speed."""
     if report.tool("nvdisasm") is None:
         pytest.skip("needs nvdisasm")
-    problem = GemmProblem(role, 8, 2816, k, epilogue)
+    problem = GemmProblem(role, 8, 2816, 2048, epilogue)
     cubin = compiler.generate(problem, cost.choose(problem, "sm_90a"), "sm_90a")["kernel.cubin"]
     products = [line for line in (report.disassemble(cubin) or "").splitlines() if "HGMMA" in line]
     slices = sum("gsb0" in line for line in products)
     assert slices > 1 and len(products) == 4 * slices, (
         "a slice is four products, and only its last is committed"
     )
-    assert {line.split("64x")[1][:3] for line in products} == ({"256", "128"} if k == 1408 else {"256"})
 
 
 def test_what_ptxas_miscompiles_is_refused() -> None:

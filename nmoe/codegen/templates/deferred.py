@@ -64,10 +64,9 @@ class Deferred(Fixed):
             self.store, self.target = store, target[None, 0, 0, None]
 
     @cute.jit
-    def take(self, acc: cute.Tensor, place: Place, whole: Boolean | None) -> None:
-        """Takes over a tile's accumulators, whose right half means nothing if the tile may be less than `whole` and is;
-        its tasks come next. acc is not written: LLVM would copy what was into the next wgmma's registers, and behind
-        the fence that must follow such copies."""
+    def take(self, acc: cute.Tensor, place: Place) -> None:
+        """Takes over a tile's accumulators; its tasks come next. acc is not written: LLVM would copy what was into the
+        next wgmma's registers, and behind the fence that must follow such copies."""
         factor = self.epilogue.factor(place, self.plain)
         self.place[0], self.place[1], self.place[2] = place.row, place.column, place.expert
         self.place[3] = Int32(place.exists)
@@ -84,9 +83,6 @@ class Deferred(Fixed):
         else:
             for i in cutlass.range(cute.size(self.held), unroll_full=True):
                 self.held[i] = packed((scaled(acc[2 * i], factor), scaled(acc[2 * i + 1], factor)))
-            if cutlass.const_expr(whole is not None):
-                for i in cutlass.range(cute.size(self.held) // 2, cute.size(self.held), unroll_full=True):
-                    self.held[i] = self.held[i] if whole else Int32(0)
             if place.exists:
                 weights = self.epilogue.weights(self.plain.weight, place)
                 for i in cutlass.range_constexpr(self.rows):

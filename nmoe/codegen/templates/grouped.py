@@ -47,8 +47,6 @@ class GroupedGemm(Fixed):
         self.problem, self.config, self.cluster = problem, config, config.cluster
         self.paired = problem.epilogue == "swiglu"  # a column tile is tile_n / 2 pairs of gate and up
         self.columns = -(-problem.columns // (config.tile_n // 2 if self.paired else config.tile_n))
-        last = problem.columns % config.tile_n
-        self.halved = not self.paired and 0 < last <= config.tile_n // 2  # the last column tile is half empty
         self.tiles: RaggedRows | RaggedDepth
         if problem.ragged == "rows":
             slices = -(-problem.depth // problem.slice)

@@ -8,8 +8,6 @@ warpgroup 2  rows 64..127 of the tile  the epilogue of the tile before (deferred
                  ┌ stage 0 ┬ stage 1 ┬ … ┐   full[s]:  1 arrival (expect_tx) + the bytes of A and B
 warp 0 ── TMA ──▶│  A  B   │  A  B   │   │   empty[s]: one arrival from each consumer warp of the cluster
                  └─────────┴─────────┴───┘
-Where the last column tile is at most half full, its products are half as wide, by a loop of their own.
-
 Cluster of 2: the thread blocks work on neighbouring row tiles of one column tile. Each loads half of B and
 multicasts it to both, which halves the traffic from L2; a stage is free when both have left it.
 
@@ -102,10 +100,7 @@ class Sm90GroupedGemm(GroupedGemm):
     ):  # fmt: skip
         thread = cute.arch.thread_idx()[0] % GROUP
         group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // GROUP) - 1
-        width = self.config.tile_n
-        acc = cute.make_rmem_tensor(self.mma(width).partition_shape_C((64, width)), Float32)
-        loop = MainLoop(self, ring, a_stages, b_stages, acc, width, thread, group)
-        half = MainLoop(self, ring, a_stages, b_stages, acc, width // 2, thread, group)
+        loop = MainLoop(self, ring, a_stages, b_stages, thread, group)
         own = cute.flat_divide(buffers, (64, buffers.shape[1], self.config.buffers))
         own = own[None, None, None, 0, 0, group]
         fragment = WgmmaFragment(self, own, thread, group)
@@ -118,14 +113,8 @@ class Sm90GroupedGemm(GroupedGemm):
         while self.tiles.live(tile, expert):
             place = self.tiles.place(segments, tile, expert, first, rank)
             if place.slices > 0:  # an expert without rows adds nothing to its gradient
-                whole = place.column < self.columns - 1 if self.halved else None
-                if cutlass.const_expr(whole is None):
-                    stage, phase = loop.run(place.slices, tasks, stage, phase)
-                elif whole:
-                    stage, phase = loop.run(place.slices, tasks, stage, phase)
-                else:
-                    stage, phase = half.run(place.slices, tasks, stage, phase)
-                deferred.take(acc, place, whole)
+                stage, phase = loop.run(place.slices, tasks, stage, phase)
+                deferred.take(loop.acc, place)
             tile, expert, first = self.tiles.seek(segments, tile + clusters, expert, first)
         for task in tasks:
             task()
@@ -133,22 +122,21 @@ class Sm90GroupedGemm(GroupedGemm):
 
 
 class MainLoop(Fixed):
-    """A consumer warpgroup's main loop: the first `width` columns of acc[64, tile_n] = A · Bᵀ. A slice of wgmma is
-    under way while the next one is issued, and while a task runs."""
+    """A consumer warpgroup's main loop: acc[64, tile_n] = A · Bᵀ. A slice of wgmma is under way while the next one is
+    issued, and while a task runs."""
 
-    def __init__(  # type: ignore[no-untyped-def]
-        self, gemm: Sm90GroupedGemm, ring: Ring, a_stages, b_stages, acc, width: int, thread: Int32, group: Int32
-    ) -> None:  # fmt: skip
+    def __init__(
+        self, gemm: Sm90GroupedGemm, ring: Ring, a_stages, b_stages, thread: Int32, group: Int32
+    ) -> None:  # type: ignore[no-untyped-def]
         self.ring, self.cluster, self.steps = ring, gemm.cluster, gemm.problem.slice // 16
-        self.over, self.onto = gemm.mma(width), gemm.mma(width)
+        self.over, self.onto = gemm.mma(gemm.config.tile_n), gemm.mma(gemm.config.tile_n)
         self.over.set(warpgroup.Field.ACCUMULATE, False)
         self.onto.set(warpgroup.Field.ACCUMULATE, True)
         part = self.onto.get_slice(thread)
         rows = cute.flat_divide(a_stages, (64, gemm.problem.slice))[None, None, group, 0, None]
         self.a = self.onto.make_fragment_A(part.partition_A(rows))
-        columns = cute.flat_divide(b_stages, (width, gemm.problem.slice))[None, None, 0, 0, None]
-        self.b = self.onto.make_fragment_B(part.partition_B(columns))
-        self.acc = cute.make_tensor(acc.iterator, cute.make_layout(self.onto.partition_shape_C((64, width))))
+        self.b = self.onto.make_fragment_B(part.partition_B(b_stages))
+        self.acc = cute.make_rmem_tensor(self.onto.partition_shape_C((64, gemm.config.tile_n)), Float32)
 
     @cute.jit
     def run(self, slices: Int32, tasks: cutlass.Constexpr, stage: Int32, phase: Int32):  # type: ignore[no-untyped-def]
