@@ -12,7 +12,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from nmoe.config import Config
 from nmoe.errors import UserError
 from nmoe.executor import Implementations
 from nmoe.model import bind_dims, row_align
+from nmoe.parameters import Shard
 from nmoe.ranks import Ranks
 from nmoe.rdep.device import Group
 from nmoe.rdep.device_layer import DeviceLayer
@@ -80,27 +82,34 @@ class GpuRanks(Ranks):
         self._names = layer.names
         return self._heap["arena"], layer.implementations
 
-    def add_everywhere(self, tensor: Tensor) -> None:
-        if tensor.is_cuda:
-            self._all_reduce(tensor, dist.group.WORLD)
-        else:
-            super().add_everywhere(tensor)
-
-    def add_replicas(self, tensor: Tensor) -> None:
-        if len(self._replicas) > 1:
-            self._all_reduce(tensor, self._holders[self.share] if self._holders else dist.group.WORLD)
-
-    def _all_reduce(self, tensor: Tensor, group: Any) -> None:
-        """By NCCL, after what the kernels of this rank reported has been raised."""
+    def add_gradients(self, shards: Sequence[Shard], counted: Tensor) -> None:
+        """After what the kernels of this rank reported has been raised."""
         ended = torch.cuda.Event()
         ended.record()
         self._await(ended.query, math.inf)  # a kernel's own waits are bounded
         if self._heap:
             self._heap.check(self._names)
+        self._run([partial(dist.all_reduce, counted)])
+        self._run_among(shards, lambda s: partial(dist.reduce_scatter_tensor, s.own_grad, s.grad))
+
+    def gather_weights(self, shards: Sequence[Shard]) -> None:
+        self._run_among(shards, lambda s: partial(dist.all_gather_into_tensor, s.weights, s.own_weights))
+
+    def _run_among(self, shards: Sequence[Shard], collective: Callable[[Shard], Callable[..., Any]]) -> None:
+        """A collective of each shard's owners, in place: NCCL takes a share of the tensor for the other operand."""
+        everywhere = [s for s in shards if len(self.owners(s)) == self.world]
+        replicated = [s for s in shards if 1 < len(self.owners(s)) < self.world]
+        self._run([collective(s) for s in everywhere])
+        self._run([partial(collective(s), group=self._holders[self.share]) for s in replicated])
+
+    def _run(self, collectives: Sequence[Callable[..., Any]]) -> None:
+        """By NCCL, one after the other, of one group."""
+        if not collectives:
+            return
         self.arrive()
-        work = dist.all_reduce(tensor, group=group, async_op=True)
-        self._await(work.is_completed, self._config.rdep.timeout)
-        work.wait()  # orders the stream
+        for work in [collective(async_op=True) for collective in collectives]:
+            self._await(work.is_completed, self._config.rdep.timeout)
+            work.wait()  # orders the stream
 
     def _await(self, done: Callable[[], bool], timeout: float) -> None:
         """Looks until something is done. Raises Missing at once when a rank has died, else after so many seconds."""

@@ -22,6 +22,7 @@ import torch
 from processes import CONTEXT, Group
 
 from nmoe.checkpoint import Checkpointer
+from nmoe.checkpoint_parts import local
 from nmoe.config import Checkpoint, Data, Metrics, Rdep, Run, Source
 from nmoe.data.prep import prepare
 from nmoe.errors import UserError
@@ -146,7 +147,7 @@ def trajectory(config, rank=0):
     tensors = Step(replace(config, rdep=Rdep())).state()
     with Checkpointer(Path(config.checkpoint.dir) / "run", 1) as checkpoints:
         assert checkpoints.load(tensors) is not None
-    return values, tensors
+    return values, {name: local(tensor) for name, tensor in tensors.items()}
 
 
 def assert_same(found, expected):
@@ -307,7 +308,8 @@ def _overflow(key, rank, world, config, port):
     run = Step.run
 
     def watched(self, index, batch):
-        states[:] = [{name: tensor.clone() for name, tensor in self.state().items()}, self.state()]
+        state = {name: local(tensor) for name, tensor in self.state().items()}
+        states[:] = [{name: tensor.clone() for name, tensor in state.items()}, state]
         return run(self, index, batch)
 
     Step.run = watched
