@@ -178,6 +178,18 @@ def test_losses_and_weights_are_the_bits_of_one_rank(config, alone, world, ranks
     assert trajectory(run, world - 1)[0] == alone[0], "each rank has metrics of its own"
 
 
+def test_rounded_weights_of_other_ranks_are_the_bits_of_ones_own(config):
+    """Working copies in BF16, dense ones gathered among all ranks and experts among two."""
+    found = []
+    for world, ranks in ((1, 1), (4, 2)):
+        run = config(
+            ranks, schedule={"precision": "bf16"}, model={"mtp_depth": 0}, train={"steps": 3, "batch_size": 4}
+        )
+        finish(start(run, world), world)
+        found.append(trajectory(run))
+    assert_same(*found)
+
+
 def test_resumed_on_other_numbers_of_ranks(config, alone):
     run = config(checkpoint={"every": 2})
     for world, steps in ((2, 3), (1, 4), (4, STEPS)):
