@@ -47,6 +47,7 @@ from nmoe.graph import Graph, Op, Spec
 from nmoe.ops import OPS, nbytes
 from nmoe.ops.base import OpDef
 from nmoe.schedule import Kernels, Schedule, no_kernel, passes, place
+from nmoe.schedule.lower import GATHERS
 
 TARGET, DEVICE = "sm_90a", "cuda"
 MOONLET = Path(__file__).parents[1] / "configs" / "moonlet.toml"
@@ -144,7 +145,7 @@ def config_of(shape: Shape, precision: str) -> Config:
 
 
 def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str | None = None,
-                recompute: passes.Recompute = "none") -> Schedule:  # fmt: skip
+                recompute: passes.Recompute = "none", target: str = TARGET) -> Schedule:  # fmt: skip
     config = config_of(shape, precision)
     builder = model.Builder(config, "train", activation)
     g, layer = builder.g, next(x for x in layers(config) if x.ffn == "moe")
@@ -155,6 +156,7 @@ def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str 
     g.add("loss.left", (1,), "f32", "output")
     g.emit("layer.leave", "y", [y], into={"left": "loss.left"})
     g = passes.recompute(passes.quantize_operands(differentiate(g)), recompute)
+    g = passes.gather_rows(g) if target in GATHERS else g
     (dx,) = (op.inputs[0] for op in g.ops if op.name == "dx")
     # They stay in memory until the end, for the bench to fill and to read.
     for name in (x, y, dx, "moe.route.logits", "moe.route.indices"):
@@ -163,7 +165,7 @@ def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str 
     def found(graph: Graph, ops: Any, fused: Any) -> Any:
         return None if ops[0].kind.startswith("layer.") else kernels(graph, ops, fused)
 
-    return place(passes.drop_unused(g), TARGET, model.bind_dims(config, 1), kernels=found)
+    return place(passes.drop_unused(g), target, model.bind_dims(config, 1), kernels=found)
 
 
 class Runner:
@@ -349,10 +351,13 @@ def print_saved() -> None:
     for name, shape in LARGE.items():
         least = 2 * shape.tokens * (shape.hidden + 2 * shape.topk * shape.inter)
         print(f"{name} {shape}: 2Td + 4TKn bytes are {least / 2**20:.0f} MiB")
-        for precision, recompute in product(("bf16", "mxfp8", "nvfp4"), get_args(passes.Recompute)[:2]):
-            found = saved(schedule_of(shape, precision, binding.kernels(TARGET), recompute=recompute))
+        cases = [(TARGET, "bf16"), ("sm_100a", "bf16"), (TARGET, "mxfp8"), (TARGET, "nvfp4")]
+        for (target, precision), recompute in product(cases, get_args(passes.Recompute)[:2]):
+            kernels = binding.kernels(target)
+            found = saved(schedule_of(shape, precision, kernels, recompute=recompute, target=target))
             largest = ", ".join(f"{n} {size / 2**20:.0f}" for n, size in found.items() if size > least / 100)
-            print(f"    {precision:6} {recompute:9} {sum(found.values()) / 2**20:6.0f} MiB: {largest}")
+            total = sum(found.values()) / 2**20
+            print(f"    {target:7} {precision:6} {recompute:9} {total:6.0f} MiB: {largest}")
 
 
 # ---- time ---------------------------------------------------------------------------------------------------
@@ -383,8 +388,11 @@ def profile(runner: Runner) -> dict[str, float]:
     return dict(call_times(runner, lambda: runner.executor.run("micro")))
 
 
-def torch_layer(shape: Shape, runner: Runner) -> dict[str, float]:
-    """The same layer of torch._grouped_mm with autograd, eager, its routing given: ms forward, forward + backward."""
+def torch_layer(
+    shape: Shape, runner: Runner, compiled: bool = False
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The same layer of torch._grouped_mm with autograd, eager or compiled, its routing given: forward, forward +
+    backward."""
     tokens, topk = shape.tokens, shape.topk
     w1 = runner.tensors["moe.experts.gate_up"].detach().clone().requires_grad_()
     w2 = runner.tensors["moe.experts.down"].detach().clone().requires_grad_()
@@ -397,22 +405,24 @@ def torch_layer(shape: Shape, runner: Runner) -> dict[str, float]:
     ends = flat.bincount(minlength=shape.experts).cumsum(0).int()
     token, weight = order // topk, weights.flatten()[order].unsqueeze(1)
 
-    def forward() -> torch.Tensor:
+    def layer(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
         h = torch._grouped_mm(x[token], w1.transpose(1, 2), offs=ends)
         gate, up = h.chunk(2, dim=-1)
         act = (torch.nn.functional.silu(gate) * up * weight).bfloat16()
         rows = torch._grouped_mm(act, w2.transpose(1, 2), offs=ends)
         return torch.zeros_like(x).index_add(0, token, rows)
 
+    run = torch.compile(layer) if compiled else layer
+
+    def forward() -> None:
+        with torch.no_grad():
+            run(x, w1, w2)
+
     def both() -> None:
-        forward().backward(dy)
+        run(x, w1, w2).backward(dy)
         x.grad = w1.grad = w2.grad = None
 
-    def alone() -> None:
-        with torch.no_grad():
-            forward()
-
-    return {"forward": median(alone), "both": median(both)}
+    return forward, both
 
 
 def time_layer(name: str, shape: Shape, precision: str, runner: Runner) -> dict[str, Any]:
@@ -432,7 +442,7 @@ def time_layer(name: str, shape: Shape, precision: str, runner: Runner) -> dict[
     if precision != "bf16":
         return result
     try:
-        result["torch"] = torch_layer(shape, runner)
+        result["torch"] = dict(zip(("forward", "both"), map(median, torch_layer(shape, runner)), strict=True))
         print(f"    torch._grouped_mm, eager: forward {result['torch']['forward']:.2f} ms, "
               f"forward + backward {result['torch']['both']:.2f} ms")  # fmt: skip
     except Exception as error:

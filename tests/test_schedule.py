@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_model import configs
 from tiny import tiny_config
 
-from nmoe.config import Config, load
+from nmoe.config import Config, LayerGroup, load
 from nmoe.ops import OPS
 from nmoe.schedule import Schedule, lower, memory
 from nmoe.schedule.explain import explain, scaled
@@ -274,6 +274,48 @@ def test_live_memory_peaks_where_the_plan_says():
     lines = explain(schedule).split("\n")
     assert f"{scaled(peak)}B alive at kernel {at};" in lines[1]
     assert f" {scaled(peak)} " in lines[3 + at]
+
+
+ONE_LAYER = {"layers": (LayerGroup("moe"),)}
+
+
+def test_gathered_rows_are_nowhere_in_memory():
+    """On one B200 in BF16 four GEMMs load rows of tokens; the dispatch that is left places router weights."""
+    hopper, blackwell = (
+        lowered(
+            tiny_config(target={"device": device}, model=ONE_LAYER, schedule={"precision": "bf16"}),
+            debug=True,
+        )
+        for device in ("sm_90a", "sm_100a")
+    )
+    moved = [call for call in blackwell.calls if any(op.kind == "dispatch" for op in call.ops)]
+    assert [[op.kind for op in call.ops] for call in moved] == [
+        ["dispatch"],
+        ["dispatch", "grouped_gemm", "swiglu"],
+        ["dispatch", "grouped_gemm"],
+        ["dispatch", "grouped_gemm", "swiglu_bwd"],
+        ["dispatch", "grouped_gemm"],
+    ]
+    alone, *gathered = moved
+    assert not any(name.endswith(".rows") for name in (*blackwell.lifetimes, *alone.outputs))
+    assert all(call.ops[0].outputs[0] in blackwell.fused for call in gathered)
+    rows = 2 * hopper.dims["R"] * 64  # bytes of a dispatched x or dy
+    assert sum(life.bytes for life in hopper.lifetimes.values()) - sum(
+        life.bytes for life in blackwell.lifetimes.values()) == 2 * rows  # fmt: skip
+    x = 2 * hopper.dims["T"] * 64  # read, and no row written
+    assert all(
+        cost.bytes == x for call in gathered for op, cost in blackwell.costs(call) if op.kind == "dispatch"
+    )
+    assert not races(blackwell)
+
+
+@pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
+def test_quantized_and_travelling_rows_are_not_gathered(precision):
+    one = tiny_config(target={"device": "sm_100a"}, schedule={"precision": precision})
+    several = distributed(tiny_config(target={"device": "sm_100a"}, schedule={"precision": "bf16"}))
+    for config in (one, several):
+        kinds = [[op.kind for op in call.ops] for call in lowered(config).calls]
+        assert not any("dispatch" in ops and "grouped_gemm" in ops for ops in kinds)
 
 
 def test_fused_values_cost_no_traffic():

@@ -16,7 +16,7 @@ FAMILIES = {  # by the kind of a spec's anchor
 
 def match(spec: KernelSpec) -> Problem | str:
     """The problem that a spec states, or why no template builds it."""
-    kind = spec.parts[0].kind
+    kind = spec.anchor.kind
     if kind not in FAMILIES:
         return f"no template for {kind}"
     return FAMILIES[kind].match(spec)

@@ -11,7 +11,7 @@ from itertools import product
 from typing import ClassVar, Literal
 
 from nmoe.codegen.hardware import HARDWARE
-from nmoe.codegen.problem import ROWS, Config, Operand, Problem, per, quantized
+from nmoe.codegen.problem import ROWS, TOKENS, Config, Operand, Problem, per, quantized
 from nmoe.codegen.spec import KernelSpec
 from nmoe.storage import ATOM_BYTES, ATOM_ROWS, ATOM_SCALES, BLOCK
 
@@ -43,6 +43,9 @@ class GemmProblem(Problem):
     where it is "rows" they are dequantized to BF16 first.
 
     A dense layer has `experts` 0: W[n, k], dw[n, k], all rows in one segment, no offsets, and neither s nor ds.
+
+    Where an operand is `gathered`, it is given as its tokens' rows [T, …], each of which the loads take for its `topk`
+    expert rows: row r is that of token row_source[r] // topk, or zeros where row_source[r] is −1.
     """
 
     role: Role
@@ -55,6 +58,8 @@ class GemmProblem(Problem):
     addends: int = 0
     copies: tuple[Copy, ...] = ()
     keeps_h: bool = True
+    gathered: Literal["", "a", "b"] = ""
+    topk: int = 0
 
     family: ClassVar[str] = "gemm"
 
@@ -137,6 +142,16 @@ class GemmProblem(Problem):
         return quantized(name, self.precision, shape, axis, (self.groups,), self.scales == "blocked")
 
     def operands(self, config: GemmConfig) -> tuple[Operand, ...]:
+        packed = self._packed(config)
+        if not self.gathered:
+            return packed
+        tokens = Operand(self.gathered, "bf16", (TOKENS, self.extents(self.gathered)[-1]))
+        plan = (Operand("slots", "i32", (TOKENS, self.topk)), Operand("row_source", "i32", (ROWS,)))
+        offsets = next(o for o in packed if o.name == "offsets")
+        return (tokens, *plan, offsets, *(o for o in packed if o.name not in (self.gathered, "offsets")))
+
+    def _packed(self, config: GemmConfig) -> tuple[Operand, ...]:
+        """The operands of a product of expert rows."""
         n, k = self.n, self.k
         matrix = (n, k) if self.dense else (self.experts, n, k)
         offsets = () if self.dense else (Operand("offsets", "i32", (self.experts + 1,)),)
@@ -222,7 +237,8 @@ class GemmProblem(Problem):
         """Accumulating, and the partial sums of ds, are written and read."""
         twice = ("dw", "partial")
         operands = self.operands(GemmConfig(256, 2, 1))
-        return float(sum(o.bytes({ROWS: rows}) * (2 if o.name in twice else 1) for o in operands))
+        extents = {ROWS: rows, TOKENS: rows // max(1, self.topk)}
+        return float(sum(o.bytes(extents) * (2 if o.name in twice else 1) for o in operands))
 
     def template(self, target: str) -> str:
         return {"sm_90a": "sm90_gemm.Sm90GroupedGemm", "sm_100a": "sm100_gemm.Sm100GroupedGemm"}[target]
@@ -291,6 +307,8 @@ class GemmProblem(Problem):
               f"tile_n {config.tile_n}: a half of B is a box of whole 64-element swizzle atoms, and wgmma's n is "
               "at most 256: 128 or 256")  # fmt: skip
         limit(config.cluster in (1, 2), f"cluster {config.cluster}: 1, or 2 that load half of B each")
+        limit(not self.gathered or target == "sm_100a",
+              f"rows of tokens: TMA gathers them from sm_100a on, {hardware.name} reads boxes")  # fmt: skip
         limit(config.stages >= 2, f"stages {config.stages}: loads overlap the products with 2 or more")
         limit(config.band >= 1, f"band {config.band}: at least 1 row block")
         used = self.shared_bytes(config, target)
@@ -330,7 +348,7 @@ class GemmConfig(Config):
 
 def match(spec: KernelSpec) -> GemmProblem | str:
     """The problem that a spec states, or why no template builds it."""
-    anchor, *rest = spec.parts
+    anchor, *rest = spec.parts[int(spec.gathers) :]
     values = spec.values
     role: Role = dict(anchor.attrs)["role"]
     first, second = (values[i] for i in anchor.inputs[:2] if i is not None)
@@ -356,9 +374,18 @@ def match(spec: KernelSpec) -> GemmProblem | str:
     h = anchor.outputs[0]
     keeps_h = "swiglu" not in plain or (h is not None and values[h].stored)
     scales: Scales = "blocked" if first.scales == "blocked" else "rows" if first.scales else ""
+    gathered: Literal["", "a", "b"] = ""
+    topk = 0
+    if spec.gathers:
+        _, _, slots, *_ = spec.parts[0].inputs
+        rows = spec.parts[0].outputs[0]
+        assert rows is not None and slots is not None
+        if spec.target != "sm_100a" or values[rows].stored:
+            return "rows that sm_90a loads, or that others read, are dispatched by a kernel of their own"
+        gathered, topk = "a" if rows == anchor.inputs[0] else "b", int(values[slots].shape[1])
     problem = GemmProblem(
         role, int(lead[0]) if lead else 0, int(n), int(k), epilogues[role, plain], first.format, scales,
-        addends, copies, keeps_h,
+        addends, copies, keeps_h, gathered, topk,
     )  # fmt: skip
     if [value.format for value in (*ins, *outs)] != _formats(problem):
         return "no template that loads and stores these values"

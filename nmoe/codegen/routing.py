@@ -120,7 +120,7 @@ class PlanProblem(RoutingProblem):
 
 @dataclass(frozen=True)
 class DispatchProblem(RoutingProblem):
-    """x[T, hidden], weights? → rows[R, hidden], row_weight?; padding rows become zero."""
+    """x[T, hidden], weights? → rows[R, hidden], row_weight?; padding rows become zero. `hidden` 0: weights alone."""
 
     hidden: int
     weighted: bool
@@ -131,9 +131,10 @@ class DispatchProblem(RoutingProblem):
         choices = (TOKENS, self.topk)
         weights = (Operand("weights", "f32", choices),) if self.weighted else ()
         row_weight = (Operand("row_weight", "f32", (ROWS,)),) if self.weighted else ()
-        return (Operand("x", "bf16", (TOKENS, self.hidden)), *weights, Operand("slots", "i32", choices),
-                Operand("row_source", "i32", (ROWS,)), Operand("offsets", "i32", (self.experts + 1,)),
-                Operand("rows", "bf16", (ROWS, self.hidden)), *row_weight)  # fmt: skip
+        x = (Operand("x", "bf16", (TOKENS, self.hidden)),) if self.hidden else ()
+        rows = (Operand("rows", "bf16", (ROWS, self.hidden)),) if self.hidden else ()
+        return (*x, *weights, Operand("slots", "i32", choices), Operand("row_source", "i32", (ROWS,)),
+                Operand("offsets", "i32", (self.experts + 1,)), *rows, *row_weight)  # fmt: skip
 
     def template(self, target: str) -> str:
         return "dispatch.Dispatch"
@@ -142,7 +143,7 @@ class DispatchProblem(RoutingProblem):
         return [RoutingConfig(blocks=blocks) for blocks in (8, 4, 2)]
 
     def small(self) -> DispatchProblem:
-        return replace(self, experts=min(self.experts, self.topk + 3), hidden=8 * 67)
+        return replace(self, experts=min(self.experts, self.topk + 3), hidden=8 * 67 if self.hidden else 0)
 
     def refusal(self) -> str:
         return _too_many(self.experts, self.topk) or _uneven(self.hidden)
@@ -324,8 +325,9 @@ def match(spec: KernelSpec) -> RoutingProblem | row_kernels.RowProblem | str:
         problem = PlanProblem(attrs["experts"], int(ins[0].shape[1]), attrs["align"])
     elif anchor.kind in ("dispatch", "combine"):
         rows, given, slots, _, offsets = (None if i is None else spec.values[i] for i in anchor.inputs)
-        assert rows and slots and offsets
-        sizes = (int(offsets.shape[0]) - 1, int(slots.shape[1]), int(rows.shape[1]), given is not None)
+        assert slots and offsets
+        hidden = int(rows.shape[1]) if rows else 0
+        sizes = (int(offsets.shape[0]) - 1, int(slots.shape[1]), hidden, given is not None)
         problem = CombineProblem(*sizes, addends) if anchor.kind == "combine" else DispatchProblem(*sizes)
     else:
         scored = {k: attrs[k] for k in ("score", "normalize", "balance", "z")}

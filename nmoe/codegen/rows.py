@@ -97,9 +97,10 @@ class RowProblem(Problem):
         return self.body in ("rms_norm", "rms_norm_bwd")
 
     @property
-    def held(self) -> int:
+    def held_names(self) -> tuple[str, ...]:
         """Tensors whose pieces wait in shared memory for the sums of their rows."""
-        return self.addends + {"rms_norm": 1, "rms_norm_bwd": 2}.get(self.body, 0)
+        own = {"rms_norm": ("x",), "rms_norm_bwd": ("x", "dy")}.get(self.body)
+        return (*own, *(f"addend{i}" for i in range(self.addends))) if own else ()
 
     @property
     def stochastic(self) -> bool:
@@ -215,7 +216,8 @@ class RowProblem(Problem):
     def _norms(self) -> list[RowConfig]:
         """Registers are some 130 a thread with copies both ways, and 100 with one."""
         if not self.columns:
-            held = {"rms_norm": (4, 8) if self.copies else (8, 4), "rms_norm_bwd": (4,)}[self.body]
+            once = self.copies and not self.two_passes
+            held = {"rms_norm": (4, 8) if once else (8, 4), "rms_norm_bwd": (4,)}[self.body]
             return [RowConfig(32, rows, 1, self._across(32, 8), 2) for rows in held]
         if self.two_passes:
             return [RowConfig(16, 16, 1, self._across(16, 4), 2)]
@@ -263,9 +265,18 @@ class RowProblem(Problem):
         those of an atom's rows."""
         return max(1, ATOM_ROWS // config.rows) if self.statistic and self.columns else 1
 
+    def buffers(self, config: RowConfig, target: str) -> int:
+        """Of a norm's pieces: two where a thread block has a next tile and the resident ones have room for them."""
+        follows = self.statistic and (self.turns(config) > 1 or self.body == "rms_norm_bwd")
+        room = (HARDWARE[target].shared + RESERVED) // config.resident - RESERVED
+        return 2 if follows and self._shared_bytes(config, 2) <= room else 1
+
     def shared_bytes(self, config: RowConfig, target: str) -> int:
         """Pieces and sums of rows, sums of weight gradients, scale factors and transposed FP4 of a tile."""
-        held = 2 * self.held * config.rows * config.columns
+        return self._shared_bytes(config, self.buffers(config, target))
+
+    def _shared_bytes(self, config: RowConfig, buffers: int) -> int:
+        held = 2 * buffers * len(self.held_names) * config.rows * config.columns
         sums = 4 * config.rows * (config.warps_across + 2 * self.tiles(config)) if self.statistic else 0
         gradient = 4 * config.columns if self.body == "rms_norm_bwd" else 0
         found = held + sums + gradient
@@ -314,6 +325,7 @@ class RowProblem(Problem):
         return found
 
 
+RESERVED = 1024  # bytes of shared memory that every thread block takes beside its own
 FP4_PAD = 16  # bytes between the lines of transposed FP4, against bank conflicts
 
 

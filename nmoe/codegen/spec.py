@@ -88,16 +88,29 @@ class Part:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """`parts[0]` is the anchor, the others are its epilogues in order."""
+    """The anchor and its epilogues in order; before a GEMM, the dispatch whose rows its loads gather."""
 
     target: str
     values: tuple[Value, ...]
     parts: tuple[Part, ...]
 
     @property
+    def gathers(self) -> bool:
+        """Whether an operand is gathered instead of read."""
+        return (
+            self.parts[0].kind == "dispatch"
+            and self.parts[1:2] != ()
+            and self.parts[1].kind == "grouped_gemm"
+        )
+
+    @property
+    def anchor(self) -> Part:
+        return self.parts[int(self.gathers)]
+
+    @property
     def name(self) -> str:
         """The anchor's kind and role: "grouped_gemm.dgrad"."""
-        return str(self.parts[0])
+        return str(self.anchor)
 
     @property
     def inputs(self) -> Iterator[Value]:

@@ -309,15 +309,15 @@ class MoePlan(OpDef):
 class Dispatch(OpDef):
     """Puts each token's row, and its router weight, into the slots of its experts.
 
-    x[T, d], weights[T, k]?, slots, row_source, offsets → rows[R, d], row_weight[R]. Padding rows are zero; rows from
+    x[T, d]?, weights[T, k]?, slots, row_source, offsets → rows[R, d], row_weight[R]. Padding rows are zero; rows from
     offsets[E] on are left as they are. attrs["ranks"], absent on one, share the experts.
     """
 
     kind = "dispatch"
     outputs = ("rows", "row_weight")
 
-    def infer(self, attrs: Attrs, x: Spec, weights: Spec | None, *plan: Spec) -> dict[str, Spec]:
-        rows = {"rows": Spec(("R", x.shape[1]), x.format)}
+    def infer(self, attrs: Attrs, x: Spec | None, weights: Spec | None, *plan: Spec) -> dict[str, Spec]:
+        rows = {} if x is None else {"rows": Spec(("R", x.shape[1]), x.format)}
         return rows if weights is None else rows | {"row_weight": Spec(("R",), weights.format)}
 
     def gradient(self, g: Graph, op: Op, douts: tuple[Name, ...]) -> tuple[Name, ...]:
@@ -336,15 +336,16 @@ class Dispatch(OpDef):
 
         x, weights, slots, row_source, offsets = ins
         # A GPU is not waited for: it copies to all rows, those past the last expert's as padding.
-        n, topk = len(row_source) if x.is_cuda else int(offsets[-1]), slots.shape[1]
+        n, topk = len(row_source) if slots.is_cuda else int(offsets[-1]), slots.shape[1]
         source, token, padding = (t[:n] for t in scratch)
         torch.clamp(row_source[:n], min=0, out=source)
         torch.floor_divide(source, topk, out=token)
         torch.lt(row_source[:n], 0, out=padding)
-        rows = outs[0][:n]
-        torch.index_select(x, 0, token, out=rows)
-        if n > slots.numel():  # there is padding
-            rows.masked_fill_(padding.unsqueeze(-1), 0)
+        if x is not None:
+            rows = outs[0][:n]
+            torch.index_select(x, 0, token, out=rows)
+            if n > slots.numel():  # there is padding
+                rows.masked_fill_(padding.unsqueeze(-1), 0)
         if weights is not None:
             torch.index_select(weights.view(-1), 0, source, out=outs[1][:n])
             outs[1][:n].masked_fill_(padding, 0)

@@ -1,4 +1,5 @@
-"""Which ops one kernel computes: a list of consecutive ops whose later members are epilogues of the first."""
+"""Which ops one kernel computes: a list of consecutive ops whose later members are epilogues of the first; before a
+grouped GEMM, the dispatch whose rows its loads gather."""
 
 from __future__ import annotations
 
@@ -34,11 +35,11 @@ EPILOGUES = {
 def fuse(graph: Graph, builds: Builds = lambda ops: True) -> list[tuple[Op, ...]]:
     """Groups the graph's ops, in order: the longest run of ops from each on that fusion allows and a kernel `builds`,
     or the op alone. A GEMM that accumulates a weight gradient stands alone."""
-    ops, groups = graph.ops, []
+    ops, groups, uses = graph.ops, [], readers(graph)
     start = 0
     while start < len(ops):
         end = start + 1
-        while end < len(ops) and _joins(ops[start:end], ops[end]):
+        while end < len(ops) and _joins(ops[start:end], ops[end], uses):
             end += 1
         while end > start + 1 and not builds(tuple(ops[start:end])):
             end -= 1
@@ -47,9 +48,18 @@ def fuse(graph: Graph, builds: Builds = lambda ops: True) -> list[tuple[Op, ...]
     return groups
 
 
-def _joins(group: list[Op], op: Op) -> bool:
-    first = group[0]
-    if first.attrs.get("role") == "wgrad" or op.phase != first.phase or op.stage != first.stage:
+def _joins(group: list[Op], op: Op, uses: Counter[str]) -> bool:
+    first, *rest = group
+    if op.phase != first.phase or op.stage != first.stage:
+        return False
+    if (
+        first.kind == "dispatch" and op.kind == "grouped_gemm"
+    ):  # whose loads gather rows that nobody else reads
+        rows = first.outputs[0] or ""
+        return not rest and "ranks" not in first.attrs and rows in op.inputs and uses[rows] == 1
+    if rest and rest[0].kind == "grouped_gemm":
+        first = rest[0]
+    if first.attrs.get("role") == "wgrad":
         return False
     if op.kind not in EPILOGUES.get(first.kind, ()):
         return False

@@ -14,6 +14,7 @@ from nmoe.schedule import memory, passes
 from nmoe.schedule.fuse import fuse, internal, readers
 
 ATOMS = ("sm_100a",)  # targets whose tensor cores read scale factors; the others dequantize from rows
+GATHERS = ("sm_100a",)  # targets whose GEMMs load rows by their tokens
 MAIN, COMM, SIDE = 0, 1, 2  # compute; rows between ranks; the shared expert, while rows travel
 TRANSFERS = ("moe_plan", "dispatch", "combine")  # all on one stream: their order is that of the protocol
 
@@ -153,6 +154,7 @@ def lower(
     stages += [
         lambda g: passes.quantize_operands(g, atoms=config.target.device in ATOMS),
         lambda g: passes.recompute(g, config.schedule.recompute),
+        lambda g: passes.gather_rows(g) if config.target.device in GATHERS else g,
         passes.drop_unused,
     ]
     for stage in stages:

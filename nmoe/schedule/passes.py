@@ -1,5 +1,5 @@
 """Graph → graph: the loss's two halves become one, which on a GPU becomes GEMMs and a kernel between them; operands are
-quantized, activations are computed again.
+quantized, activations are computed again, rows are gathered where they are multiplied.
 
 Every pass takes and returns a whole graph and keeps the rules of `graph.check`.
 """
@@ -183,6 +183,34 @@ def recompute(graph: Graph, policy: Recompute) -> Graph:
         else:
             inputs = tuple(available(name) for name in op.inputs)
             g.ops.append(replace(op, inputs=inputs))
+    return g
+
+
+def gather_rows(graph: Graph) -> Graph:
+    """Gives each GEMM that reads dispatched rows a dispatch of its own, right before it, so that its loads can gather
+    them and no memory holds them; router weights are dispatched alone.
+
+    Rows that another rank sends or that are quantized are needed whole.
+    """
+    kept = {name for op in graph.ops if op.kind != "grouped_gemm" for name in op.inputs}
+    g = graph.copy()
+    g.ops = []
+    dispatched: dict[Name, Op] = {}
+    for op in graph.ops:
+        rows = op.outputs[0]
+        if op.kind == "dispatch" and "ranks" not in op.attrs and rows is not None and rows not in kept:
+            dispatched[rows] = op
+            if op.outputs[1] is not None:
+                g.ops.append(replace(op, inputs=(None, *op.inputs[1:]), outputs=(None, op.outputs[1])))
+            continue
+        for name in op.inputs:
+            if name is not None and name in dispatched:
+                (x, _, *plan), own = dispatched[name].inputs, f"{op.name}.rows"
+                g.tensors[own] = replace(g.tensors[name], name=own)
+                g.ops.append(replace(dispatched[name], name=own, inputs=(x, None, *plan), outputs=(own, None),
+                                     phase=op.phase, stage=op.stage))  # fmt: skip
+                op = replace(op, inputs=tuple(own if i == name else i for i in op.inputs))
+        g.ops.append(op)
     return g
 
 

@@ -12,6 +12,7 @@ from test_model import initialise
 from tiny import tiny_config
 
 from nmoe import binding
+from nmoe.codegen.gemm import GemmProblem
 from nmoe.config import Config, LayerGroup
 from nmoe.errors import UserError
 from nmoe.executor import Executor, allocate
@@ -60,12 +61,26 @@ def test_a_moe_layer_of_generated_kernels(target: str) -> None:
     found = run(Executor(schedule, tensors, arena, launcher))
     kernels = [call for call in schedule.calls if call.workspace is not None]
     assert sum(launcher.launches.values()) == len(kernels) >= 12
+    gathered = [p.role for p in launcher.launches if isinstance(p, GemmProblem) and p.gathered]
+    wanted = ["dgrad", "fprop", "wgrad", "wgrad"] if target == "sm_100a" else []
+    assert sorted(gathered) == wanted
     reference = by_torch(lower(config(target), kernels=no_kernel))
     exact = by_torch(lower(config("cpu"), activation="f64"))
     assert found.keys() == reference.keys() == exact.keys()
     for name, want in exact.items():
         ours, theirs = ((x[name] - want).norm() / want.norm() for x in (found, reference))
         assert ours <= 1.5 * theirs + 1e-6, f"{name}: {ours:.2e} from float64, the reference {theirs:.2e}"
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_gathering_changes_no_bit_of_the_reference(recompute: str) -> None:
+    """The graph whose GEMMs have dispatches of their own, run op by op, against the one that dispatches once."""
+    blackwell, hopper = (
+        by_torch(lower(replace(c, schedule=replace(c.schedule, recompute=recompute)), kernels=no_kernel))
+        for c in map(config, ("sm_100a", "sm_90a"))
+    )
+    assert blackwell.keys() == hopper.keys()
+    assert all(torch.equal(blackwell[name], hopper[name]) for name in hopper)
 
 
 @pytest.mark.usefixtures("emulator")

@@ -29,7 +29,7 @@ def moonlet() -> list[KernelSpec]:
     """The kernels of one MoE layer's experts, and the embedding's gradient, which has no template."""
     config = load(MOONLET)
     config = replace(config, target=Target("sm_100a"), schedule=replace(config.schedule, precision="bf16"))
-    return [spec for spec in specs(lower(config)) if spec.parts[0].kind in ("grouped_gemm", "embedding_bwd")]
+    return [spec for spec in specs(lower(config)) if spec.anchor.kind in ("grouped_gemm", "embedding_bwd")]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,12 @@ def test_blackwells_kernels_keep_within_their_budgets(built: tuple[Path, Build, 
         assert found["sass"]["local"] == {}, spec.name
         assert all(used["stack"] == used["local"] == 0 for used in found["kernels"].values())
         assert found["sass"]["mma"] == {"UTCHMMA.2CTA": 4}, "one slice of 64 is four products of k16"
+        assert found["expected_bytes"][-1] == 2 * (128 + 128) * 64 * 2, (
+            "a slice of A and B of both thread blocks"
+        )
+        gathers = found["sass"]["tma"].get("UTMALDG.2D.GATHER4.2CTA", 0)
+        assert gathers == (32 if spec.gathers else 0), "128 x 64 elements, 4 rows of 128 bytes each"
+    assert sum(spec.gathers for spec in result.built) == 4
 
 
 @pytest.mark.usefixtures("compiler")

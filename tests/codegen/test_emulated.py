@@ -30,6 +30,12 @@ PROBLEMS = [
     GemmProblem("wgrad", 0, 192, 328, "accumulate"),
     GemmProblem("fprop", 0, 400, 192, "store", addends=2),
 ]
+GATHERED = [
+    GemmProblem("fprop", 4, 400, 136, "swiglu", gathered="a", topk=6),
+    GemmProblem("dgrad", 3, 200, 264, "dswiglu", gathered="a", topk=1),
+    GemmProblem("wgrad", 3, 200, 328, "accumulate", gathered="a", topk=3),
+    GemmProblem("wgrad", 3, 192, 328, "accumulate", gathered="b", topk=8),
+]
 BLOCK_SCALED = [
     scaled("fprop", 4, "store", "mxfp8"),
     scaled("fprop", 0, "store", "mxfp8", addends=1),
@@ -46,17 +52,18 @@ COUNTS = [[130, 0, 1, 300], [1, 513, 0, 0], [257, 0, 0, 0]]  # rows of each expe
 SCHEDULES = [1, 2, 3]
 
 
-def run(problem: GemmProblem, target: str, cluster: int) -> None:
+def run(problem: GemmProblem, target: str, cluster: int, spare: int = 64) -> None:
     config = next(c for c in problem.configs(target) if c.cluster == cluster)
     function = kernel_compiler.trace(problem, config, target)
     for counts, schedule in zip(COUNTS, SCHEDULES, strict=True):
-        tensors = oracle.case(problem, config, schedule, counts[: problem.groups])
+        tensors = oracle.case(problem, config, schedule, counts[: problem.groups], spare)
         assert verify.run(function, problem, config, tensors, schedule) <= 1
 
 
 def name(problem: GemmProblem) -> str:
+    gathered = (problem.gathered,) if problem.gathered else ()
     return "-".join(
-        (problem.role, problem.epilogue, problem.precision, *problem.copies, str(problem.experts))
+        (problem.role, problem.epilogue, problem.precision, *problem.copies, str(problem.experts), *gathered)
     )
 
 
@@ -65,6 +72,14 @@ def name(problem: GemmProblem) -> str:
 @pytest.mark.parametrize("problem", PROBLEMS, ids=name)
 def test_grouped_gemms_are_right_under_every_schedule(problem: GemmProblem, target: str) -> None:
     run(problem, target, 1 if problem.epilogue == "store" else 2)
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("problem", GATHERED, ids=name)
+def test_gathered_gemms_are_right_under_every_schedule(problem: GemmProblem, cluster: int) -> None:
+    """With no row past the last expert's, so that a source read too far is out of bounds."""
+    run(problem, "sm_100a", cluster, spare=0)
 
 
 @pytest.mark.usefixtures("emulator")

@@ -31,16 +31,17 @@ def with_precision(name: str, precision: str, target: str) -> Config:
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
 def test_the_gemms_of_moonlet_in_bf16_have_templates(target: str) -> None:
     found = {spec: families.match(spec) for spec in specs(lower(with_precision("moonlet", "bf16", target)))}
-    grouped = {p for s, p in found.items() if s.parts[0].kind == "grouped_gemm"}
+    grouped = {p for s, p in found.items() if s.anchor.kind == "grouped_gemm"}
+    of_a, of_b = ({"gathered": x, "topk": 6} if target == "sm_100a" else {} for x in "ab")
     assert grouped == {
-        GemmProblem("fprop", 64, 2816, 2048, "swiglu"),
+        GemmProblem("fprop", 64, 2816, 2048, "swiglu", **of_a),
         GemmProblem("fprop", 64, 2048, 1408, "store"),
-        GemmProblem("dgrad", 64, 2048, 1408, "dswiglu"),
+        GemmProblem("dgrad", 64, 2048, 1408, "dswiglu", **of_a),
         GemmProblem("dgrad", 64, 2816, 2048, "store"),
-        GemmProblem("wgrad", 64, 2048, 1408, "accumulate"),
-        GemmProblem("wgrad", 64, 2816, 2048, "accumulate"),
+        GemmProblem("wgrad", 64, 2048, 1408, "accumulate", **of_a),
+        GemmProblem("wgrad", 64, 2816, 2048, "accumulate", **of_b),
     }
-    dense = [p for s, p in found.items() if s.parts[0].kind == "gemm"]
+    dense = [p for s, p in found.items() if s.anchor.kind == "gemm"]
     assert not [p for p in dense if isinstance(p, str)]
     assert GemmProblem("fprop", 0, 5632, 2048, "swiglu") in dense, "the shared experts"
     assert GemmProblem("fprop", 0, 2048, 2816, "store", addends=2) in dense, (
@@ -56,10 +57,21 @@ SHIPPED = ("moonlet", "moonlight", "dsv2", "dsv3")
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_gemm_of_the_shipped_models_has_a_template(name: str, precision: str, target: str) -> None:
     for spec in specs(lowered(with_precision(name, precision, target))):
-        if spec.parts[0].kind in ("gemm", "grouped_gemm"):
+        if spec.anchor.kind in ("gemm", "grouped_gemm"):
             problem = families.match(spec)
             assert isinstance(problem, GemmProblem), (str(spec.parts), problem)
             assert problem.configs(target) and problem.small().configs(target)
+
+
+def test_only_rows_that_nobody_else_reads_are_gathered() -> None:
+    config = with_precision("moonlet", "bf16", "sm_100a")
+    gathering = [spec for spec in specs(lower(config)) if spec.gathers]
+    assert len(gathering) == 4
+    for spec in gathering:
+        rows = spec.parts[0].outputs[0]
+        stored = tuple(replace(v, stored=v.stored or i == rows) for i, v in enumerate(spec.values))
+        for other in (replace(spec, values=stored), replace(spec, target="sm_90a")):
+            assert "dispatched by a kernel of their own" in str(families.match(other))
 
 
 def test_copies_are_made_in_a_tile_only_where_that_can_be() -> None:
@@ -143,6 +155,15 @@ def test_an_illegal_config_names_the_limit(
         case.require_legal(config, target)
     assert message in str(error.value)
     assert str(error.value).startswith(f"bf16 fprop 512x512 for {target}, 128x{config.tile_n} x")
+
+
+def test_hoppers_loads_do_not_gather() -> None:
+    case = GemmProblem("fprop", 8, 512, 512, "store", gathered="a", topk=6)
+    case.require_legal(GemmConfig(256, 4, 2), "sm_100a")
+    with pytest.raises(
+        IllegalConfig, match="rows of tokens: TMA gathers them from sm_100a on, H100 SXM reads"
+    ):
+        case.require_legal(GemmConfig(256, 4, 2), "sm_90a")
 
 
 def test_the_key_names_problem_config_and_target() -> None:

@@ -124,6 +124,9 @@ def _gemm(p: GemmProblem, c: GemmConfig, found: Mapping[str, Any], target: str) 
             wrong.append(f"{found['tensor_columns']} columns of tensor memory, expected {columns}")
         if any(".2CTA" in op for op in loads) != pair:
             wrong.append(f"loads of {c.cluster} thread blocks: {dict(loads)}")
+        lines = {"": 0, "a": 128, "b": c.tile_n // c.cluster}[p.gathered]
+        if sum(n for op, n in loads.items() if ".GATHER4" in op) != lines * slice_ // 256:  # 4 rows of 64
+            wrong.append(f"loads of {lines} x {slice_} elements of tokens' rows: {dict(loads)}")
     else:
         wanted = f"HGMMA.64x{c.tile_n}x16.F32.BF16"
         if sass["mma"] != {wanted: products}:

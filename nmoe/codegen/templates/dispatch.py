@@ -28,8 +28,8 @@ class Dispatch(Fixed):
         *tensors, blocks, stream = args
         named = {o.name: t for o, t in zip(self.problem.operands(self.config), tensors, strict=True)}
         self.dispatch(
-            named["x"], named.get("weights"), named["slots"], named["row_source"], named["offsets"],
-            named["rows"], named.get("row_weight"),
+            named.get("x"), named.get("weights"), named["slots"], named["row_source"], named["offsets"],
+            named.get("rows"), named.get("row_weight"),
         ).launch(grid=[blocks, 1, 1], block=[32 * self.config.warps, 1, 1], stream=stream)  # fmt: skip
 
     @cute.kernel
@@ -39,7 +39,7 @@ class Dispatch(Fixed):
             cute.arch.warp_idx()
         )
         warps = cute.arch.grid_dim()[0] * self.config.warps
-        for token in cutlass.range(warp, x.shape[0], warps, unroll=1):
+        for token in cutlass.range(warp, slots.shape[0], warps, unroll=1):
             places = [slots[token, j] for j in range(self.problem.topk)]
             for part in cutlass.range_constexpr(len(self.spans)):
                 values = vectors.load(vectors.row_of(x, token), self.spans[part], lane)

@@ -27,13 +27,14 @@ class Copy(NamedTuple):
 class Plain(Fixed):
     """Operands that threads read and write themselves; None for those that the problem lacks."""
 
-    NAMES = ("offsets", "s", "partial", "a_amax", "b_amax", "row_scale", "col_scale")
+    NAMES = ("offsets", "row_source", "s", "partial", "a_amax", "b_amax", "row_scale", "col_scale")
 
     def __init__(self, names: list[str], tensors: list[cute.Tensor]) -> None:
         held = dict(zip(names, tensors, strict=True))
-        self.offsets, self.weight, self.partial, self.a_amax, self.b_amax, self.row_scale, self.col_scale = (
-            held.get(name) for name in self.NAMES
-        )
+        (
+            self.offsets, self.row_source, self.weight, self.partial, self.a_amax, self.b_amax, self.row_scale,
+            self.col_scale,
+        ) = (held.get(name) for name in self.NAMES)  # fmt: skip
 
 
 class GroupedGemm(Fixed):
@@ -65,6 +66,10 @@ class GroupedGemm(Fixed):
         """TMA operations for A and for B."""
         raise NotImplementedError
 
+    def gather(self, tensor: cute.Tensor, row_source: cute.Tensor) -> Copy:
+        """The TMA copy of rows of [T, width] by their tokens."""
+        raise NotImplementedError
+
     def scales(self, named):  # type: ignore[no-untyped-def]
         """TMA copies of the scale factors of A and B, where the tensor cores take them."""
         return ()
@@ -94,7 +99,7 @@ class GroupedGemm(Fixed):
         load_a, load_b = self.load_operations()
         adds = problem.epilogue == "accumulate"
         store = cpasync.CopyReduceBulkTensorTileS2GOp() if adds else cpasync.CopyBulkTensorTileS2GOp()
-        rows = self._rows(named["a"])
+        rows = named["row_source"].shape[0] if problem.gathered else self._rows(named["a"])
 
         def copy(operation, name: str, element, layout) -> Copy:  # type: ignore[no-untyped-def]
             box = cute.select(layout, [0, 1])
@@ -102,6 +107,11 @@ class GroupedGemm(Fixed):
             view = layouts.view(named[name], element, problem.modes(name), rows)
             made = cpasync.make_tiled_tma_atom(operation, view, box, tile)
             return Copy(made.atom, layouts.widened(made.tma_tensor))
+
+        def operand(operation, name: str, layout) -> Copy:  # type: ignore[no-untyped-def]
+            if cutlass.const_expr(name == problem.gathered):
+                return self.gather(named[name], named["row_source"])
+            return copy(operation, name, self.element, layout)
 
         def result(name: str) -> Copy:
             if cutlass.const_expr(name in problem.copies):
@@ -111,8 +121,7 @@ class GroupedGemm(Fixed):
         stores = [result(name) for name in problem.stored]
         read = cpasync.CopyBulkTensorTileG2SOp()
         reads = [copy(read, name, BFloat16, buffers) for name in problem.read]
-        a = copy(load_a, "a", self.element, a_layout)
-        b = copy(load_b, "b", self.element, half)
+        a, b = operand(load_a, "a", a_layout), operand(load_b, "b", half)
         plain = [named[name] for name in self.plain]
         self.kernel(a, b, self.scales(named), stores, reads, plain, a_layout, b_layout, buffers).launch(
             grid=[self.cluster, clusters, 1],

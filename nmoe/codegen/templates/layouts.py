@@ -31,6 +31,15 @@ def buffers(element, rows: int, count: int) -> cute.ComposedLayout:  # type: ign
     return cute.tile_to_shape(atom, (rows, PIECE_BYTES * 8 // element.width, count), order=(0, 1, 2))
 
 
+def piece(element, rows: int) -> cute.ComposedLayout:  # type: ignore[no-untyped-def]
+    """128 bytes of each of so many rows, at most the 8 of a swizzle atom."""
+    atom = cute.nvgpu.warpgroup.make_smem_layout_atom(
+        cute.nvgpu.warpgroup.SmemLayoutAtomKind.K_SW128, element
+    )
+    width = PIECE_BYTES * 8 // element.width
+    return cute.make_composed_layout(atom.inner, 0, cute.make_layout((rows, width), stride=(width, 1)))
+
+
 def copies(rows: int, count: int) -> cute.ComposedLayout:
     """E4M3 copies [rows, 64, count]: two, of one piece of BF16, take the space of that piece."""
     atom = cute.nvgpu.warpgroup.make_smem_layout_atom(

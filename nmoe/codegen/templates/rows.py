@@ -17,7 +17,8 @@ Bodies that need a sum over whole rows (norms) share their rows among a cluster,
                   └────────────────────────────────────────────────────────────────────────────────▶ body ─▶ …
 
 A thread copies its own pieces there (cp.async) and reads them twice: in registers the compiler would keep their FP32
-values across the barrier, and spill. Where copies run down the rows, a thread block takes 128 rows of its columns in
+values across the barrier, and spill. Where a thread block has more than one tile and there is room, the next one's
+pieces are under way while it computes. Where copies run down the rows, a thread block takes 128 rows of its columns in
 turns, and then writes their scale factors: a byte of every turn would cost more than its data.
 
 The weight gradient of a norm is summed without atomics: STRIPES clusters add up their rows in shared memory and store
@@ -34,13 +35,12 @@ from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import VECTOR
-from nmoe.codegen.rows import STRIPES, RowConfig, RowProblem
+from nmoe.codegen.rows import RESERVED, STRIPES, RowConfig, RowProblem
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.rows_body import RowBody, Spot, line, vector
 from nmoe.codegen.templates.rows_copy import copies
 from nmoe.storage import ATOM_ROWS
 
-RESERVED = 1024  # bytes of shared memory that every thread block takes beside its own
 CLEARING = 128  # threads that set the amaxes to zero
 ROWS_OF = {"concat": "a", "embedding": "tokens", "dispatch": "row_source"}  # whose extent is the rows'
 TOGETHER = 8  # tiles down the rows that run side by side: their scale factors of a column fill 32 bytes
@@ -53,6 +53,7 @@ class Rows(Fixed):
         self.problem, self.config = problem, config
         self.chunks = problem.tiles(config)
         self.turns = problem.turns(config)
+        self.buffers = problem.buffers(config, self.target)
         self.sums = problem.body == "rms_norm_bwd"
         self.together = TOGETHER if problem.columns and not problem.statistic else 1
         # What the resident thread blocks need of shared memory, in per cent; the rest of it is cache.
@@ -147,7 +148,7 @@ class Tile(Fixed):
             kernel.chunks,
             measures,
         )
-        self.turns = kernel.turns
+        self.turns, self.buffers = kernel.turns, kernel.buffers
         self.entry, self.chunk, self.sums = entry, chunk, kernel.sums and not measures
         config = self.config
         self.named, self.exists, self.live = named, rows, live
@@ -163,9 +164,9 @@ class Tile(Fixed):
         if self.problem.statistic:
             self.partial = self._shared(smem, config.rows, config.warps_across)
             self.totals = self._shared(smem, config.rows, self.chunks, 2)
-            size = (VECTOR, config.threads, config.vectors, self.problem.held)
+            size = (VECTOR, config.threads, config.vectors, len(self.problem.held_names), self.buffers)
             whole = smem.allocate_tensor(BFloat16, cute.make_layout(size), 16)
-            self.held = whole[None, thread, None, None]
+            self.held = whole[None, thread, None, None, None]
         if self.sums:
             self.gradient = self._shared(smem, config.columns)
         self.copies = copies(self, smem)
@@ -176,20 +177,42 @@ class Tile(Fixed):
 
     @cute.jit
     def run(self, number: Int32, before: Int32) -> None:
-        """Tile `number`, in turns, after `before` others."""
+        """Tile `number`, in turns, after `before` others, STRIPES apart."""
+        rows, ahead = self.config.rows, cutlass.const_expr(self.buffers > 1)
+        if cutlass.const_expr(ahead):
+            if before == 0:
+                self.fetch(number * self.turns * rows, Int32(0))
         for turn in cutlass.range(self.turns, unroll=1):
-            first = (number * self.turns + turn) * self.config.rows
-            self.step(first, turn, (before * self.turns + turn) % 2)
+            first, parity = (number * self.turns + turn) * rows, (before * self.turns + turn) % 2
+            if cutlass.const_expr(ahead):
+                if cutlass.const_expr(self.sums):
+                    following = number + STRIPES if turn == self.turns - 1 else number
+                    self.fetch((following * self.turns + (turn + 1) % self.turns) * rows, 1 - parity)
+                elif turn < self.turns - 1:
+                    self.fetch(first + rows, 1 - parity)
+                else:
+                    cute.arch.cp_async_commit_group()
+            self.step(first, turn, parity)
+
+    def spot(self, first: Int32) -> Spot:
+        column = self.chunk * self.config.columns + self.column
+        return Spot(self.problem, self.config.vectors, first + self.row, column, self.live, self.exists)
+
+    @cute.jit
+    def fetch(self, first: Int32, buffer: Int32) -> None:
+        """Begins to copy the rows from `first` on, one group of copies."""
+        self.body.fetch(self.spot(first), self.held[None, None, None, buffer])
+        cute.arch.cp_async_commit_group()
 
     @cute.jit
     def step(self, first: Int32, turn: Int32, parity: Int32) -> None:
         """The rows of a turn, from `first` on. `parity` alternates from one call to the next."""
-        column = self.chunk * self.config.columns + self.column
-        spot = Spot(self.problem, self.config.vectors, first + self.row, column, self.live, self.exists)
+        spot = self.spot(first)
         if cutlass.const_expr(self.problem.statistic):
-            found = self.body.load(spot, self.held)
-            cute.arch.cp_async_commit_group()
-            cute.arch.cp_async_wait_group(0)
+            if cutlass.const_expr(self.buffers == 1):
+                self.fetch(first, Int32(0))
+            cute.arch.cp_async_wait_group(self.buffers - 1)
+            found = self.body.load(spot, self.held[None, None, None, parity % self.buffers])
             self.finish(found, first, turn, self.statistics(found, first, parity))
         else:
             self.finish(self.body.load(spot), first, turn, [None] * self.config.vectors)

@@ -243,12 +243,12 @@ class Nvfp4(Fixed):
     def pack(self, values, word: Int32, shift: cutlass.Constexpr):  # type: ignore[no-untyped-def]
         """Codes of eight elements in a word, the first lowest. `word`s: random bytes of the first and last four."""
         packed = Int32(0)
-        for i in cutlass.range_constexpr(VECTOR):
-            if cutlass.const_expr(self.seed is None):
-                code = nvfp4.element(values[i + shift])
-            else:
-                code = nvfp4.stochastic_element(values[i + shift], word[i // 4] >> 8 * (i % 4) & 0xFF)
-            packed |= code << 4 * i
+        if cutlass.const_expr(self.seed is None):
+            packed = nvfp4.elements(values, shift)
+        else:
+            for i in cutlass.range_constexpr(VECTOR):
+                byte = word[i // 4] >> 8 * (i % 4) & 0xFF
+                packed |= nvfp4.stochastic_element(values[i + shift], byte) << 4 * i
         return packed
 
 

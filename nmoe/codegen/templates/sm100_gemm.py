@@ -2,7 +2,7 @@
 
 warps 0..3  epilogue: each drains its 32 lanes of tensor memory (32 rows of the tile) and stores them by itself
 warp 4      one thread issues the products: 4 × tcgen05.mma of k16 a slice
-warp 5      loads: for every 64-deep slice of a tile A and B into the next stage
+warp 5      loads: for every 64-deep slice of a tile A and B into the next stage; rows of tokens by gather.py
 
                  ┌ stage 0 ┬ stage 1 ┬ … ┐             tensor memory, 512 columns
 warp 5 ── TMA ──▶│  A  B   │  A  B   │   │── warp 4 ──▶ ┌ tile i ┬ tile i+1 ┐ ──▶ warps 0..3
@@ -32,7 +32,7 @@ from cutlass.cute.nvgpu import cpasync, tcgen05
 from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.gemm import ROW_TILE
-from nmoe.codegen.templates import block_scaled
+from nmoe.codegen.templates import block_scaled, gather
 from nmoe.codegen.templates.epilogue import Epilogue, Fragment
 from nmoe.codegen.templates.grouped import GroupedGemm, Plain
 from nmoe.codegen.templates.layouts import major
@@ -59,6 +59,9 @@ class Sm100GroupedGemm(GroupedGemm):
     def load_operations(self):  # type: ignore[no-untyped-def]
         load = cpasync.CopyBulkTensorTileG2SOp(self.group)
         return load, load
+
+    def gather(self, tensor, row_source):  # type: ignore[no-untyped-def]
+        return gather.copy(self.group, tensor, row_source)
 
     def scales(self, named):  # type: ignore[no-untyped-def]
         return block_scaled.copies(self, named, self.load_operations()[0]) if self.scaled else ()
@@ -115,7 +118,7 @@ class Sm100GroupedGemm(GroupedGemm):
             factors = block_scaled.Scales(self, scales, smem, base[0] + self.stride + self.config.tile_n)
 
         if warp == LOAD_WARP:
-            loader = Loader(self, ring, a, b, a_stages, b_stages, False, factors)
+            loader = Loader(self, ring, a, b, a_stages, b_stages, False, factors, plain.row_source)
             loader.run(segments, cluster, clusters, rank)
         elif warp == MMA_WARP:
             if rank == 0:

@@ -26,10 +26,12 @@ POISON = 0xA5  # of bytes that a kernel is to write
 COUNTS = {1: [130, 0, 1], 2: [1, 257, 0]}  # rows of each expert, by the seed of the warp schedule
 
 
-def case(problem: GemmProblem, config: GemmConfig, seed: int, counts: list[int] | None = None) -> Tensors:
-    """Random operands; by default with ragged, empty and single-row experts, by the seed."""
+def case(
+    problem: GemmProblem, config: GemmConfig, seed: int, counts: list[int] | None = None, spare: int = 64
+) -> Tensors:
+    """Random operands with `spare` rows; by default ragged, empty and single-row experts, by the seed."""
     counts = counts or COUNTS[1 + seed % len(COUNTS)][: problem.groups]
-    tensors = inputs(problem, counts, seed, spare=64)
+    tensors = inputs(problem, counts, seed, spare)
     return tensors | workspace(problem, config, len(tensors["s"]))
 
 
@@ -75,6 +77,9 @@ def inputs(problem: GemmProblem, counts: list[int], seed: int, spare: int = 0, d
     a = rows(n if problem.role != "fprop" else k)
     matrices = torch.randn(*matrix, generator=gen, device=device)
     b = rows(k) if problem.role == "wgrad" else (matrices * 0.1).bfloat16()
+    if problem.gathered:
+        a, b, plan = _by_tokens(problem, a, b, real, gen)
+        made |= plan
     for name, tensor in (("a", a), ("b", b)):
         segments = None if problem.dense or tensor.ndim == 3 else made["offsets"]
         made |= _buffers(problem, name, tensor, segments)
@@ -95,6 +100,26 @@ def inputs(problem: GemmProblem, counts: list[int], seed: int, spare: int = 0, d
             f"{copy}_scale": torch.full(scale, POISON, dtype=torch.uint8, device=device),
         }
     return made
+
+
+def _by_tokens(
+    problem: GemmProblem, a: torch.Tensor, b: torch.Tensor, real: torch.Tensor, gen: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
+    """Operands of which one has a row for each token, and the plan that its expert rows come from: any choices, each
+    once. Tokens without a row are NaN."""
+    rows, device = a if problem.gathered == "a" else b, real.device
+    count, topk = int(real.sum()), problem.topk
+    tokens = -(-count // topk) + 2
+    chosen = torch.randperm(topk * tokens, generator=gen, device=device)[:count].int()
+    source = torch.full((len(rows),), -1, dtype=torch.int32, device=device)
+    source[real] = chosen
+    x = torch.full((tokens, rows.shape[1]), float("nan"), dtype=rows.dtype, device=device)
+    used = torch.unique(chosen // topk).long()
+    x[used] = torch.randn(len(used), x.shape[1], generator=gen, device=device).to(x.dtype)
+    slots = torch.full((tokens, topk), -1, dtype=torch.int32, device=device)
+    slots.view(-1)[chosen.long()] = real.nonzero()[:, 0].int()
+    plan = {"slots": slots, "row_source": source}
+    return (x, b, plan) if problem.gathered == "a" else (a, x, plan)
 
 
 def _axis(problem: GemmProblem, name: str) -> Axis:
@@ -120,6 +145,10 @@ def _buffers(problem: GemmProblem, name: str, x: torch.Tensor, segments: torch.T
 
 def _logical(problem: GemmProblem, t: Tensors, name: str) -> torch.Tensor:
     """An operand of the product as the float64 numbers that it stands for, [..., M, K]."""
+    if name == problem.gathered:
+        source = t["row_source"].long()
+        rows = t[name].double()[source.clamp(min=0) // problem.topk]
+        return rows.masked_fill_(source[:, None] < 0, 0.0)
     if problem.precision == "bf16":
         return t[name].double()
     data, scale, amax = t[name], t[f"{name}_scale"], t.get(f"{name}_amax")

@@ -75,7 +75,7 @@ typedef struct {
   const uint8_t *params;
   uint32_t device;   /* launches on one device run one after another, in their order */
   uint32_t resident; /* clusters that may be under way at a time */
-  uint32_t first_cluster, last_cluster; /* of the grid, the half-open range that this run executes */
+  uint32_t first_cluster, n_clusters, step; /* this run executes every step-th cluster of the grid's n_clusters */
   uint64_t *executed; /* per instruction, warp executions */
   uint64_t *roles; /* per (warp in CTA), warp executions */
   Counters counters;
@@ -230,6 +230,12 @@ typedef struct Job {
   Clock end; /* what its warps knew of other launches */
 } Job;
 
+static inline uint32_t next_cluster(Job *job) {
+  uint32_t index = job->next_cluster;
+  job->next_cluster += job->launch->step;
+  return index;
+}
+
 typedef struct Cluster {
   struct Machine *machine;
   Job *job;
@@ -333,7 +339,7 @@ void load_tile(Machine *m, Cta *cta, const Tile *tile, Type type, bool padded, u
                double *out, uint32_t row_step, uint32_t k_step);
 void race_tile(Machine *m, Cta *cta, const Tile *tile, Type type, bool padded, uint32_t row0, uint32_t rows, uint32_t k,
                uint32_t agent, uint32_t clock, const Clock *seen);
-void multiply(const double *a, const double *b, double *acc, uint32_t rows, uint32_t columns, uint32_t k);
+void multiply(const double *a, const double *b, double *acc, uint32_t columns, uint32_t k);
 
 /* clock.c */
 /* Added to Warp.agent: the warp itself, and what it has under way. */

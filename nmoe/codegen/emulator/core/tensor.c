@@ -288,19 +288,40 @@ static void load_a_from_tmem(Machine *m, Cta *cta, const Shape *s, const DataPat
   }
 }
 
+/* One lane's accumulators, from where they are in tensor memory, and back unless the lane is masked out. */
+static void load_sums(Machine *m, Cta *cta, const AsyncOp *op, const Shape *s, uint32_t lane, uint32_t columns, double *out) {
+  uint32_t column0 = op->arg[A_D] & 0xFFFF, *cells = tmem_at(cta, lane, column0);
+  if (!op->arg[A_ENABLE]) {
+    memset(out, 0, columns * sizeof *out);
+    return;
+  }
+  require_written(m, cta, lane, column0, columns);
+  double factor = s->sign * ldexp(1.0, -(int)op->arg[A_SCALE]);
+  if (s->d == T_F32) for (uint32_t j = 0; j < columns; j++) out[j] = factor * ((const float *)cells)[j];
+  else for (uint32_t j = 0; j < columns; j++) out[j] = factor * decode_number(s->d, cells[j]);
+}
+
+static void store_sums(Cta *cta, const AsyncOp *op, const Shape *s, uint32_t lane, uint32_t columns, const double *sums) {
+  uint32_t column0 = op->arg[A_D] & 0xFFFF, *cells = tmem_at(cta, lane, column0);
+  if (op->arg[A_FLAGS] & M_LANE_MASK && op->arg[A_MASKS + (cta - op->pipe) * 2 + lane / 64] >> lane % 64 & 1) return;
+  if (s->d == T_F32) for (uint32_t j = 0; j < columns; j++) ((float *)cells)[j] = (float)(s->sign * sums[j]);
+  else for (uint32_t j = 0; j < columns; j++) cells[j] = (uint32_t)encode_number(s->d, s->sign * sums[j], RN, 0, 0);
+  memset(cta->tmem_written + lane * TMEM_COLUMNS + column0, 1, columns);
+}
+
 static void run_mma(Machine *m, AsyncOp *op) {
   bool pair = op->arg[A_FLAGS] & M_PAIR;
   Shape s = instruction_descriptor(m, (int)op->arg[A_KIND], (uint32_t)op->arg[A_IDESC], (int)op->arg[A_BLOCK]);
-  uint32_t d0 = (uint32_t)op->arg[A_D], column0 = d0 & 0xFFFF, ctas = pair ? 2 : 1;
+  uint32_t d0 = (uint32_t)op->arg[A_D], ctas = pair ? 2 : 1;
   DataPath path = data_path(&s, pair, d0 >> 16);
   Tile tile_b = matrix_descriptor(m, op->arg[A_B], s.b_mn);
-  static __thread double a[128 * 64], b[64 * 256], acc[128 * 256];
+  static __thread double a[128 * 64], b[64 * 256], acc[8 * 256]; /* eight rows' sums stay in the host's first cache */
   for (uint32_t r = 0; r < ctas; r++)
     load_tile(m, op->pipe + r, &tile_b, s.b, s.padded, 0, s.n / ctas, s.k, b + r * (s.n / ctas), 1, s.n);
   bool scale_b = s.scaled;
   for (uint32_t r = 0; r < ctas; r++) {
     Cta *cta = op->pipe + r;
-    require_columns(m, cta, column0, path.split);
+    require_columns(m, cta, d0 & 0xFFFF, path.split);
     if (op->arg[A_FLAGS] & M_A_TMEM) {
       load_a_from_tmem(m, cta, &s, &path, (uint32_t)op->arg[A_A], a);
     } else {
@@ -310,29 +331,17 @@ static void run_mma(Machine *m, AsyncOp *op) {
     if (s.scaled) apply_scales(m, cta, &s, (uint32_t)op->arg[A_SFA], s.sfa_id, path.rows, a, s.k, 1);
     if (scale_b) apply_scales(m, cta, &s, (uint32_t)op->arg[A_SFB], s.sfb_id, s.n, b, 1, s.n);
     scale_b = false; /* the peer holds the same scales of B */
-    double factor = s.sign * ldexp(1.0, -(int)op->arg[A_SCALE]);
-    for (uint32_t i = 0; i < path.rows; i++)
-      for (uint32_t half = 0; half < s.n; half += path.split) {
-        uint32_t lane = path.lane_of[i] + (half ? 64 : 0), *cells = tmem_at(cta, lane, column0);
-        double *row = acc + i * s.n + half;
-        if (!op->arg[A_ENABLE]) {
-          memset(row, 0, path.split * sizeof *row);
-          continue;
-        }
-        require_written(m, cta, lane, column0, path.split);
-        if (s.d == T_F32) for (uint32_t j = 0; j < path.split; j++) row[j] = factor * ((const float *)cells)[j];
-        else for (uint32_t j = 0; j < path.split; j++) row[j] = factor * decode_number(s.d, cells[j]);
+    for (uint32_t i = 0; i < path.rows; i += 8) {
+      for (uint32_t j = 0; j < 8 * s.n; j += path.split) {
+        uint32_t lane = path.lane_of[i + j / s.n] + (j % s.n ? 64 : 0);
+        load_sums(m, cta, op, &s, lane, path.split, acc + j);
       }
-    multiply(a, b, acc, path.rows, s.n, s.k);
-    for (uint32_t i = 0; i < path.rows; i++)
-      for (uint32_t half = 0; half < s.n; half += path.split) {
-        uint32_t lane = path.lane_of[i] + (half ? 64 : 0), *cells = tmem_at(cta, lane, column0);
-        if (op->arg[A_FLAGS] & M_LANE_MASK && op->arg[A_MASKS + r * 2 + lane / 64] >> lane % 64 & 1) continue;
-        const double *row = acc + i * s.n + half;
-        if (s.d == T_F32) for (uint32_t j = 0; j < path.split; j++) ((float *)cells)[j] = (float)(s.sign * row[j]);
-        else for (uint32_t j = 0; j < path.split; j++) cells[j] = (uint32_t)encode_number(s.d, s.sign * row[j], RN, 0, 0);
-        memset(cta->tmem_written + lane * TMEM_COLUMNS + column0, 1, path.split);
+      multiply(a + i * s.k, b, acc, s.n, s.k);
+      for (uint32_t j = 0; j < 8 * s.n; j += path.split) {
+        uint32_t lane = path.lane_of[i + j / s.n] + (j % s.n ? 64 : 0);
+        store_sums(cta, op, &s, lane, path.split, acc + j);
       }
+    }
   }
   m->counters->mma_ops++;
   m->counters->mma_flops += 2ull * s.m * s.n * s.k;

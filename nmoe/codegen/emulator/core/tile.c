@@ -98,22 +98,36 @@ void race_tile(Machine *m, Cta *cta, const Tile *tile, Type type, bool padded, u
     }
 }
 
-/* acc[i][j] += sum over k of a[i][k] * b[k][j], in float64: products are exact, the sum nearly so. Eight rows by one
- * vector of columns stay in registers; rows and columns are multiples of eight. */
 typedef double Vector __attribute__((vector_size(64), aligned(8), may_alias));
-__attribute__((optimize("fp-contract=fast"))) void multiply(const double *a, const double *b, double *acc, uint32_t rows,
+
+/* Eight rows by `wide` vectors of columns stay in registers: a vector of b serves eight products, a number of a `wide`. */
+__attribute__((optimize("fp-contract=fast"), always_inline)) static inline void multiply_block(
+    const double *a, const double *b, double *acc, uint32_t columns, uint32_t k, const uint32_t wide) {
+  Vector sum[8][2];
+#pragma GCC unroll 8
+  for (uint32_t r = 0; r < 8; r++)
+#pragma GCC unroll 2
+    for (uint32_t v = 0; v < wide; v++) sum[r][v] = *(const Vector *)&acc[r * columns + 8 * v];
+  for (uint32_t kk = 0; kk < k; kk++) {
+    Vector right[2];
+#pragma GCC unroll 2
+    for (uint32_t v = 0; v < wide; v++) right[v] = *(const Vector *)&b[kk * columns + 8 * v];
+#pragma GCC unroll 8
+    for (uint32_t r = 0; r < 8; r++)
+#pragma GCC unroll 2
+      for (uint32_t v = 0; v < wide; v++) sum[r][v] += a[r * k + kk] * right[v];
+  }
+#pragma GCC unroll 8
+  for (uint32_t r = 0; r < 8; r++)
+#pragma GCC unroll 2
+    for (uint32_t v = 0; v < wide; v++) *(Vector *)&acc[r * columns + 8 * v] = sum[r][v];
+}
+
+/* acc[i][j] += sum over k of a[i][k] * b[k][j] for eight rows i, in float64: products are exact, the sum nearly so.
+ * Columns are a multiple of eight. */
+__attribute__((optimize("fp-contract=fast"))) void multiply(const double *a, const double *b, double *acc,
                                                             uint32_t columns, uint32_t k) {
-  for (uint32_t j = 0; j < columns; j += 8)
-    for (uint32_t i = 0; i < rows; i += 8) {
-      Vector sum[8];
-#pragma GCC unroll 8
-      for (uint32_t r = 0; r < 8; r++) sum[r] = *(const Vector *)&acc[(i + r) * columns + j];
-      for (uint32_t kk = 0; kk < k; kk++) {
-        Vector right = *(const Vector *)&b[kk * columns + j];
-#pragma GCC unroll 8
-        for (uint32_t r = 0; r < 8; r++) sum[r] += a[(i + r) * k + kk] * right;
-      }
-#pragma GCC unroll 8
-      for (uint32_t r = 0; r < 8; r++) *(Vector *)&acc[(i + r) * columns + j] = sum[r];
-    }
+  uint32_t j = 0;
+  for (; j + 16 <= columns; j += 16) multiply_block(a, b + j, acc + j, columns, k, 2);
+  if (j < columns) multiply_block(a, b + j, acc + j, columns, k, 1);
 }

@@ -68,7 +68,7 @@ static void multiply_accumulate(Machine *m, Warp *w, const Insn *in, const uint3
   bool accumulate = *u32_of(w, b_slot[1]) & 1, narrow = type_d == T_F16;
   if (!accumulate) memset(acc, 0, 16 * n * sizeof *acc);
   else move_fragment(w, o, n, narrow, sign, true, acc);
-  multiply(a, b, acc, 16, n, k);
+  for (uint32_t i = 0; i < 16; i += 8) multiply(a + i * k, b, acc + i * n, n, k);
   move_fragment(w, o, n, narrow, sign, false, acc);
   if (warp == 0) m->counters->mma_ops++;
   m->counters->mma_flops += 2ull * 16 * n * k;
