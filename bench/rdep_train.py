@@ -9,6 +9,8 @@ Parts, each in fresh processes, one a GPU:
     replay             1,000 replays of a captured micro-batch over 8 batches with skewed routing: every loss and
                        gradient has the bits that it had at first
     moonlet            layers of moonlet: ms a step, memory against the plan, transfers hidden behind other work
+    hosts bf16, hosts replay    only when named: the same as if each GPU were a host of its own, between which rows go
+                       by NVSHMEM's puts, from the version that the kernels are linked with
 
 bench/rdep_command.py has the command `nmoe train` and its losses.
 """
@@ -44,8 +46,8 @@ from nmoe.codegen.build import build as build_kernels
 from nmoe.codegen.build import build_transfers
 from nmoe.codegen.cache import Cache
 from nmoe.codegen.launch import CudaLauncher
-from nmoe.codegen.rdep import transfers_of
 from nmoe.codegen.spec import specs
+from nmoe.codegen.transfers import transfers_of
 from nmoe.config import Config, load
 from nmoe.data.loader import Batch
 from nmoe.executor import Executor, allocate
@@ -61,7 +63,7 @@ from nmoe.torchrun import launched
 CONFIGS = Path(__file__).parents[1] / "configs"
 TARGET, RANKS, STEPS = "sm_90a", 2, 6
 PRECISIONS = ("bf16", "mxfp8", "nvfp4")
-PARTS = (*PRECISIONS, "replay", "moonlet")
+PARTS = (*PRECISIONS, "replay", "moonlet", "hosts bf16", "hosts replay")
 LIMIT = 60.0  # seconds that a part may take
 
 
@@ -95,12 +97,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("action", choices=("build", "run"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[p for p in PARTS if "hosts" not in p])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.environ["NMOE_HOME"] = str(args.folder.resolve())  # where the trainer looks for kernels
     if args.action == "build":
-        build(args.folder / "kernels")
+        build(args.folder / "kernels", any("hosts" in part for part in args.parts))
         return
     results: dict[str, Any] = provenance()
     for name in args.parts:
@@ -111,7 +113,8 @@ def main() -> None:
             args.json.write_text(json.dumps(results, indent=1))
 
 
-def build(root: Path) -> None:
+def build(root: Path, hosts: bool) -> None:
+    """`hosts`: also what is linked with NVSHMEM, which must be installed."""
     both = [make(ranks) for make in (small, moonlet) for ranks in (1, RANKS)]
     schedules = [binding.lowered(config) for config in [*both, *(moonlet(RANKS, p) for p in PRECISIONS[1:])]]
     schedules += [alone_schedule(precision) for precision in PRECISIONS]
@@ -119,7 +122,10 @@ def build(root: Path) -> None:
     wanted = list(dict.fromkeys([*wanted, *(spec for config in both for spec in optimizer.specs(config))]))
     made = build_kernels(wanted, root, workers=2, progress=sys.stderr)
     print(f"{len(made.warm)} kernels cached, {len(made.built)} built, failed: {made.failed}")
-    print(build_transfers([p for s in schedules for p in transfers_of(s)], TARGET, root, 2))
+    moved = [
+        p for s in schedules for gpus in ((RANKS, 1) if hosts else (RANKS,)) for p in transfers_of(s, gpus)
+    ]
+    print(build_transfers(moved, TARGET, root, 2))
 
 
 # ---- processes ----------------------------------------------------------------------------------------------
@@ -154,11 +160,12 @@ def worker(name: str, rank: int, queue: Any) -> None:
     def say(what: Any) -> None:
         queue.put((rank, what))
 
-    number = str(rank)
-    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS),
+    number, local = str(rank), "1" if name.startswith("hosts") else str(RANKS)
+    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": local,
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + PARTS.index(name))}  # fmt: skip
     parts: dict[str, Callable[..., None]] = {"replay": replay, "moonlet": timed}
     try:
+        name = name.removeprefix("hosts ")
         parts.get(name, layer)(name, rank, say)
     except BaseException:
         say("FAILED: " + traceback.format_exc(limit=-6).replace("\n", "\n    "))
@@ -212,10 +219,9 @@ def experts(parameters: Parameters, path: str) -> dict[str, torch.Tensor]:
 
 
 def skew(parameters: Parameters) -> None:
-    for name, master in parameters.masters.items():
+    for name, weight in parameters.weights.items():
         if name.endswith(".router"):
-            master.mul_(4)
-    parameters.refresh()
+            weight.mul_(4)
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
@@ -308,7 +314,7 @@ def replay(name: str, rank: int, say: Callable[[Any], None]) -> None:
             bias[: experts // RANKS] += seed % 4 == 3
             pool.append((share(synthetic(config)(seed), step), bias.cuda()))
         executor.run("step")
-        grads, sums = step.parameters.grad, step._replicated[1]
+        grads, sums = step.parameters.grad, step._counted
         step.tensors["scale"].fill_(1e-3)
 
         def once(batch: Batch, bias: torch.Tensor) -> None:
