@@ -388,8 +388,11 @@ def profile(runner: Runner) -> dict[str, float]:
     return dict(call_times(runner, lambda: runner.executor.run("micro")))
 
 
-def torch_layer(shape: Shape, runner: Runner) -> dict[str, float]:
-    """The same layer of torch._grouped_mm with autograd, eager, its routing given: ms forward, forward + backward."""
+def torch_layer(
+    shape: Shape, runner: Runner, compiled: bool = False
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The same layer of torch._grouped_mm with autograd, eager or compiled, its routing given: forward, forward +
+    backward."""
     tokens, topk = shape.tokens, shape.topk
     w1 = runner.tensors["moe.experts.gate_up"].detach().clone().requires_grad_()
     w2 = runner.tensors["moe.experts.down"].detach().clone().requires_grad_()
@@ -402,22 +405,24 @@ def torch_layer(shape: Shape, runner: Runner) -> dict[str, float]:
     ends = flat.bincount(minlength=shape.experts).cumsum(0).int()
     token, weight = order // topk, weights.flatten()[order].unsqueeze(1)
 
-    def forward() -> torch.Tensor:
+    def layer(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
         h = torch._grouped_mm(x[token], w1.transpose(1, 2), offs=ends)
         gate, up = h.chunk(2, dim=-1)
         act = (torch.nn.functional.silu(gate) * up * weight).bfloat16()
         rows = torch._grouped_mm(act, w2.transpose(1, 2), offs=ends)
         return torch.zeros_like(x).index_add(0, token, rows)
 
+    run = torch.compile(layer) if compiled else layer
+
+    def forward() -> None:
+        with torch.no_grad():
+            run(x, w1, w2)
+
     def both() -> None:
-        forward().backward(dy)
+        run(x, w1, w2).backward(dy)
         x.grad = w1.grad = w2.grad = None
 
-    def alone() -> None:
-        with torch.no_grad():
-            forward()
-
-    return {"forward": median(alone), "both": median(both)}
+    return forward, both
 
 
 def time_layer(name: str, shape: Shape, precision: str, runner: Runner) -> dict[str, Any]:
@@ -437,7 +442,7 @@ def time_layer(name: str, shape: Shape, precision: str, runner: Runner) -> dict[
     if precision != "bf16":
         return result
     try:
-        result["torch"] = torch_layer(shape, runner)
+        result["torch"] = dict(zip(("forward", "both"), map(median, torch_layer(shape, runner)), strict=True))
         print(f"    torch._grouped_mm, eager: forward {result['torch']['forward']:.2f} ms, "
               f"forward + backward {result['torch']['both']:.2f} ms")  # fmt: skip
     except Exception as error:

@@ -1,37 +1,41 @@
-"""One MoE layer in BF16 against SonicMoE on one GPU, in turn, in the regime of training.
+"""One MoE layer in BF16 against SonicMoE and torch._grouped_mm on one GPU, in turn, in the regime of training.
 
-    python bench/moe_layer.py build DIR                    the kernels; needs no GPU
-    python bench/moe_peers.py DIR NAME [--json FILE]       on the GPU, with sonic-moe 0.1.2.post1, quack-kernels 0.6.5
-                                                           and what compiles them; NAME: moonlet, dsv3-ep8;
-                                                           --alone leaves SonicMoE out
+    python bench/moe_layer.py build DIR                    nmoe's kernels; needs no GPU
+    python bench/moe_peers.py build DIR                    SonicMoE's GEMMs (bench/sonic.py), into DIR/quack; neither;
+                                                           with sonic-moe 0.1.2.post1 and quack-kernels 0.6.5
+    python bench/moe_peers.py prepare DIR NAME             on the GPU: what Triton and torch compile there, into their
+                                                           caches, so that `run` takes less long
+    python bench/moe_peers.py run DIR NAME [--json FILE]   on the GPU; NAME: moonlet, dsv3-ep8; adds it to FILE
 
 A GPU that multiplies without a pause is at its power limit, and slower than in a burst. So every candidate runs back to
 back for a while, of which the last two thirds count, and they take turns for several rounds; cuBLAS's 8192³, with which
 each round begins, says what the tensor cores reach in the same regime. Medians over the rounds.
 
 What is compared: router, experts, combine. Ours accumulates weight gradients in FP32 and its forward stores what the
-backward needs; SonicMoE's gradients are BF16, its router is BF16, its forward alone stores nothing. QuACK tunes its
-GEMMs among TILES; one, its default, takes 100 s to compile on 16 cores.
+backward needs; SonicMoE's gradients are BF16, its router is BF16, its forward alone stores nothing, its results are
+first compared with torch's. torch's routing is given, its gradients are BF16.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import sonic
 import torch
-from moe_layer import DEVICE, LARGE, TARGET, Runner, Shape, call_times, schedule_of
+from moe_layer import DEVICE, LARGE, TARGET, Runner, Shape, call_times, schedule_of, torch_layer
+from timing import provenance
 
 from nmoe import binding
 from nmoe.codegen.cache import Cache
 from nmoe.codegen.launch import CudaLauncher
 
-TILES = {(128, 192, True)}  # m, n, ping-pong
 Call = Callable[[], Any]
 
 
@@ -58,56 +62,12 @@ def cublas() -> Call:
     return lambda: a @ b
 
 
-def sonic(shape: Shape) -> tuple[Call, Call]:
-    """SonicMoE's layer: forward, forward + backward."""
-    import quack.gemm_config as configs
-    import quack.gemm_runtime.identity as identity
-
-    exact, every = identity.semantic_value_key, configs._get_sm90_configs
-
-    def tolerant(value: Any, seen: Any) -> Any:  # QuACK 0.6.5 does not know a ContextVar of CuTeDSL 4.8
-        try:
-            return exact(value, seen)
-        except TypeError:
-            return ("opaque", type(value).__name__)
-
-    def some(*args: Any, **kwargs: Any) -> list[Any]:
-        found = every(*args, **kwargs)
-        return [
-            c
-            for c in found
-            if (c.tile_m, c.tile_n, c.pingpong) in TILES and c.cluster_m == 2 and not c.swap_ab
-        ]
-
-    identity.semantic_value_key, configs._get_sm90_configs = tolerant, some
-    from sonicmoe.enums import ActivationType
-    from sonicmoe.functional import moe_TC_softmax_topk_layer as layer
-
-    def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*size, device=DEVICE) * scale).bfloat16()
-
-    x = normal(shape.tokens, shape.hidden)
-    router = normal(shape.experts, shape.hidden, scale=shape.hidden**-0.5)
-    w1 = normal(shape.experts, 2 * shape.inter, shape.hidden, scale=shape.hidden**-0.5)
-    w2 = normal(shape.experts, shape.hidden, shape.inter, scale=shape.inter**-0.5)
-    dy = normal(shape.tokens, shape.hidden)
-    leaves = [t.requires_grad_() for t in (x, router, w1, w2)]
-    stream = torch.cuda.current_stream().cuda_stream
-
-    def run(inference: bool) -> torch.Tensor:
-        return layer(x, router, w1.permute(1, 2, 0), None, w2.permute(1, 2, 0), None, shape.topk, stream,
-                     ActivationType.SWIGLU, inference)[0]  # fmt: skip
-
-    def forward() -> None:
-        with torch.no_grad():
-            run(True)
-
-    def both() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        run(False).backward(dy)
-
-    return forward, both
+def loaded(folder: Path, shape: Shape) -> Runner:
+    schedule = schedule_of(shape, "bf16", binding.kernels(TARGET, folder))
+    runner = Runner(shape, schedule, CudaLauncher(Cache(folder)))
+    runner.fill(1)
+    runner.step()
+    return runner
 
 
 class Rounds:
@@ -117,6 +77,19 @@ class Rounds:
         self.shape, self.runner, self.seconds = shape, runner, seconds
         self.calls: dict[str, Call] = {"cuBLAS": cublas(), "ours": lambda: runner.executor.run("micro")}
         self.stages = {op.name: op.stage for op in runner.schedule.graph.ops}
+
+    def add(self, name: str, make: Callable[[], tuple[Call, Call]]) -> None:
+        """A peer's forward + backward and forward, called once; or why there is none."""
+        begin = time.perf_counter()
+        try:
+            forward, both = make()
+            both()
+            forward()
+            torch.cuda.synchronize()
+            self.calls |= {name: both, f"{name}, forward": forward}
+            print(f"{name} compiled and tuned in {time.perf_counter() - begin:.0f} s", flush=True)
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {str(error)[:600]}", flush=True)
 
     def run(self, count: int) -> dict[str, Any]:
         taken: dict[str, list[float]] = {}
@@ -143,41 +116,66 @@ class Rounds:
                 products = 6.0 if name.endswith("forward") else 18.0
                 ms = statistics.median(times)
                 rate = products * shape.tokens * shape.topk * shape.hidden * shape.inter / ms / 1e9
-                print(f"{name:18} {ms:7.3f} ms, {rate:4.0f} TFLOP/s, {100 * rate / peak:.1f} % of cuBLAS "
+                print(f"{name:24} {ms:7.3f} ms, {rate:4.0f} TFLOP/s, {100 * rate / peak:.1f} % of cuBLAS "
                       f"({' '.join(f'{t:.2f}' for t in times)})")  # fmt: skip
         for name, times in sorted(found["calls"].items(), key=lambda item: -statistics.median(item[1])):
             print(f"    {statistics.median(times):7.3f} ms {name}")
         print(flush=True)
 
 
+def prepare(folder: Path, shape: Shape) -> None:
+    jobs = sonic.prepare(
+        shape.tokens, shape.hidden, shape.topk, max(1, len(os.sched_getaffinity(0)) // 2 - 1)
+    )
+    for call in torch_layer(shape, loaded(folder, shape), compiled=True):
+        call()
+    torch.cuda.synchronize()
+    for job in jobs:
+        job.join()
+    print(f"prepared {shape}: exit codes {[job.exitcode for job in jobs]}", flush=True)
+
+
+def run(folder: Path, shape: Shape, count: int, seconds: float) -> dict[str, Any]:
+    runner = loaded(folder, shape)
+    rounds = Rounds(shape, runner, seconds)
+
+    def peer() -> tuple[Call, Call]:
+        layer = sonic.Layer(
+            folder / "quack", shape.tokens, shape.hidden, shape.inter, shape.experts, shape.topk
+        )
+        apart = layer.check()
+        print(f"SonicMoE is {', '.join(f'{n} {e:.1e}' for n, e in apart.items())} from torch", flush=True)
+        return layer.forward, layer.both
+
+    rounds.add("SonicMoE", peer)
+    rounds.add("torch", lambda: torch_layer(shape, runner))
+    rounds.add("torch compiled", lambda: torch_layer(shape, runner, compiled=True))
+    found = rounds.run(count)
+    rounds.report(found)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("action", choices=("build", "prepare", "run"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("name", choices=tuple(LARGE))
+    parser.add_argument("name", choices=tuple(LARGE), nargs="?", default="moonlet")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.4)
-    parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--seconds", type=float, default=0.35)
     args = parser.parse_args()
     shape = LARGE[args.name]
+    if args.action == "build":
+        sonic.build(args.folder / "quack")
+        return
+    if args.action == "prepare":
+        prepare(args.folder, shape)
+        return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.name} {shape}", flush=True)
-    schedule = schedule_of(shape, "bf16", binding.kernels(TARGET, args.folder))
-    runner = Runner(shape, schedule, CudaLauncher(Cache(args.folder)))
-    runner.fill(1)
-    runner.step()
-    rounds = Rounds(shape, runner, args.seconds)
-    if not args.alone:
-        begin = time.perf_counter()
-        forward, both = sonic(shape)
-        both()
-        forward()
-        torch.cuda.synchronize()
-        print(f"SonicMoE compiled and tuned in {time.perf_counter() - begin:.0f} s", flush=True)
-        rounds.calls |= {"SonicMoE": both, "SonicMoE, forward": forward}
-    found = rounds.run(args.rounds)
-    rounds.report(found)
+    found = provenance() | {args.name: run(args.folder, shape, args.rounds, args.seconds)}
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        others = json.loads(args.json.read_text()) if args.json.exists() else {}
+        args.json.write_text(json.dumps(others | found, indent=1))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ from nmoe.codegen.build import build, build_transfers
 from nmoe.codegen.cache import Cache, default_root
 from nmoe.codegen.launch import CudaLauncher, device_of
 from nmoe.codegen.problem import EXTENTS, PARTS, ROWS, Operand, Problem, resolve, stored_formats
-from nmoe.codegen.rdep import transfers_of
 from nmoe.codegen.spec import KernelSpec, spec_of, specs
+from nmoe.codegen.transfers import transfers_of
 from nmoe.config import Config
 from nmoe.errors import UserError
 from nmoe.graph import Graph, Op, Spec
+from nmoe.hosts import ranks_of_host
 from nmoe.schedule import Call, Kernels, Schedule, Workspace, lower
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 Bound = Callable[[], None]
 Argument: TypeAlias = "torch.Tensor | float | int"
 
+SPARE = 32  # multiprocessors that a persistent kernel leaves to a transfer beside it: `move` takes no more
+
 SYMBOLS = {extent: symbol for symbol, extent in EXTENTS.items()}
 
 
@@ -47,8 +50,11 @@ class Launcher(Protocol):
 
     root: Path | None
 
-    def bind(self, problem: Problem, config: Any, target: str, arguments: Sequence[Argument]) -> Bound:
-        """A launch of the kernel on these operands, which neither allocates nor waits for the device."""
+    def bind(
+        self, problem: Problem, config: Any, target: str, arguments: Sequence[Argument], spare: int = 0
+    ) -> Bound:
+        """A launch of the kernel on these operands, which neither allocates nor waits for the device. A persistent
+        kernel leaves `spare` multiprocessors to others."""
 
 
 def kernels(target: str, root: Path | None = None) -> Kernels:
@@ -110,7 +116,8 @@ def launcher(config: Config, schedules: Sequence[Schedule], say: Callable[[str],
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # references sum in FP32
     root = default_root()
     wanted = list(needed(config, schedules))
-    transfers = list(dict.fromkeys(problem for s in schedules for problem in transfers_of(s)))
+    gpus = ranks_of_host(config.rdep.ranks)
+    transfers = list(dict.fromkeys(problem for s in schedules for problem in transfers_of(s, gpus)))
     with _alone(root):
         made = build(wanted, root, progress=sys.stderr)
         moved = build_transfers(transfers, config.target.device, root)
@@ -155,7 +162,8 @@ def bind(
             f"{len(tensors)} tensors"
         )
     _check_shapes(call, problem, [o for o in operands if o.shape], tensors)
-    return launcher.bind(problem, config, schedule.target, [*tensors, *scalars])
+    spare = SPARE if call.beside else 0
+    return launcher.bind(problem, config, schedule.target, [*tensors, *scalars], spare)
 
 
 def _check_shapes(

@@ -20,7 +20,7 @@ from nmoe.graph import Op
 from nmoe.plan import PlanError, format_plan, memory_plan, micro_batch
 from nmoe.predict import Wire, dispatch_wire, return_wire, row_bytes, spread, sync_wire, timeline
 from nmoe.schedule import Call, lower
-from nmoe.schedule.lower import COMM, MAIN, SIDE
+from nmoe.schedule.overlap import COMM, MAIN, SIDE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NATURAL = {"quickstart": 1, "moonlet": 1, "moonlight": 8, "dsv2": 80, "dsv3": 512}

@@ -12,10 +12,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -29,6 +29,8 @@ from nmoe.codegen.rdep import RdepProblem
 from nmoe.codegen.report import COLUMNS, cells, disassemble, tool
 from nmoe.codegen.spec import KernelSpec
 from nmoe.errors import UserError
+
+TOGETHER = 4  # kernels that a worker compiles before it disassembles them
 
 
 @dataclass
@@ -59,9 +61,9 @@ def build(
     """Every spec's artifact. `progress`: where to draw a bar while kernels compile; `workers` 0 means one a core."""
     begin = time.monotonic()
     cache = Cache(root)
-    before = set(cache.quarantined())
+    before = Counter(cache.quarantined())
     result = Build(specs[0].target if specs else "cpu")
-    work: list[KernelSpec] = []
+    work: dict[str, list[KernelSpec]] = {}  # by the artifact's key: specs that state one problem share it
     for spec in specs:
         problem = families.match(spec)
         if isinstance(problem, str):
@@ -69,27 +71,36 @@ def build(
             continue
         config, record = autotune.choose(problem, spec.target, root)
         result.chosen[spec] = problem, config, record
-        if entry := cache.get(compiler.problem_key(problem, config, spec.target), spec.target):
+        key = compiler.problem_key(problem, config, spec.target)
+        if entry := cache.get(key, spec.target):
             result.warm[spec] = entry
         else:
-            work.append(spec)
-    result.repaired = sorted(set(cache.quarantined()) - before)
+            work.setdefault(key, []).append(spec)
+    result.repaired = sorted((Counter(cache.quarantined()) - before).elements())
     if work:
-        _require_compiler([spec.name for spec in work], result.repaired, root)
-        _compile(work, root, workers, result, progress)
+        _require_compiler([spec.name for same in work.values() for spec in same], result.repaired, root)
+        kernels = {key: result.chosen[same[0]][:2] for key, same in work.items()}
+        for key, made in _compile(kernels, result.target, root, workers, progress).items():
+            for spec in work[key]:
+                if isinstance(made, Entry):
+                    result.built[spec] = made
+                else:
+                    result.failed[spec] = made
     result.seconds = time.monotonic() - begin
     return result
 
 
 def build_transfers(problems: Sequence[RdepProblem], target: str, root: Path, workers: int = 0) -> str:
-    """RDEP's kernels, which no spec states: as `build` does. Returns a line that says what was done."""
+    """RDEP's kernels, which no spec states: as `build` does. Returns a line that says what was done; raises
+    CompilerError when one of them cannot be built."""
     begin, cache = time.monotonic(), Cache(root)
-    keys = {p: compiler.problem_key(p, p.untuned(target), target) for p in problems}
-    work = [problem for problem, key in keys.items() if not cache.get(key, target)]
+    keys = {compiler.problem_key(p, p.untuned(target), target): (p, p.untuned(target)) for p in problems}
+    work = {key: pair for key, pair in keys.items() if not cache.get(key, target)}
     if work:
-        _require_compiler([str(problem) for problem in work], [], root)
-        with _processes(min(workers or len(os.sched_getaffinity(0)), len(work))) as pool:
-            list(pool.map(partial(_transfer, target=target, root=root), work))
+        _require_compiler([str(problem) for problem, _ in work.values()], [], root)
+        for key, made in _compile(work, target, root, workers, None).items():
+            if isinstance(made, str):
+                raise compiler.CompilerError(f"{work[key][0]} was not built: {made}")
     return (
         f"RDEP: {len(keys)} kernels ready ({len(keys) - len(work)} cached, {len(work)} built), "
         f"{time.monotonic() - begin:.1f} s"
@@ -119,46 +130,55 @@ def _require_compiler(work: Sequence[str], damaged: Sequence[str], root: Path) -
 
 
 def _compile(
-    work: Sequence[KernelSpec],
+    work: Mapping[str, tuple[Problem, Config]],
+    target: str,
     root: Path,
     workers: int,
-    result: Build,
     progress: TextIO | None,
-) -> None:
-    count = min(workers or len(os.sched_getaffinity(0)), len(work))
+) -> dict[str, Entry | str]:
+    """By key the artifact, or why there is none."""
+    count = workers or len(os.sched_getaffinity(0))
+    size = min(TOGETHER, -(-len(work) // count))
+    keys = sorted(work, key=lambda key: work[key][0].language != "triton")  # those take longest
+    groups = [keys[i : i + size] for i in range(0, len(keys), size)]
+    count = min(count, len(groups))
     bar = Bar(progress, "compiling")
-    with _processes(count) as pool:
-        futures = {pool.submit(_one, spec.json(), result.chosen[spec][1], root): spec for spec in work}
-        for done, future in enumerate(as_completed(futures), 1):
-            spec = futures[future]
+    done: dict[str, Entry | str] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_start) as pool:
+        futures = {
+            pool.submit(_several, [work[key] for key in group], target, root): group for group in groups
+        }
+        for future in as_completed(futures):
+            group = futures[future]
             try:
-                result.built[spec] = future.result()
+                done |= dict(zip(group, future.result(), strict=True))
             except Exception as error:
-                result.failed[spec] = f"{type(error).__name__}: {error}"
-            bar.update(done / len(work), f"{done} of {len(work)} kernels", spec.name)
-    bar.finish(f"{len(result.built)} kernels in {bar.seconds:.1f} s on {count} cores")
-
-
-def _processes(count: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
+                done |= dict.fromkeys(group, _why(error))
+            bar.update(len(done) / len(work), f"{len(done)} of {len(work)} kernels", str(work[group[-1]][0]))
+    built = sum(isinstance(made, Entry) for made in done.values())
+    bar.finish(f"{built} kernels in {bar.seconds:.1f} s on {count} cores")
+    return done
 
 
 def _start() -> None:
-    """A worker hears of Ctrl-C from its parent, sees no GPU and prints nothing of its own."""
+    """A worker hears of Ctrl-C from its parent, sees no GPU, imports no torch and prints nothing of its own."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.modules["torch"] = None  # type: ignore[assignment]  # TVM-FFI would import it, in a second and a half
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _one(spec: str, config: Config, root: Path) -> Entry:
-    return compiler.compile_kernel(KernelSpec.from_json(spec), config, Cache(root))
+def _several(work: list[tuple[Problem, Config]], target: str, root: Path) -> list[Entry | str]:
+    made = compiler.compile_problems(work, target, Cache(root))
+    return [_why(entry) if isinstance(entry, Exception) else entry for entry in made]
 
 
-def _transfer(problem: RdepProblem, target: str, root: Path) -> None:
-    compiler.compile_problem(problem, problem.untuned(target), target, Cache(root))
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def emit(result: Build, folder: Path) -> str:

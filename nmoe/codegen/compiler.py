@@ -17,16 +17,17 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nmoe.codegen import families, triton
+from nmoe.codegen import triton
 from nmoe.codegen.cache import FORMAT, FUNCTION, Cache, Entry
 from nmoe.codegen.problem import Config, Operand, Problem
+from nmoe.codegen.rails import linked
 from nmoe.codegen.report import resources, stated
-from nmoe.codegen.spec import KernelSpec
 from nmoe.errors import UserError
 
 # Exactly the versions that the templates were verified with; part of every key.
@@ -42,11 +43,11 @@ class CompilerError(UserError):
 
 
 @cache
-def sources(template: str) -> str:
-    """SHA-256 of the sources that a template module generates code from: its own and those that it imports, at any
-    remove, of nmoe.codegen and nmoe.storage."""
+def sources(template: str, *others: str) -> str:
+    """SHA-256 of the sources that a template module generates code from: its own, those of the modules `others`, and
+    what they import, at any remove, of nmoe.codegen and nmoe.storage."""
     found: dict[str, str] = {}
-    wanted = [f"nmoe.codegen.templates.{template}"]
+    wanted = [f"nmoe.codegen.templates.{template}", *others]
     while wanted:
         module = wanted.pop()
         path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
@@ -65,9 +66,11 @@ def sources(template: str) -> str:
 def problem_key(problem: Problem, config: Config | None, target: str) -> str:
     """Names an artifact: the SHA-256 of all that its content depends on, token counts not among it. Without a config
     it names what is known of them all (autotune/records.py)."""
+    modules = [problem.template(target).split(".")[0]]
+    modules += ["nmoe.codegen.triton"] if problem.language == "triton" else []
     parts: dict[str, Any] = {
         "family": problem.family, "problem": asdict(problem), "config": config and config.json(), "target": target,
-        "sources": sources(problem.template(target).split(".")[0]), "toolchain": TOOLCHAIN, "host": "x86_64-linux",
+        "sources": sources(*modules), "toolchain": TOOLCHAIN, "host": "x86_64-linux",
         "format": FORMAT,
     }  # fmt: skip
     if problem.language == "triton":
@@ -103,40 +106,66 @@ def _package_folders() -> list[str]:
     return list(found.submodule_search_locations or ()) if found else []
 
 
-def compile_kernel(spec: KernelSpec, config: Config, cache: Cache) -> Entry:
-    """The spec's artifact from the cache, built if it is not there. Specs that state one problem share it."""
-    problem = families.match(spec)
-    if isinstance(problem, str):
-        raise CompilerError(f"{spec.name} {spec.key}: {problem}")
-    return compile_problem(problem, config, spec.target, cache)
-
-
 def compile_problem(problem: Problem, config: Config, target: str, cache: Cache) -> Entry:
-    key = problem_key(problem, config, target)
-    if found := cache.get(key, target):
-        return found
+    """The problem's artifact from the cache, built if it is not there."""
+    (found,) = compile_problems([(problem, config)], target, cache)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def compile_problems(
+    work: Sequence[tuple[Problem, Config]], target: str, cache: Cache
+) -> list[Entry | Exception]:
+    """Each problem's artifact from the cache, built if it is not there, or why it could not be. What is built is
+    disassembled in one go, since the disassembler takes a third of a second to start."""
+    keys = [problem_key(problem, config, target) for problem, config in work]
+    found: list[Entry | Exception | None] = [cache.get(key, target) for key in keys]
+    if None in found:
+        check_toolchain()
+    made: dict[int, tuple[dict[str, bytes], dict[str, Any]]] = {}
+    for i, (problem, config) in enumerate(work):
+        if found[i] is None:
+            try:
+                made[i] = _make(problem, config, target)
+            except Exception as error:
+                found[i] = error
+    used = resources([_cubins(files) for files, _ in made.values()], target)
+    for (i, (files, report)), more in zip(made.items(), used, strict=True):
+        found[i] = cache.put(keys[i], target, files, report | more)
+    return [entry for entry in found if entry is not None]
+
+
+def _make(problem: Problem, config: Config, target: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """An artifact's files and its report, but for what the machine code tells."""
     problem.require_legal(config, target)
-    check_toolchain()
     begin = time.monotonic()
     if problem.language == "triton":
-        files, used = triton.generate(problem, config, target)
+        files, known = triton.generate(problem, config, target)
     else:
         files = generate(problem, config, target)
-        used = stated(files["kernel.ptx"].decode()) | resources(files["kernel.cubin"])
-    report = {
+        text = files["kernel.ptx"].decode()
+        known = entry(text) if linked(problem) else stated(text)
+    return files, {
         "family": problem.family, "problem": asdict(problem), "target": target, "config": str(config),
-        "stages": getattr(config, "stages", 0), "shared_bytes": problem.shared_bytes(config, target), **used,
+        "stages": getattr(config, "stages", 0), "shared_bytes": problem.shared_bytes(config, target), **known,
         "seconds": round(time.monotonic() - begin, 2),
     }  # fmt: skip
-    return cache.put(key, target, files, report)
+
+
+def _cubins(files: Mapping[str, bytes]) -> list[bytes]:
+    return [data for name, data in files.items() if name.endswith(".cubin")]
 
 
 def generate(problem: Problem, config: Config, target: str) -> dict[str, bytes]:
-    """kernel.so, kernel.ptx and kernel.cubin of a CuTeDSL template."""
+    """kernel.so, kernel.ptx and kernel.cubin of a CuTeDSL template; no kernel.so of what the driver launches."""
+    compiled = trace(problem, config, target)
+    check_ptx(compiled.__ptx__)
+    files = {"kernel.ptx": compiled.__ptx__.encode(), "kernel.cubin": compiled.__cubin__}
+    if linked(problem):
+        return files
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        compiled = trace(problem, config, target)
-        check_ptx(compiled.__ptx__)
         compiled.export_to_c(str(folder / "kernel.o"), FUNCTION)
         library = folder / "kernel.so"
         done = subprocess.run(
@@ -144,8 +173,14 @@ def generate(problem: Problem, config: Config, target: str) -> dict[str, bytes]:
         )
         if done.returncode:
             raise CompilerError(f"gcc could not link a kernel: {done.stderr.strip()}")
-        return {"kernel.so": library.read_bytes(), "kernel.ptx": compiled.__ptx__.encode(),
-                "kernel.cubin": compiled.__cubin__}  # fmt: skip
+        return files | {"kernel.so": library.read_bytes()}
+
+
+def entry(text: str) -> dict[str, Any]:
+    """The symbol of a PTX text's kernel, and the threads that a block of it has."""
+    found = re.search(r"\.entry\s+(\w+).*?\.reqntid\s+(\d+)", text, re.DOTALL)
+    assert found, "a kernel states its threads"
+    return {"symbol": found[1], "threads": int(found[2])}
 
 
 def check_ptx(text: str) -> None:
@@ -160,18 +195,21 @@ def check_ptx(text: str) -> None:
 
 
 def trace(problem: Problem, config: Config, target: str, options: str = "") -> Any:
-    """CuTeDSL's compiled function, its PTX and machine code. Arguments: the problem's operands, clusters, stream."""
+    """CuTeDSL's compiled function, its PTX and machine code. Arguments: the problem's operands, clusters, stream. It is
+    exported or emulated, never called, and so not loaded here."""
     os.environ.pop("CUTE_DSL_ARCH", None)  # read at import; the option must stand alone
     from cutlass import Int32, cute
     from cutlass.cute.runtime import make_fake_stream
 
     module, name = problem.template(target).split(".")
-    template = getattr(importlib.import_module(f"nmoe.codegen.templates.{module}"), name)
+    template = getattr(importlib.import_module(f"nmoe.codegen.templates.{module}"), name)(problem, config)
+    if hasattr(template, "ptxas"):
+        options += f" --ptxas-options={template.ptxas}"
     extents: dict[int, Any] = {}
     arguments = [_fake(operand, extents) for operand in problem.operands(config)]
     with tempfile.TemporaryDirectory() as folder:  # the compiler writes what it keeps there as well
         return cute.compile(
-            template(problem, config), *arguments, Int32(1), make_fake_stream(),
+            template, *arguments, Int32(1), make_fake_stream(), no_jit_engine=True,
             options=f"--enable-tvm-ffi --gpu-arch={target} --keep-ptx --keep-cubin --dump-dir={folder} {options}",
         )  # fmt: skip
 

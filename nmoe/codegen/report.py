@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*
 CONSTANT = re.compile(r"mov\.b32\s+(%r\d+), (\d+);")
 EXPECTED = re.compile(r"mbarrier\.arrive\.expect_tx\S* [^;]*, (%?\w+);")
 ALLOCATED = re.compile(r"tcgen05\.alloc\S*\s+[^;]*, (%?\w+);")
+EXECUTABLE = 4  # an ELF section's flag
+INSTRUCTION = 16  # bytes
 USAGE = re.compile(r"Function ([^:]+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -41,22 +45,45 @@ def tool(name: str) -> Path | None:
     return Path(found) if found else None
 
 
-def resources(cubin: bytes) -> dict[str, Any]:
-    """{"kernels": {name: {registers, stack, local}}, "sass": {kind: {opcode: count}}}; empty without the tools."""
-    cuobjdump, sass = tool("cuobjdump"), disassemble(cubin)
-    if cuobjdump is None or sass is None:
-        return {}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _output([str(cuobjdump), "-res-usage", file.name])
+def resources(artifacts: Sequence[Sequence[bytes]], target: str) -> list[dict[str, Any]]:
+    """Of the cubins of each artifact {"kernels": {name: {registers, stack, local}}, "sass": {kind: {opcode: count}}};
+    empty without the tools. `target`: that of all."""
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    if cuobjdump is None or nvdisasm is None:
+        return [{} for _ in artifacts]
+    codes = [b"".join(map(_code, cubins)) for cubins in artifacts]
+    # One file of instructions, so that nvdisasm starts once: a line each, in their order.
+    text = _output([str(nvdisasm), "-b", target.replace("sm_", "SM")], b"".join(codes))
+    lines = [line for line in text.splitlines() if line.lstrip().startswith("/*")]
+    assert len(lines) * INSTRUCTION == sum(map(len, codes)), "an instruction is a line"
+    each = iter(lines)
+    return [
+        {
+            "kernels": _usage(cuobjdump, cubins),
+            "sass": count("\n".join(islice(each, len(code) // INSTRUCTION))),
+        }
+        for cubins, code in zip(artifacts, codes, strict=True)
+    ]
+
+
+def _usage(cuobjdump: Path, cubins: Sequence[bytes]) -> dict[str, dict[str, int]]:
+    """Of one function for several operands: the most of each."""
     kernels: dict[str, dict[str, int]] = {}
-    for name, *numbers in USAGE.findall(usage):
-        registers, stack, _, local = map(int, numbers)
-        found = {"registers": registers, "stack": stack, "local": local}
-        before = kernels.get(_short(name), found)  # one function for other operands: the most of each
-        kernels[_short(name)] = {key: max(before[key], found[key]) for key in found}
-    return {"kernels": kernels, "sass": count(sass)}
+    for cubin in cubins:
+        for name, *numbers in USAGE.findall(_output([str(cuobjdump), "-res-usage"], cubin)):
+            registers, stack, _, local = map(int, numbers)
+            found = {"registers": registers, "stack": stack, "local": local}
+            before = kernels.get(_short(name), found)
+            kernels[_short(name)] = {key: max(before[key], found[key]) for key in found}
+    return kernels
+
+
+def _code(cubin: bytes) -> bytes:
+    """The executable sections of an ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count = struct.unpack_from("<HH", cubin, 0x3A)
+    sections = (struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count))
+    return b"".join(cubin[at : at + length] for *_, flags, _, at, length in sections if flags & EXECUTABLE)
 
 
 def stated(ptx: str) -> dict[str, Any]:
@@ -73,12 +100,7 @@ def stated(ptx: str) -> dict[str, Any]:
 def disassemble(cubin: bytes) -> str | None:
     """The machine code as text, or None without nvdisasm."""
     nvdisasm = tool("nvdisasm")
-    if nvdisasm is None:
-        return None
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return _output([str(nvdisasm), "-c", file.name])
+    return _output([str(nvdisasm), "-c"], cubin) if nvdisasm else None
 
 
 def count(sass: str) -> dict[str, dict[str, int]]:
@@ -96,8 +118,12 @@ def _short(name: str) -> str:
     return found.group(1) if found else name
 
 
-def _output(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _output(command: list[str], content: bytes) -> str:
+    """What a tool prints of a file with this content, whose name is its last argument."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        return subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def cells(report: Mapping[str, Any]) -> tuple[str, ...]:

@@ -97,9 +97,10 @@ class RowProblem(Problem):
         return self.body in ("rms_norm", "rms_norm_bwd")
 
     @property
-    def held(self) -> int:
+    def held_names(self) -> tuple[str, ...]:
         """Tensors whose pieces wait in shared memory for the sums of their rows."""
-        return self.addends + {"rms_norm": 1, "rms_norm_bwd": 2}.get(self.body, 0)
+        own = {"rms_norm": ("x",), "rms_norm_bwd": ("x", "dy")}.get(self.body)
+        return (*own, *(f"addend{i}" for i in range(self.addends))) if own else ()
 
     @property
     def stochastic(self) -> bool:
@@ -206,19 +207,22 @@ class RowProblem(Problem):
         if self.statistic:
             return self._norms()
         if self.two_passes and self.columns:
-            return [RowConfig(8, 16, 2, 2, 3), RowConfig(8, 16, 1, 4, 3)]
+            resident = {"sm_90a": 3, "sm_100a": 2}[target]  # with three, sm_100a's lack a few registers
+            return [RowConfig(8, 16, 2, 2, resident), RowConfig(8, 16, 1, 4, resident)]
         if self.columns:
             return [RowConfig(8, 8, 2, 2, 4), RowConfig(8, 8, 4, 2, 2), RowConfig(8, 8, 1, 4, 4)]
         across = self._across(32, 8)
         return [RowConfig(32, rows, 8 // across, across, 8 // rows) for rows in (2, 4)]
 
     def _norms(self) -> list[RowConfig]:
-        """Registers are some 130 a thread with copies both ways, and 100 with one."""
+        """Registers are some 130 a thread with copies both ways, and 100 with one; more in NVFP4, 16 rows a thread."""
         if not self.columns:
-            held = {"rms_norm": (4, 8) if self.copies else (8, 4), "rms_norm_bwd": (4,)}[self.body]
+            once = self.copies and not self.two_passes
+            held = {"rms_norm": (4, 8) if once else (8, 4), "rms_norm_bwd": (4,)}[self.body]
             return [RowConfig(32, rows, 1, self._across(32, 8), 2) for rows in held]
         if self.two_passes:
-            return [RowConfig(16, 16, 1, self._across(16, 4), 2)]
+            across = self._across(16, 4)
+            return [RowConfig(16, 16, 1, across, max(1, 256 // (32 * across)))]
         threads = 448 if len(self.copies) == 2 else 640
         sizes = dict.fromkeys(self._across(8, most) for most in (4, 8))
         return [RowConfig(8, 8, 1, across, max(1, threads // (32 * across))) for across in sizes]
@@ -263,10 +267,18 @@ class RowProblem(Problem):
         those of an atom's rows."""
         return max(1, ATOM_ROWS // config.rows) if self.statistic and self.columns else 1
 
+    def buffers(self, config: RowConfig, target: str) -> int:
+        """Of a norm's pieces: two where a thread block takes turns and the resident ones have room for them."""
+        room = (HARDWARE[target].shared + RESERVED) // config.resident - RESERVED
+        return 2 if self.turns(config) > 1 and self._shared_bytes(config, 2) <= room else 1
+
     def shared_bytes(self, config: RowConfig, target: str) -> int:
         """Pieces and sums of rows, sums of weight gradients, scale factors and transposed FP4 of a tile."""
-        held = 2 * self.held * config.rows * config.columns
-        sums = 4 * config.rows * (config.warps_across + 2 * self.tiles(config)) if self.statistic else 0
+        return self._shared_bytes(config, self.buffers(config, target))
+
+    def _shared_bytes(self, config: RowConfig, buffers: int) -> int:
+        held = 2 * buffers * len(self.held_names) * config.rows * config.columns
+        sums = 4 * config.rows * (config.warps_across + 2 * self.tiles(config) + 1) if self.statistic else 0
         gradient = 4 * config.columns if self.body == "rms_norm_bwd" else 0
         found = held + sums + gradient
         for copy in self.copies:
@@ -314,6 +326,7 @@ class RowProblem(Problem):
         return found
 
 
+RESERVED = 1024  # bytes of shared memory that every thread block takes beside its own
 FP4_PAD = 16  # bytes between the lines of transposed FP4, against bank conflicts
 
 

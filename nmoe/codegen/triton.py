@@ -16,7 +16,6 @@ from typing import Any
 
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import COUNTS, Config, Launch, Problem
-from nmoe.codegen.report import resources
 from nmoe.errors import UserError
 
 TYPES = {"bf16": "bf16", "f32": "fp32", "i32": "i32"}  # Triton's names
@@ -24,15 +23,15 @@ ALIGNED = [["tt.divisibility", 16]]  # bytes; of every tensor, since the arena's
 
 
 def generate(problem: Problem, config: Config, target: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """<function>.cubin and <function>.ptx of each function, and the report of them all: "functions" says what a launch
-    needs, threads and bytes of dynamic shared memory."""
+    """<function>.cubin and <function>.ptx of each function, and what the report says of them all: "functions" is what a
+    launch needs, threads and bytes of dynamic shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     module = importlib.import_module(f"nmoe.codegen.templates.{_module(problem, target)}")
     hardware = HARDWARE[target]
     files: dict[str, bytes] = {}
-    report: dict[str, Any] = {"functions": {}, "tensor_columns": 0, "kernels": {}, "sass": {}}
+    report: dict[str, Any] = {"functions": {}, "tensor_columns": 0}
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         for launch in problem.launches(config):
@@ -52,16 +51,12 @@ def generate(problem: Problem, config: Config, target: str) -> tuple[dict[str, b
                     f"columns of tensor memory and {used.global_scratch_size} bytes of scratch: {hardware.name} has "
                     f"{hardware.shared}, {hardware.tensor_columns} and 0"
                 )
-            cubin = made.asm["cubin"]
-            files |= {f"{launch.function}.cubin": cubin, f"{launch.function}.ptx": made.asm["ptx"].encode()}
+            files |= {
+                f"{launch.function}.cubin": made.asm["cubin"],
+                f"{launch.function}.ptx": made.asm["ptx"].encode(),
+            }
             report["functions"][launch.function] = {"threads": 32 * used.num_warps, "shared": used.shared}
-            found = resources(cubin)
             report["tensor_columns"] = max(report["tensor_columns"], used.tmem_size)
-            report["kernels"] |= found.get("kernels", {})
-            for kind, counts in found.get("sass", {}).items():
-                total = report["sass"].setdefault(kind, {})
-                for opcode, n in counts.items():
-                    total[opcode] = total.get(opcode, 0) + n
     return files, report
 
 
@@ -74,12 +69,17 @@ def _source(function: Any, problem: Problem, config: Config, launch: Launch) -> 
 
     operands = {operand.name: operand for operand in problem.operands(config)}
     signature, attributes = {}, {}
-    for i, name in enumerate(launch.arguments):
+    given = (*launch.arguments, *launch.constants)
+    for i, (parameter, name) in enumerate(zip(function.arg_names, given, strict=True)):
         operand = operands.get(name)
-        signature[name] = "i32" if operand is None else ("*" if operand.shape else "") + TYPES[operand.format]
-        if operand is not None and operand.shape:
-            attributes[i,] = ALIGNED
-    signature |= dict.fromkeys(launch.constants, "constexpr")
+        if name in launch.constants:
+            signature[parameter] = "constexpr"
+        elif operand is None:
+            signature[parameter] = "i32"
+        else:
+            signature[parameter] = ("*" if operand.shape else "") + TYPES[operand.format]
+            if operand.shape:
+                attributes[i,] = ALIGNED
     return ASTSource(function, signature, dict(launch.constants), attributes)
 
 

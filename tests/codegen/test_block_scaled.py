@@ -41,7 +41,7 @@ def test_machine_code_holds_a_slices_products_and_scales_and_no_spills(
     assert size in stated["expected_bytes"] and stated["tensor_columns"] == 512
     if report.tool("nvdisasm") is None:
         pytest.skip("no disassembler")
-    found = report.resources(function.__cubin__)
+    (found,) = report.resources([[function.__cubin__]], "sm_100a")
     assert found["sass"]["mma"] == {mma: products}
     assert sum(n for op, n in found["sass"]["tensor memory"].items() if op.startswith("UTCCP")) == copies
     assert found["sass"]["local"] == {} and all(k["stack"] == 0 for k in found["kernels"].values())

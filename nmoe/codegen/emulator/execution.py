@@ -99,7 +99,7 @@ class Launch:
 
 
 class _Run:
-    """One call of the core: part `part` of `parts` of every launch's grid, and what it wrote."""
+    """One call of the core: every `parts`-th cluster of each launch from `part` on, and what it wrote."""
 
     def __init__(
         self,
@@ -116,10 +116,7 @@ class _Run:
         self.launches = (LaunchStruct * len(launches))()
         self._kept: list[object] = []  # what the structures point to
         for at, launch in enumerate(launches):
-            report, bounds = (
-                launch.report,
-                (launch.clusters * part // parts, launch.clusters * (part + 1) // parts),
-            )
+            report, clusters = launch.report, launch.clusters
             params = np.frombuffer(launch.params or b"\0", np.uint8).copy()
             program = program_struct(report.program)
             self._kept += [params, program]
@@ -133,8 +130,8 @@ class _Run:
                 registers_at_start(report.program, math.prod(launch.block)),
                 params.ctypes.data,
                 launch.device,
-                max(1, min(bounds[1] - bounds[0], MULTIPROCESSORS // math.prod(report.cluster))),
-                *bounds,
+                max(1, min(-(-clusters // parts), MULTIPROCESSORS // math.prod(report.cluster))),
+                *(part, clusters, parts),  # in turn, since the first clusters have one tile more
                 self.executed[at].ctypes.data,
                 self.roles[at].ctypes.data,
             )

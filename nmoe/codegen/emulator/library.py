@@ -88,7 +88,7 @@ class LaunchStruct(ctypes.Structure):
         *((name, ctypes.c_uint32 * 3) for name in ("grid", "block", "cluster")),
         *((name, ctypes.c_uint32) for name in ("dynamic_shared", "param_bytes", "registers")),
         ("params", ctypes.c_void_p),
-        *((name, ctypes.c_uint32) for name in ("device", "resident", "first_cluster", "last_cluster")),
+        *((name, ctypes.c_uint32) for name in ("device", "resident", "first_cluster", "n_clusters", "step")),
         *((name, ctypes.c_void_p) for name in ("executed", "roles")),
         ("counters", CountersStruct),
     ]

@@ -8,13 +8,16 @@ from __future__ import annotations
 import cutlass
 from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint8, Uint32, cute
 
-from nmoe.codegen.templates.quantize import as_bits, as_float
+from nmoe.codegen.templates.quantize import as_bits, as_float, magnitude
 from nmoe.storage import FLT_MAX, HADAMARD_SIZE, SIGNS
 
 NVFP4_BLOCK = 16
+SCALES = 4  # that are converted together
 SCALE_MAX = 448.0 * 6.0  # what a tensor's amax becomes: both types' largest
 INVERSE_SIX = 1.0 / 6.0
 SIX = 0x40C0_0000
+LINES = ((2.0, 0.0), (1.0, 2.0), (0.5, 4.0))  # codes of magnitudes up to 2, 4 and 6: slope, start
+SHIFTED = 0x4B00_0000  # the bits of 2^23
 PHILOX = ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))  # multipliers, key increments
 
 
@@ -28,10 +31,14 @@ def encode_scale(amax: Float32) -> Float32:
 
 @cute.jit
 def block_scales(peaks: cute.Tensor, scale: Float32):  # type: ignore[no-untyped-def]
-    """UE4M3 codes of blocks with these largest magnitudes, as bytes, and what their elements are multiplied by."""
-    codes = cute.make_rmem_tensor(peaks.shape, Float8E4M3FN)
-    codes.store((peaks.load() * (scale * INVERSE_SIX)).to(Float8E4M3FN))
-    factors = cute.make_rmem_tensor(peaks.shape, Float32)
+    """UE4M3 codes, as bytes, of up to SCALES blocks with these peaks, and what their elements are multiplied by."""
+    four = cute.make_rmem_tensor(SCALES, Float32)
+    four.fill(0.0)
+    for i in cutlass.range_constexpr(cute.size(peaks)):
+        four[i] = peaks[i]
+    codes = cute.make_rmem_tensor(SCALES, Float8E4M3FN)
+    codes.store((four.load() * (scale * INVERSE_SIX)).to(Float8E4M3FN))
+    factors = cute.make_rmem_tensor(SCALES, Float32)
     factors.store(codes.load().to(Float32) * (1.0 / scale))
     for i in cutlass.range_constexpr(cute.size(peaks)):
         inverse = 1.0 / factors[i]
@@ -40,14 +47,13 @@ def block_scales(peaks: cute.Tensor, scale: Float32):  # type: ignore[no-untyped
 
 
 @cute.jit
-def square_scales(peak: Float32, count: cutlass.Constexpr, scale: Float32):  # type: ignore[no-untyped-def]
-    """`block_scales` of `count` blocks with the same largest magnitude. It is converted once, beside zeros, because
-    of what `compiler.check_ptx` refuses."""
-    peaks = cute.make_rmem_tensor(4, Float32)
-    peaks.fill(0.0)
+def square_scales(peak: Float32, scale: Float32):  # type: ignore[no-untyped-def]
+    """`block_scales` of SCALES blocks with the same largest magnitude. It is converted once, because of what
+    `compiler.check_ptx` refuses."""
+    peaks = cute.make_rmem_tensor(1, Float32)
     peaks[0] = peak
     code, factor = block_scales(peaks, scale)
-    codes, factors = cute.make_rmem_tensor(count, Uint8), cute.make_rmem_tensor(count, Float32)
+    codes, factors = cute.make_rmem_tensor(SCALES, Uint8), cute.make_rmem_tensor(SCALES, Float32)
     codes.fill(code[0])
     factors.fill(factor[0])
     return codes, factors
@@ -55,13 +61,25 @@ def square_scales(peak: Float32, count: cutlass.Constexpr, scale: Float32):  # t
 
 @cute.jit
 def element(x: Float32) -> Int32:
-    """E2M1 code: to nearest, ties to even, saturating."""
-    bits = as_bits(x)
-    size = cutlass.min(bits & 0x7FFF_FFFF, SIX)
-    binade = cutlass.max(size & 0x7F80_0000, 0x3F80_0000)
-    # 1.5 · 2^22 · binade has a last place of one step, so that the sum rounds as E2M1 does.
-    total = as_bits(as_float(size) + as_float(binade) * (1.5 * 2.0**22))
-    return (total & 7) + (total >> 22) - (2 * 149 + 1) | bits >> 28 & 8
+    """E2M1 code of |x|, to nearest, ties to even, saturating, plus SHIFTED.
+
+    The code is a concave function of the value: the least of the lines through its three binades. Each line plus 2^23
+    has a last place of one code, and their offsets are even, so that the sums round as E2M1 does.
+    """
+    size = cute.arch.fmin(as_float(magnitude(x)), 6.0)
+    first, second, third = (as_bits(size * slope + (2.0**23 + start)) for slope, start in LINES)
+    return cutlass.min(cutlass.min(first, second), third)
+
+
+@cute.jit
+def elements(values: cute.Tensor, start: cutlass.Constexpr) -> Int32:
+    """Codes of eight FP32 registers from `start` on in a word, the first lowest."""
+    total = Int32(-SHIFTED * 0x1111_1111 % 2**32)  # what eight of them add up to, taken away
+    signs = Int32(0)
+    for i in cutlass.range_constexpr(8):
+        total += element(values[start + i]) << 4 * i
+        signs |= as_bits(values[start + i]) >> 28 - 4 * i & (8 << 4 * i if i < 7 else -(2**31))
+    return total | signs
 
 
 @cute.jit

@@ -18,7 +18,8 @@ Bodies that need a sum over whole rows (norms) share their rows among a cluster,
 
 A thread copies its own pieces there (cp.async) and reads them twice: in registers the compiler would keep their FP32
 values across the barrier, and spill. Where copies run down the rows, a thread block takes 128 rows of its columns in
-turns, and then writes their scale factors: a byte of every turn would cost more than its data.
+turns, and then writes their scale factors: a byte of every turn would cost more than its data. Where shared memory has
+room, the next turn's pieces are under way while one computes.
 
 The weight gradient of a norm is summed without atomics: STRIPES clusters add up their rows in shared memory and store
 partial[stripe, width], which a second kernel adds to dw in the order of the stripes.
@@ -34,13 +35,12 @@ from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import VECTOR
-from nmoe.codegen.rows import STRIPES, RowConfig, RowProblem
+from nmoe.codegen.rows import RESERVED, STRIPES, RowConfig, RowProblem
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.rows_body import RowBody, Spot, line, vector
 from nmoe.codegen.templates.rows_copy import copies
 from nmoe.storage import ATOM_ROWS
 
-RESERVED = 1024  # bytes of shared memory that every thread block takes beside its own
 CLEARING = 128  # threads that set the amaxes to zero
 ROWS_OF = {"concat": "a", "embedding": "tokens", "dispatch": "row_source"}  # whose extent is the rows'
 TOGETHER = 8  # tiles down the rows that run side by side: their scale factors of a column fill 32 bytes
@@ -53,7 +53,10 @@ class Rows(Fixed):
         self.problem, self.config = problem, config
         self.chunks = problem.tiles(config)
         self.turns = problem.turns(config)
+        self.buffers = problem.buffers(config, self.target)
         self.sums = problem.body == "rms_norm_bwd"
+        if problem.columns and (self.sums or problem.two_passes):
+            self.ptxas = "--register-usage-level=0"  # by default it spills to have more loads under way
         self.together = TOGETHER if problem.columns and not problem.statistic else 1
         # What the resident thread blocks need of shared memory, in per cent; the rest of it is cache.
         used = config.resident * (problem.shared_bytes(config, self.target) + RESERVED)
@@ -147,7 +150,7 @@ class Tile(Fixed):
             kernel.chunks,
             measures,
         )
-        self.turns = kernel.turns
+        self.turns, self.buffers = kernel.turns, kernel.buffers
         self.entry, self.chunk, self.sums = entry, chunk, kernel.sums and not measures
         config = self.config
         self.named, self.exists, self.live = named, rows, live
@@ -163,9 +166,10 @@ class Tile(Fixed):
         if self.problem.statistic:
             self.partial = self._shared(smem, config.rows, config.warps_across)
             self.totals = self._shared(smem, config.rows, self.chunks, 2)
-            size = (VECTOR, config.threads, config.vectors, self.problem.held)
+            self.statistic = self._shared(smem, config.rows)
+            size = (VECTOR, config.threads, config.vectors, len(self.problem.held_names), self.buffers)
             whole = smem.allocate_tensor(BFloat16, cute.make_layout(size), 16)
-            self.held = whole[None, thread, None, None]
+            self.held = whole[None, thread, None, None, None]
         if self.sums:
             self.gradient = self._shared(smem, config.columns)
         self.copies = copies(self, smem)
@@ -176,20 +180,38 @@ class Tile(Fixed):
 
     @cute.jit
     def run(self, number: Int32, before: Int32) -> None:
-        """Tile `number`, in turns, after `before` others."""
+        """Tile `number`, in turns, after `before` others, STRIPES apart."""
+        rows = self.config.rows
+        if cutlass.const_expr(self.buffers > 1):
+            self.fetch(number * self.turns * rows, before * self.turns % 2)
         for turn in cutlass.range(self.turns, unroll=1):
-            first = (number * self.turns + turn) * self.config.rows
-            self.step(first, turn, (before * self.turns + turn) % 2)
+            first, parity = (number * self.turns + turn) * rows, (before * self.turns + turn) % 2
+            if cutlass.const_expr(self.buffers > 1):
+                if turn < self.turns - 1:
+                    self.fetch(first + rows, 1 - parity)
+                else:
+                    cute.arch.cp_async_commit_group()
+            self.step(first, turn, parity)
+
+    def spot(self, first: Int32) -> Spot:
+        column = self.chunk * self.config.columns + self.column
+        return Spot(self.problem, self.config.vectors, first + self.row, column, self.live, self.exists)
+
+    @cute.jit
+    def fetch(self, first: Int32, buffer: Int32) -> None:
+        """Begins to copy the rows from `first` on, one group of copies."""
+        self.body.fetch(self.spot(first), self.held[None, None, None, buffer])
+        cute.arch.cp_async_commit_group()
 
     @cute.jit
     def step(self, first: Int32, turn: Int32, parity: Int32) -> None:
         """The rows of a turn, from `first` on. `parity` alternates from one call to the next."""
-        column = self.chunk * self.config.columns + self.column
-        spot = Spot(self.problem, self.config.vectors, first + self.row, column, self.live, self.exists)
+        spot = self.spot(first)
         if cutlass.const_expr(self.problem.statistic):
-            found = self.body.load(spot, self.held)
-            cute.arch.cp_async_commit_group()
-            cute.arch.cp_async_wait_group(0)
+            if cutlass.const_expr(self.buffers == 1):
+                self.fetch(first, Int32(0))
+            cute.arch.cp_async_wait_group(self.buffers - 1)
+            found = self.body.load(spot, self.held[None, None, None, parity % self.buffers])
             self.finish(found, first, turn, self.statistics(found, first, parity))
         else:
             self.finish(self.body.load(spot), first, turn, [None] * self.config.vectors)
@@ -214,19 +236,20 @@ class Tile(Fixed):
             for warp in cutlass.range_constexpr(config.warps_across):
                 total += self.partial[self.thread, warp]
             self.share(total, parity)
-        self.meet()
-        statistics = []
-        for i in cutlass.range_constexpr(config.vectors):
+        if cutlass.const_expr(self.chunks > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        if self.thread < config.rows:
             total = Float32(0.0)
             for chunk in cutlass.range_constexpr(self.chunks):
-                total += self.totals[self.row + i, chunk, parity]
-            statistics.append(self.body.statistic(total, self.named.get("eps")))
-        if cutlass.const_expr(self.problem.body == "rms_norm" and not self.measures):
-            if self.chunk == 0 and self.column == 0:
-                for i in cutlass.range_constexpr(config.vectors):
-                    if first + self.row + i < self.exists:
-                        self.named["rstd"][first + self.row + i] = statistics[i]
-        return statistics
+                total += self.totals[self.thread, chunk, parity]
+            statistic = self.body.statistic(total, self.named.get("eps"))
+            self.statistic[self.thread] = statistic
+            if cutlass.const_expr(self.problem.body == "rms_norm" and not self.measures):
+                if (self.chunk == 0) & (first + self.thread < self.exists):
+                    self.named["rstd"][first + self.thread] = statistic
+        cute.arch.sync_threads()
+        return [self.statistic[self.row + i] for i in range(config.vectors)]
 
     @cute.jit
     def share(self, total: Float32, parity: Int32) -> None:
@@ -245,15 +268,6 @@ class Tile(Fixed):
         """Waits until all thread blocks of the cluster run: their shared memory is there."""
         if cutlass.const_expr(self.chunks > 1):
             cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
-
-    @cute.jit
-    def meet(self) -> None:
-        """Waits for all threads of the cluster."""
-        if cutlass.const_expr(self.chunks == 1):
-            cute.arch.sync_threads()
-        else:
-            cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
     @cute.jit

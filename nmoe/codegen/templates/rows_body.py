@@ -28,6 +28,10 @@ def line(tensor: cute.Tensor, spot: Spot, i: int, shift: int = 0) -> cute.Tensor
     return cute.make_tensor(first.iterator + i * tensor.shape[-1], first.layout)
 
 
+def lines(tensor: cute.Tensor, spot: Spot, shift: int = 0) -> list[cute.Tensor]:
+    return [line(tensor, spot, i, shift) for i in range(spot.vectors)]
+
+
 class Spot(Fixed):
     """Where a thread works: `vectors` rows from `row` on, and 8 columns from `column` on. Of a tensor of `exists` rows
     the first `live` are read, the others are zero. `source` and `column` never lie past the end, so that what belongs
@@ -78,11 +82,10 @@ def fetch(held: cute.Tensor, sources: list[cute.Tensor], spot: Spot) -> None:
 
 
 class Loaded(Fixed):
-    """BF16 [8, vectors] of each tensor that a body reads, in registers or `held`, shared memory [8, vectors, tensors];
-    and its FP32 columns."""
+    """BF16 [8, vectors] of each tensor that a body reads, in registers or shared memory; and its FP32 columns."""
 
-    def __init__(self, spot: Spot, held: cute.Tensor | None = None) -> None:
-        self.spot, self.held = spot, held
+    def __init__(self, spot: Spot) -> None:
+        self.spot = spot
         self.rows: dict[str, cute.Tensor] = {}
         self.columns: dict[str, cute.Tensor] = {}
         self.weights: list[Float32] = []  # swiglu: each row's router weight
@@ -93,16 +96,12 @@ class Loaded(Fixed):
         self.rotates = False  # rope: are these rotary columns?
 
     def row(self, name: str, tensor: cute.Tensor, shift: int = 0) -> None:
-        self.put(name, [line(tensor, self.spot, i, shift) for i in range(self.spot.vectors)])
+        self.put(name, lines(tensor, self.spot, shift))
 
     def put(self, name: str, sources: list[cute.Tensor], wanted: list[Boolean] | None = None) -> None:
         """`wanted`: which rows are not zero, of those that there are."""
-        if self.held is not None:
-            held = self.held[None, None, len(self.rows)]
-            fetch(held, sources, self.spot)
-        else:
-            held = cute.make_rmem_tensor((VECTOR, len(sources)), sources[0].element_type)
-            gather(held, sources, self.spot, wanted)
+        held = cute.make_rmem_tensor((VECTOR, len(sources)), sources[0].element_type)
+        gather(held, sources, self.spot, wanted)
         self.rows[name] = held
 
     def column(self, name: str, tensor: cute.Tensor) -> None:
@@ -123,10 +122,21 @@ class RowBody(Fixed):
     def __init__(self, problem: RowProblem, named) -> None:  # type: ignore[no-untyped-def]
         self.problem, self.named = problem, named
 
+    def fetch(self, spot: Spot, held: cute.Tensor) -> None:
+        """Begins to copy a norm's rows, x, dy and addends, to shared memory [8, vectors, tensors]."""
+        for i, name in enumerate(self.problem.held_names):
+            fetch(held[None, None, i], lines(self.named[name], spot), spot)
+
     def load(self, spot: Spot, held: cute.Tensor | None = None) -> Loaded:
-        """Everything that `value` and `term` need; with `held`, the addends, too."""
-        found = Loaded(spot, held)
+        """Everything that `value` and `term` need, a norm's rows from where `fetch` has put them."""
+        found = Loaded(spot)
         kind, named = self.problem.body, self.named
+        if held is not None:
+            found.rows = {name: held[None, None, i] for i, name in enumerate(self.problem.held_names)}
+            found.column("w", named["w"])
+            if kind == "rms_norm_bwd":
+                found.rstd = [named["rstd"][row] for row in spot.source]
+            return found
         if kind == "embedding":
             tokens = [cutlass.max(named["tokens"][row], 0) for row in spot.source]
             found.put("x", [vector(named["table"], token, spot.column) for token in tokens])
@@ -149,16 +159,8 @@ class RowBody(Fixed):
             found.weights = [
                 named["s"][row] if self.problem.weighted else Float32(1.0) for row in spot.source
             ]
-        if kind in ("rms_norm", "rms_norm_bwd"):
-            found.column("w", named["w"])
-        if kind == "rms_norm_bwd":
-            found.row("dy", named["dy"])
-            found.rstd = [named["rstd"][row] for row in spot.source]
         if kind == "rope":
             self._table(found)
-        if held is not None:
-            for i in range(self.problem.addends):
-                found.row(f"addend{i}", named[f"addend{i}"])
         return found
 
     @cute.jit

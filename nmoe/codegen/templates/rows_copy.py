@@ -8,6 +8,9 @@ gathered in shared memory and written by all threads, in the layout that the con
 
 from __future__ import annotations
 
+from functools import reduce
+from typing import Any
+
 import cutlass
 from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint8, cute
 from cutlass.memory import SmemAllocator
@@ -24,13 +27,11 @@ UNSIGNED = 0x7FFF_7FFF  # a pair of BF16 without signs
 
 
 def copies(tile, smem: SmemAllocator):  # type: ignore[no-untyped-def]
-    kinds = {
-        ("mxfp8", 0): ColumnMxfp8,
-        ("mxfp8", 1): RowMxfp8,
-        ("nvfp4", 0): ColumnNvfp4,
-        ("nvfp4", 1): RowNvfp4,
-    }
-    return [kinds[copy.format, copy.axis](tile, copy, smem) for copy in tile.problem.copies]
+    """What writes a tile's copies, which are of one format."""
+    if not tile.problem.two_passes:
+        return [Mxfp8(tile, smem)] if tile.problem.copies else []
+    kinds = {0: ColumnNvfp4, 1: RowNvfp4}
+    return [kinds[copy.axis](tile, copy, smem) for copy in tile.problem.copies]
 
 
 def largest(a: Int32, b: Int32) -> Int32:
@@ -107,76 +108,123 @@ class Scales(Fixed):
 
 
 class Mxfp8(Fixed):
+    """A tile's MXFP8 copies. Two passes over the rows serve both: in the first they see magnitudes, in the second each
+    row becomes FP32 once. What several passes need the compiler would keep in registers for all rows."""
+
+    def __init__(self, tile, smem: SmemAllocator) -> None:  # type: ignore[no-untyped-def]
+        kinds: dict[int, Any] = {0: ColumnMxfp8, 1: RowMxfp8}
+        self.copies: list[RowMxfp8 | ColumnMxfp8] = [
+            kinds[c.axis](tile, c, smem) for c in tile.problem.copies
+        ]
+        self.vectors = tile.config.vectors
+
+    @cute.jit
+    def write(
+        self, values, spot, first: Int32, turn: Int32, chunk: Int32, group: Int32, entry: Int32
+    ) -> None:  # type: ignore[no-untyped-def]
+        words = cute.recast_tensor(values, Int32)
+        peaks = [copy.peaks() for copy in self.copies]
+        for i in cutlass.range_constexpr(self.vectors):
+            unsigned = [words[j, i] & UNSIGNED for j in range(PAIRS)]
+            for copy, held in zip(self.copies, peaks, strict=True):
+                copy.see(held, unsigned, i)
+        factors = [copy.factors(held, turn) for copy, held in zip(self.copies, peaks, strict=True)]
+        for i in cutlass.range_constexpr(self.vectors):
+            row = values[None, i].load().to(Float32)
+            for copy, factor in zip(self.copies, factors, strict=True):
+                codes = cute.make_rmem_tensor(VECTOR, Float8E4M3FN)
+                codes.store((row * copy.factor(factor, i)).to(Float8E4M3FN))
+                if spot.exists[i]:
+                    cute.autovec_copy(cute.recast_tensor(codes, Uint8), line(copy.data, spot, i))
+        for copy in self.copies:
+            copy.end(first, turn, chunk)
+
+
+class CopyMxfp8(Fixed):
+    """`see` raises the peaks, pairs of BF16, to a row's magnitudes. `factors` stores scale factors made of them and
+    returns what elements are multiplied by, of which `factor` is that of a row's eight."""
+
     def __init__(self, tile, copy: Copy, smem: SmemAllocator) -> None:  # type: ignore[no-untyped-def]
         self.tile, self.config, self.data = tile, tile.config, tile.named[copy.name]
         size = (self.config.rows * (1 if copy.axis else tile.turns), self.config.columns)
         lines, length = size if copy.axis else size[::-1]
         self.scales = Scales(tile, copy, smem, lines, length // quantize.MXFP8_BLOCK)
 
-    @cute.jit
-    def row(self, values, spot, i: cutlass.Constexpr, factor) -> None:  # type: ignore[no-untyped-def]
-        """Stores a row's eight elements, times `factor`."""
-        codes = cute.make_rmem_tensor(VECTOR, Float8E4M3FN)
-        codes.store((values[None, i].load().to(Float32) * factor).to(Float8E4M3FN))
-        if spot.exists[i]:
-            cute.autovec_copy(cute.recast_tensor(codes, Uint8), line(self.data, spot, i))
 
+class RowMxfp8(CopyMxfp8):
+    """Blocks along the rows: one in each of the thread's rows, which four lanes share."""
 
-class RowMxfp8(Mxfp8):
+    def peaks(self) -> cute.Tensor:
+        return cute.make_rmem_tensor(self.config.vectors, Int32)
+
+    def see(self, peaks: cute.Tensor, unsigned: list[Int32], i: int) -> None:
+        peaks[i] = reduce(largest, unsigned)
+
     @cute.jit
-    def write(
-        self, values, spot, first: Int32, turn: Int32, chunk: Int32, group: Int32, entry: Int32
-    ) -> None:  # type: ignore[no-untyped-def]
-        tile, config = self.tile, self.config
-        words = cute.recast_tensor(values, Int32)
-        for i in cutlass.range_constexpr(config.vectors):
-            pair = words[0, i] & UNSIGNED
-            for j in cutlass.range_constexpr(1, PAIRS):
-                pair = largest(pair, words[j, i] & UNSIGNED)
+    def factors(self, peaks: cute.Tensor, turn: Int32) -> cute.Tensor:
+        tile, found = self.tile, cute.make_rmem_tensor(self.config.vectors, Float32)
+        for i in cutlass.range_constexpr(self.config.vectors):
+            pair = peaks[i]
             pair = largest(pair, cute.arch.shuffle_sync_bfly(pair, 1))
             pair = largest(pair, cute.arch.shuffle_sync_bfly(pair, 2))
             code = quantize.ue8m0(cutlass.max(low(pair), pair & 0x7FFF_0000))
-            self.row(values, spot, i, quantize.inverse(code))
             if tile.lane % 4 == 0:
                 self.scales[tile.row + i, tile.column // quantize.MXFP8_BLOCK] = code
-        self.scales.store(first, chunk * (config.columns // quantize.MXFP8_BLOCK))
+            found[i] = quantize.inverse(code)
+        return found
+
+    def factor(self, factors: cute.Tensor, i: int) -> Float32:
+        return factors[i]
+
+    def end(self, first: Int32, turn: Int32, chunk: Int32) -> None:
+        self.scales.store(first, chunk * (self.config.columns // quantize.MXFP8_BLOCK))
 
 
-class ColumnMxfp8(Mxfp8):
+class ColumnMxfp8(CopyMxfp8):
+    """Blocks down the rows: one in each of the thread's columns, a pair of which is a word."""
+
+    def peaks(self) -> cute.Tensor:
+        found = cute.make_rmem_tensor(PAIRS, Int32)
+        found.fill(0)
+        return found
+
+    def see(self, peaks: cute.Tensor, unsigned: list[Int32], i: int) -> None:
+        for j in range(PAIRS):
+            peaks[j] = largest(peaks[j], unsigned[j])
+
     @cute.jit
-    def write(
-        self, values, spot, first: Int32, turn: Int32, chunk: Int32, group: Int32, entry: Int32
-    ) -> None:  # type: ignore[no-untyped-def]
-        tile, config = self.tile, self.config
-        words = cute.recast_tensor(values, Int32)
-        factors = cute.make_rmem_tensor(VECTOR, Float32)
+    def factors(self, peaks: cute.Tensor, turn: Int32) -> cute.Tensor:
+        tile, config, found = self.tile, self.config, cute.make_rmem_tensor(VECTOR, Float32)
         for j in cutlass.range_constexpr(PAIRS):
-            pair = words[j, 0] & UNSIGNED
-            for i in cutlass.range_constexpr(1, config.vectors):
-                pair = largest(pair, words[j, i] & UNSIGNED)
+            pair = peaks[j]
             distance = config.lanes
             while cutlass.const_expr(distance < 32):
                 pair = largest(pair, cute.arch.shuffle_sync_bfly(pair, distance))
                 distance *= 2
             codes = quantize.ue8m0(low(pair)), quantize.ue8m0(high(pair))
             for half in cutlass.range_constexpr(2):
-                factors[2 * j + half] = quantize.inverse(codes[half])
+                found[2 * j + half] = quantize.inverse(codes[half])
                 if tile.lane < config.lanes:
                     block = (tile.row + turn * config.rows) // quantize.MXFP8_BLOCK
                     self.scales[tile.column + 2 * j + half, block] = codes[half]
-        factor = factors.load()
-        for i in cutlass.range_constexpr(config.vectors):
-            self.row(values, spot, i, factor)
-        if turn == tile.turns - 1:
+        return found
+
+    def factor(self, factors: cute.Tensor, i: int):  # type: ignore[no-untyped-def]
+        return factors.load()
+
+    @cute.jit
+    def end(self, first: Int32, turn: Int32, chunk: Int32) -> None:
+        if turn == self.tile.turns - 1:
             self.scales.store(
-                chunk * config.columns,
-                first // quantize.MXFP8_BLOCK - turn * (config.rows // quantize.MXFP8_BLOCK),
+                chunk * self.config.columns,
+                first // quantize.MXFP8_BLOCK - turn * (self.config.rows // quantize.MXFP8_BLOCK),
             )
 
 
 class Nvfp4(Fixed):
     """Two passes: `measure` finds the largest magnitude of the tensor, or of the segment that the tile lies in, which
-    `write` scales by. Down the rows a thread's 16 are one block of each of its 8 columns."""
+    `write` scales by. Down the rows a thread's 16 are one block of each of its 8 columns. It writes a few blocks before
+    it looks at the next: peaks of all first, and the compiler keeps 128 FP32 values for the second look."""
 
     def __init__(self, tile, copy: Copy, smem: SmemAllocator) -> None:  # type: ignore[no-untyped-def]
         self.tile, self.config, self.copy = tile, tile.config, copy
@@ -234,21 +282,24 @@ class Nvfp4(Fixed):
             cute.arch.atomic_max(cute.recast_ptr(self.amax.iterator, dtype=Int32) + group, found)
 
     @cute.jit
-    def tile_peak(self, values) -> Float32:  # type: ignore[no-untyped-def]
-        """Of the 16 × 16 tile that this thread and its neighbour hold."""
+    def square(self, values, scale: Float32):  # type: ignore[no-untyped-def]
+        """Codes and factors of the lines of a square block, the 16 × 16 tile that a thread and its neighbour hold."""
+        if cutlass.const_expr(not self.copy.square):
+            return None, None
         found = self.largest(values)
-        return quantize.as_float(cutlass.max(found, cute.arch.shuffle_sync_bfly(found, 1)))
+        peak = quantize.as_float(cutlass.max(found, cute.arch.shuffle_sync_bfly(found, 1)))
+        return nvfp4.square_scales(peak, scale)
 
     @cute.jit
     def pack(self, values, word: Int32, shift: cutlass.Constexpr):  # type: ignore[no-untyped-def]
         """Codes of eight elements in a word, the first lowest. `word`s: random bytes of the first and last four."""
         packed = Int32(0)
-        for i in cutlass.range_constexpr(VECTOR):
-            if cutlass.const_expr(self.seed is None):
-                code = nvfp4.element(values[i + shift])
-            else:
-                code = nvfp4.stochastic_element(values[i + shift], word[i // 4] >> 8 * (i % 4) & 0xFF)
-            packed |= code << 4 * i
+        if cutlass.const_expr(self.seed is None):
+            packed = nvfp4.elements(values, shift)
+        else:
+            for i in cutlass.range_constexpr(VECTOR):
+                byte = word[i // 4] >> 8 * (i % 4) & 0xFF
+                packed |= nvfp4.stochastic_element(values[i + shift], byte) << 4 * i
         return packed
 
 
@@ -259,35 +310,40 @@ class RowNvfp4(Nvfp4):
     ) -> None:  # type: ignore[no-untyped-def]
         tile, config = self.tile, self.config
         scale = nvfp4.encode_scale(self.amax[group])
-        if cutlass.const_expr(self.copy.square):
-            codes, factors = nvfp4.square_scales(self.tile_peak(values), config.vectors, scale)
-        else:
-            peaks = cute.make_rmem_tensor(config.vectors, Float32)
-            for i in cutlass.range_constexpr(config.vectors):
-                row = cute.make_rmem_tensor(VECTOR, Float32)
-                row.store(values[None, i].load().to(Float32))
-                found = self.peak(row)
-                peaks[i] = quantize.as_float(cutlass.max(found, cute.arch.shuffle_sync_bfly(found, 1)))
-            codes, factors = nvfp4.block_scales(peaks, scale)
+        codes, factors = self.square(values, scale)
         block = tile.column // nvfp4.NVFP4_BLOCK
         first_block = chunk * (config.columns // nvfp4.NVFP4_BLOCK)
         odd = tile.lane % 2 == 1
         for i in cutlass.range_constexpr(config.vectors):
+            at = i % nvfp4.SCALES
+            if cutlass.const_expr(at == 0 and not self.copy.square):
+                codes, factors = nvfp4.block_scales(self.row_peaks(values, i), scale)
             row = cute.make_rmem_tensor(VECTOR, Float32)
-            row.store(values[None, i].load().to(Float32) * factors[i])
+            row.store(values[None, i].load().to(Float32) * factors[at])
             words = None
             if cutlass.const_expr(self.seed is not None):
                 w = nvfp4.random_words(self.seed, first_block + block, spot.row + i, entry)
                 words = [w[2] if odd else w[0], w[3] if odd else w[1]]
             packed = self.pack(row, words, 0)
             if spot.exists[i]:
-                at = cute.assume(Int64(spot.row + i) * self.data.shape[1] + spot.column // 2, divby=4)
-                cute.recast_tensor(cute.make_tensor(self.data.iterator + at, cute.make_layout(4)), Int32)[
+                place = cute.assume(Int64(spot.row + i) * self.data.shape[1] + spot.column // 2, divby=4)
+                cute.recast_tensor(cute.make_tensor(self.data.iterator + place, cute.make_layout(4)), Int32)[
                     0
                 ] = packed
             if tile.lane % 2 == 0:
-                self.scales.held[tile.row + i, block] = codes[i]
+                self.scales.held[tile.row + i, block] = codes[at]
         self.scales.store(first, first_block)
+
+    @cute.jit
+    def row_peaks(self, values, first: cutlass.Constexpr) -> cute.Tensor:  # type: ignore[no-untyped-def]
+        """Of the blocks of the thread's rows from `first` on, which it shares with its neighbour."""
+        peaks = cute.make_rmem_tensor(nvfp4.SCALES, Float32)
+        for i in cutlass.range_constexpr(nvfp4.SCALES):
+            row = cute.make_rmem_tensor(VECTOR, Float32)
+            row.store(values[None, first + i].load().to(Float32))
+            found = self.peak(row)
+            peaks[i] = quantize.as_float(cutlass.max(found, cute.arch.shuffle_sync_bfly(found, 1)))
+        return peaks
 
 
 class ColumnNvfp4(Nvfp4):
@@ -297,30 +353,28 @@ class ColumnNvfp4(Nvfp4):
     ) -> None:  # type: ignore[no-untyped-def]
         tile, config = self.tile, self.config
         scale = nvfp4.encode_scale(self.amax[group])
-        if cutlass.const_expr(self.copy.square):
-            codes, factors = nvfp4.square_scales(self.tile_peak(values), VECTOR, scale)
-        else:
-            peaks = cute.make_rmem_tensor(VECTOR, Float32)
-            for j in cutlass.range_constexpr(VECTOR):
-                peaks[j] = quantize.as_float(self.peak(self.column(values, j)))
-            codes, factors = nvfp4.block_scales(peaks, scale)
+        codes, factors = self.square(values, scale)
         half = config.rows // nvfp4.NVFP4_BLOCK
         block = spot.row // nvfp4.NVFP4_BLOCK
         stride = self.data.shape[1]
         for j in cutlass.range_constexpr(VECTOR):
             column = self.column(values, j)
-            column.store(column.load() * factors[j])
+            if cutlass.const_expr(not self.copy.square):
+                peak = cute.make_rmem_tensor(1, Float32)
+                peak[0] = quantize.as_float(self.peak(column))
+                codes, factors = nvfp4.block_scales(peak, scale)
+            column.store(column.load() * factors[0])
             packed = cute.make_rmem_tensor(2, Int32)
             words = [None] * 4
             if cutlass.const_expr(self.seed is not None):
                 words = nvfp4.random_words(self.seed, block, spot.column + j, entry)
             packed[0], packed[1] = self.pack(column, words[:2], 0), self.pack(column, words[2:], VECTOR)
             if spot.exists[0]:
-                at = cute.assume(Int64(spot.column + j) * stride + spot.row // 2, divby=8)
+                place = cute.assume(Int64(spot.column + j) * stride + spot.row // 2, divby=8)
                 cute.autovec_copy(
                     cute.recast_tensor(packed, Uint8),
-                    cute.make_tensor(self.data.iterator + at, cute.make_layout(8)),
+                    cute.make_tensor(self.data.iterator + place, cute.make_layout(8)),
                 )
-            self.scales.held[tile.column + j, tile.row // nvfp4.NVFP4_BLOCK + turn * half] = codes[j]
+            self.scales.held[tile.column + j, tile.row // nvfp4.NVFP4_BLOCK + turn * half] = codes[0]
         if turn == tile.turns - 1:
             self.scales.store(chunk * config.columns, (first // config.rows - turn) * half)

@@ -26,10 +26,12 @@ POISON = 0xA5  # of bytes that a kernel is to write
 COUNTS = {1: [130, 0, 1], 2: [1, 257, 0]}  # rows of each expert, by the seed of the warp schedule
 
 
-def case(problem: GemmProblem, config: GemmConfig, seed: int, counts: list[int] | None = None) -> Tensors:
-    """Random operands; by default with ragged, empty and single-row experts, by the seed."""
+def case(
+    problem: GemmProblem, config: GemmConfig, seed: int, counts: list[int] | None = None, spare: int = 64
+) -> Tensors:
+    """Random operands with `spare` rows; by default ragged, empty and single-row experts, by the seed."""
     counts = counts or COUNTS[1 + seed % len(COUNTS)][: problem.groups]
-    tensors = inputs(problem, counts, seed, spare=64)
+    tensors = inputs(problem, counts, seed, spare)
     return tensors | workspace(problem, config, len(tensors["s"]))
 
 

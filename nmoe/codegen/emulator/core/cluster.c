@@ -98,7 +98,7 @@ void cluster_start(Machine *m, Job *job) {
   m->resident[m->n_resident++] = cluster;
   cluster->machine = m;
   cluster->job = job;
-  cluster->index = job->next_cluster++;
+  cluster->index = next_cluster(job);
   cluster->owner = job->first_owner + cluster->index;
   job->n_resident++;
   cluster->tail = &cluster->queue;

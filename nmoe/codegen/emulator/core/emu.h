@@ -75,7 +75,7 @@ typedef struct {
   const uint8_t *params;
   uint32_t device;   /* launches on one device run one after another, in their order */
   uint32_t resident; /* clusters that may be under way at a time */
-  uint32_t first_cluster, last_cluster; /* of the grid, the half-open range that this run executes */
+  uint32_t first_cluster, n_clusters, step; /* this run executes every step-th cluster of the grid's n_clusters */
   uint64_t *executed; /* per instruction, warp executions */
   uint64_t *roles; /* per (warp in CTA), warp executions */
   Counters counters;
@@ -229,6 +229,12 @@ typedef struct Job {
   uint32_t next_cluster, n_resident;
   Clock end; /* what its warps knew of other launches */
 } Job;
+
+static inline uint32_t next_cluster(Job *job) {
+  uint32_t index = job->next_cluster;
+  job->next_cluster += job->launch->step;
+  return index;
+}
 
 typedef struct Cluster {
   struct Machine *machine;

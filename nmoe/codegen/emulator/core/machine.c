@@ -344,7 +344,7 @@ static bool run_pass(Machine *m, Warp **warps) {
 static bool may_start(const Machine *m, const Job *job) {
   for (const Job *before = m->jobs; before < job; before++)
     if (before->launch->device == job->launch->device &&
-        (before->n_resident || before->next_cluster < before->launch->last_cluster))
+        (before->n_resident || before->next_cluster < before->launch->n_clusters))
       return false;
   return true;
 }
@@ -354,7 +354,7 @@ static bool admit(Machine *m, uint32_t together) {
   bool started = false;
   for (uint32_t i = 0; i < m->run->n_launches; i++) {
     Job *job = &m->jobs[i];
-    while (job->next_cluster < job->launch->last_cluster && job->n_resident < together && job->n_resident < job->launch->resident &&
+    while (job->next_cluster < job->launch->n_clusters && job->n_resident < together && job->n_resident < job->launch->resident &&
            may_start(m, job)) {
       cluster_start(m, job);
       started = true;

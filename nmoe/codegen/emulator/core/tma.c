@@ -292,8 +292,8 @@ static void run_cancel(Machine *m, AsyncOp *op) {
   const Launch *l = m->launch;
   Job *job = op->warp->cta->cluster->job;
   uint32_t response[4] = {0};
-  if (job->next_cluster < l->last_cluster) {
-    uint32_t index = job->next_cluster++, nx = l->grid[0] / l->cluster[0], ny = l->grid[1] / l->cluster[1];
+  if (job->next_cluster < l->n_clusters) {
+    uint32_t index = next_cluster(job), nx = l->grid[0] / l->cluster[0], ny = l->grid[1] / l->cluster[1];
     response[0] = 1;
     response[1] = index % nx * l->cluster[0];
     response[2] = index / nx % ny * l->cluster[1];
