@@ -72,7 +72,7 @@ def build(root: Path) -> None:
     wanted = dict.fromkeys([*(s for x in schedules for s in specs(x)), *optimizer.specs(config)])
     made = build_kernels(list(wanted), root, workers=2, progress=sys.stderr)
     print(f"{len(made.warm)} kernels cached, {len(made.built)} built, failed: {made.failed}")
-    print(build_transfers([p for s in schedules for p in transfers_of(s)], TARGET, root, 2))
+    print(build_transfers([p for s in schedules for p in transfers_of(s, 2)], TARGET, root, 2))
 
 
 # ---- runs ---------------------------------------------------------------------------------------------------

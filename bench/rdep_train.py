@@ -219,10 +219,9 @@ def experts(parameters: Parameters, path: str) -> dict[str, torch.Tensor]:
 
 
 def skew(parameters: Parameters) -> None:
-    for name, master in parameters.masters.items():
+    for name, weight in parameters.weights.items():
         if name.endswith(".router"):
-            master.mul_(4)
-    parameters.refresh()
+            weight.mul_(4)
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
@@ -315,7 +314,7 @@ def replay(name: str, rank: int, say: Callable[[Any], None]) -> None:
             bias[: experts // RANKS] += seed % 4 == 3
             pool.append((share(synthetic(config)(seed), step), bias.cuda()))
         executor.run("step")
-        grads, sums = step.parameters.grad, step._replicated[1]
+        grads, sums = step.parameters.grad, step._counted
         step.tensors["scale"].fill_(1e-3)
 
         def once(batch: Batch, bias: torch.Tensor) -> None:
