@@ -5,7 +5,7 @@
                                                            with sonic-moe 0.1.2.post1 and quack-kernels 0.6.5
     python bench/moe_peers.py prepare DIR NAME             on the GPU: what Triton and torch compile there, into their
                                                            caches, so that `run` takes less long
-    python bench/moe_peers.py run DIR NAME [--json FILE]   on the GPU; NAME: moonlet, dsv3-ep8
+    python bench/moe_peers.py run DIR NAME [--json FILE]   on the GPU; NAME: moonlet, dsv3-ep8; adds it to FILE
 
 A GPU that multiplies without a pause is at its power limit, and slower than in a burst. So every candidate runs back to
 back for a while, of which the last two thirds count, and they take turns for several rounds; cuBLAS's 8192³, with which
@@ -172,9 +172,10 @@ def main() -> None:
         prepare(args.folder, shape)
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.name} {shape}", flush=True)
-    found = provenance() | run(args.folder, shape, args.rounds, args.seconds)
+    found = provenance() | {args.name: run(args.folder, shape, args.rounds, args.seconds)}
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        others = json.loads(args.json.read_text()) if args.json.exists() else {}
+        args.json.write_text(json.dumps(others | found, indent=1))
 
 
 if __name__ == "__main__":

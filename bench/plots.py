@@ -1,13 +1,13 @@
 """The charts of README.md and docs/, from what the benches measured: `python bench/plots.py` rewrites them all.
 
-bench/results/NAME.json is what `bench/NAME.py run … --json` wrote on a GPU, copied there. A shape of moe_layer.json may
-hold SonicMoE's times beside torch's: "sonicmoe": {"forward": ms, "both": ms}; "note" is printed below the chart. Needs
-matplotlib.
+bench/results/NAME.json is what `bench/NAME.py run … --json` wrote on a GPU, copied there; a "note" in it is printed
+below the chart. Needs matplotlib.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,19 +51,23 @@ def bars(axes: Axes, title: str, groups: Mapping[str, Mapping[str, float]], unit
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
 
 
-def moe_layer(found: Mapping[str, Any]) -> None:
+def moe_peers(found: Mapping[str, Any]) -> None:
     shapes = {"moonlet": "moonlet", "dsv3-ep8": "dsv3, a rank of EP8"}
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3), layout="constrained")
+    names = {
+        "ours": "nmoe",
+        "SonicMoE": "SonicMoE",
+        "torch compiled": "torch, compiled",
+        "torch": "torch, eager",
+    }
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for at, (shape, title) in zip(axes, shapes.items(), strict=True):
-        times = found[shape]
-        groups = {}
-        for label, key in (("forward", "forward"), ("forward + backward", "both")):
-            groups[label] = {"nmoe": times["forward" if key == "forward" else "ms"]}
-            if "sonicmoe" in times:
-                groups[label]["SonicMoE"] = times["sonicmoe"][key]
-            groups[label]["torch._grouped_mm"] = times["torch"][key]
+        times = {name: statistics.median(each) for name, each in found[shape]["ms"].items()}
+        groups = {
+            label: {shown: times[name + suffix] for name, shown in names.items()}
+            for label, suffix in (("forward", ", forward"), ("forward + backward", ""))
+        }
         bars(at, title, groups, "ms", 1)
-    save(figure, "moe_layer.svg", found, "one MoE layer, BF16")
+    save(figure, "moe_layer.svg", found, "one MoE layer, BF16, at the power limit")
 
 
 def rdep(found: Mapping[str, Any]) -> None:
@@ -96,7 +100,7 @@ def save(figure: Any, name: str, found: Mapping[str, Any], what: str) -> None:
 
 
 def main() -> None:
-    for draw in (moe_layer, rdep):
+    for draw in (moe_peers, rdep):
         draw(json.loads((RESULTS / f"{draw.__name__}.json").read_text()))
 
 

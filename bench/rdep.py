@@ -6,7 +6,8 @@
 Parts: `right` and `quantized` (integers, rows and sums equal to nmoe.rdep.plan and one rank, bit for bit; BF16 rows,
 and bytes with scales), `replay` (1,000 replays of a captured step with skewed routing and random delays), `stopped` (a
 rank is stopped; the other must say so), a shape's name (bandwidth against a peer copy and against NCCL's all-to-all
-with the permutes that it needs).
+with the permutes that it needs). Only when named: `hosts`, `hosts replay`, `hosts stopped`, as if each GPU were a host
+of its own, between which rows go by NVSHMEM's puts, from the version that the kernels are linked with.
 Times are medians over replays of a captured graph, of the slower rank.
 """
 
@@ -19,7 +20,7 @@ import signal
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +31,45 @@ from timing import provenance
 
 from nmoe.codegen import compiler
 from nmoe.codegen.cache import Cache
+from nmoe.codegen.launch import CudaLauncher
 from nmoe.codegen.rdep import COLUMNS, RdepConfig, RdepProblem
 from nmoe.rdep import plan as slots
-from nmoe.rdep.device import Exchange, Group, Launcher, Routing
+from nmoe.rdep.device import Exchange, Group, Routing
 from nmoe.rdep.sizes import worst_case
 
 TARGET = "sm_90a"
 RANKS, ALIGN = 2, 128
-PARTS = ("right", "quantized", "replay", "stopped", "moonlight", "dsv3")
+PARTS = (
+    "right",
+    "quantized",
+    "replay",
+    "stopped",
+    "hosts",
+    "hosts replay",
+    "hosts stopped",
+    "moonlight",
+    "dsv3",
+)
 LIMIT = 60.0  # seconds that a part may take
 
 
-def group(experts: int, tokens: int, topk: int, width: int, quantized: bool) -> Group:
-    """Rows of BF16, or of one byte an element with a scale a block of 32."""
+def group(experts: int, tokens: int, topk: int, width: int, quantized: bool, gpus: int = RANKS) -> Group:
+    """Rows of BF16, or of one byte an element with a scale a block of 32; `gpus` a host."""
     capacity = worst_case(RANKS, tokens, topk, experts, ALIGN)
     parts = (width, width // 32) if quantized else (2 * width,)
-    return Group(RANKS, experts, tokens, topk, capacity, ALIGN, parts, width)
+    return Group(RANKS, gpus, experts, tokens, topk, capacity, ALIGN, parts, width)
 
 
-SMALL = {"right": group(16, 1000, 3, 512, False), "quantized": group(64, 700, 6, 1024, True)}
+SMALL = {"right": group(16, 1000, 3, 512, False), "quantized": group(64, 700, 6, 1024, True),
+         "hosts": group(16, 1024, 3, 512, False, 1)}  # fmt: skip
 SHAPES = {"moonlight": group(64, 8192, 6, 2048, False), "dsv3": group(256, 8192, 8, 7168, False)}
 
 
-def work() -> list[tuple[RdepProblem, RdepConfig]]:
+def work(parts: Sequence[str]) -> list[tuple[RdepProblem, RdepConfig]]:
     found: dict[tuple[RdepProblem, RdepConfig], None] = {}
-    for small in SMALL.values():
+    for name, small in SMALL.items():
+        if name == "hosts" and not any("hosts" in part for part in parts):
+            continue
         for problem in small.problems().values():
             found[problem, problem.configs(TARGET)[0]] = None
     for shape in SHAPES.values():
@@ -70,10 +85,10 @@ def main() -> None:
     parser.add_argument("action", choices=("build", "run"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[p for p in PARTS if "hosts" not in p])
     args = parser.parse_args()
     if args.action == "build":
-        for i, (problem, config) in enumerate(pairs := work(), 1):
+        for i, (problem, config) in enumerate(pairs := work(args.parts), 1):
             entry = compiler.compile_problem(problem, config, TARGET, Cache(args.folder))
             print(f"[{i}/{len(pairs)}] {problem} {config}: {entry.report['seconds']} s", flush=True)
         return
@@ -99,22 +114,23 @@ def part(name: str, folder: Path) -> dict[str, Any]:
     ]
     for process in processes:
         process.start()
-    if name == "stopped":
+    ends = name.endswith("stopped")
+    if ends:
         stop(processes[1], queue)
     lines: list[tuple[int, str]] = []
     numbers: dict[str, Any] = {}
     end = time.monotonic() + LIMIT
-    awaited = processes[:1] if name == "stopped" else processes
+    awaited = processes[:1] if ends else processes
     while any(process.is_alive() for process in awaited) and time.monotonic() < end:
         time.sleep(0.1)
         drain(queue, lines, numbers)
     drain(queue, lines, numbers)
     for rank, process in enumerate(processes):
         if process.is_alive():
-            if name != "stopped":
+            if not ends:
                 lines.append((rank, f"FAILED: rank {rank} ran past {LIMIT:g} s"))
             process.kill()
-        elif process.exitcode and name != "stopped":
+        elif process.exitcode and not ends:
             lines.append((rank, f"FAILED: rank {rank} exited with {process.exitcode}"))
         process.join()
     return {"lines": [line for _, line in sorted(lines, key=lambda pair: pair[0])], **numbers}
@@ -154,8 +170,9 @@ def worker(name: str, rank: int, port: int, folder: Path, queue: Any) -> None:
             "quantized": right,
             "replay": replay,
             "stopped": stopped,
+            "hosts": right,
         }
-        parts.get(name, speed)(name, rank, folder, say)
+        parts.get(name.split()[-1], speed)(name, rank, folder, say)
     except BaseException:
         say("FAILED: " + traceback.format_exc(limit=-6).replace("\n", "\n    "))
         time.sleep(0.5)  # the queue's thread sends
@@ -170,22 +187,22 @@ class Rank:
     def __init__(self, shape: Group, rank: int, folder: Path, timeout: float = 10.0) -> None:
         from nmoe.rdep.symmetric import Heap
 
-        self.shape, self.rank, self.folder = shape, rank, folder
-        self.heap = Heap(shape.mailboxes() | shape.slots(), range(RANKS), timeout=timeout)
+        self.shape, self.rank = shape, rank
+        self.heap = Heap(shape.mailboxes() | shape.slots(), range(RANKS), shape.gpus, timeout=timeout)
+        self.launcher = CudaLauncher(Cache(folder))
         self.exchange = self.with_configs({})
 
     def with_configs(self, configs: dict[str, RdepConfig]) -> Exchange:
         """An exchange whose steps use other configs than the first."""
-        from nmoe.codegen.launch import Kernel
+        chosen = {
+            problem: configs[step] for step, problem in self.shape.problems().items() if step in configs
+        }
 
-        cache, kernels = Cache(self.folder), {}
-        for step, problem in self.shape.problems().items():
-            config = configs.get(step, problem.configs(TARGET)[0])
-            entry = cache.get(compiler.problem_key(problem, config, TARGET), TARGET)
-            if entry is None:
-                raise SystemExit(f"no kernel for {problem} {config}: run the build first")
-            kernels[problem] = (Kernel(entry), config.blocks)
-        return Exchange(self.shape, self.rank, self.heap.addresses, self.heap.state, Launcher(kernels))
+        def launch(problem: RdepProblem, *arguments: Any) -> None:
+            config = chosen.get(problem, problem.untuned(TARGET))
+            self.launcher.bind(problem, config, TARGET, arguments)()
+
+        return Exchange(self.shape, self.rank, self.heap.addresses, self.heap.state, self.heap, launch)
 
     def routing(self, tokens: int) -> Routing:
         buffers = self.shape.routing(tokens)
@@ -242,11 +259,13 @@ def expert(heap: Any, shape: Group) -> torch.Tensor:
 
 def right(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> None:
     me = Rank(SMALL[name], rank, folder)
-    for seed in range(8):
+    seeds = 8 if me.shape.gpus == RANKS else 4  # between hosts all ranks have as many tokens
+    for seed in range(seeds):
         check_case(me, seed)
     say(
-        f"rank {rank}: 8 routings: slots, offsets, rows, weights, origins, padding, sums and returned values equal"
+        f"rank {rank}: {seeds} routings: slots, offsets, rows, weights, origins, padding, sums, returned values equal"
     )
+    me.heap.close()
 
 
 def check_case(me: Rank, seed: int) -> None:
@@ -287,7 +306,7 @@ def check_case(me: Rank, seed: int) -> None:
                 f"seed {seed}, rank {rank}: {what} differs {len(at)} times, first {at[:3].tolist()}"
             )
 
-    for buffer in ("origin", "value", "data", "scale", "returned", "returned value"):
+    for buffer in (shape.mailboxes() | shape.slots()).keys() - {"flags", "counts"}:
         heap[buffer].view(torch.uint8).fill_(0x7F)
     torch.cuda.synchronize()
     dist.barrier()
@@ -335,7 +354,7 @@ def check_case(me: Rank, seed: int) -> None:
 
 
 def stopped(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> None:
-    shape = SMALL["right"]
+    shape = SMALL["hosts" if name.startswith("hosts") else "right"]
     me = Rank(shape, rank, folder, timeout=3.0)
     indices = [i.cuda() for i in routings(shape, 0)][rank]
     rows = (torch.randn(shape.tokens, shape.width, device="cuda").bfloat16().view(torch.uint8),)
@@ -368,7 +387,8 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 def replay(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> None:
     """Replays over a pool of routings; both passes; every output compared on the device with its first."""
-    shape, count, pool = SMALL["right"], 1000, (0, 1, 2, 3, 8, 9, 10, 11)
+    shape = SMALL["hosts" if name.startswith("hosts") else "right"]
+    count, pool = 1000, (0, 1, 2, 3, 8, 9, 10, 11)
     me = Rank(shape, rank, folder)
     e, heap, t = me.exchange, me.heap, shape.tokens
     all_indices = [routings(shape, seed)[rank].cuda() for seed in pool]

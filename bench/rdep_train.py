@@ -9,6 +9,8 @@ Parts, each in fresh processes, one a GPU:
     replay      1,000 replays of a captured micro-batch over 8 batches with skewed routing: every loss and gradient has
                 the bits that it had at first
     train again replicas    a small model on two GPUs that share the experts, twice, and that hold them all: losses
+    hosts       only when named: train, and `hosts replay`, as if each GPU were a host of its own, between which rows
+                go by NVSHMEM's puts, from the version that the kernels are linked with
     moonlet     layers of moonlet: ms a step, memory against the plan, transfers hidden behind the shared expert
     command     `torchrun -m nmoe train`: to its end, resumed on one GPU, with a rank stopped and with a rank killed
 """
@@ -44,8 +46,8 @@ from nmoe.codegen.build import build as build_kernels
 from nmoe.codegen.build import build_transfers
 from nmoe.codegen.cache import Cache
 from nmoe.codegen.launch import CudaLauncher
-from nmoe.codegen.rdep import transfers_of
 from nmoe.codegen.spec import specs
+from nmoe.codegen.transfers import transfers_of
 from nmoe.config import Config, load
 from nmoe.data.loader import Batch
 from nmoe.executor import Executor, allocate
@@ -60,7 +62,7 @@ from nmoe.torchrun import launched
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TARGET, RANKS, STEPS = "sm_90a", 2, 20
-PARTS = ("layer", "replay", "train", "again", "replicas", "moonlet", "command")
+PARTS = ("layer", "replay", "train", "again", "replicas", "hosts", "hosts replay", "moonlet", "command")
 LIMIT = 60.0  # seconds that a part may take
 
 
@@ -99,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("action", choices=("build", "run"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[p for p in PARTS if "hosts" not in p])
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--config", type=Path, help="of the part `command`: for [rdep] ranks = 2, prepared data"
@@ -107,7 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["NMOE_HOME"] = str(args.folder.resolve())  # where the trainer looks for kernels
     if args.action == "build":
-        build(args.folder / "kernels")
+        build(args.folder / "kernels", any("hosts" in part for part in args.parts))
         return
     results: dict[str, Any] = {"torch": torch.__version__}
     for name in args.parts:
@@ -120,12 +122,16 @@ def main() -> None:
     print("\n".join(compared(results)))
 
 
-def build(root: Path) -> None:
+def build(root: Path, hosts: bool) -> None:
+    """`hosts`: also what is linked with NVSHMEM, which must be installed."""
     schedules = [*(binding.lowered(config) for config in configs()), alone_schedule()]
     wanted = list(dict.fromkeys(spec for schedule in schedules for spec in specs(schedule)))
     made = build_kernels(wanted, root, workers=2, progress=sys.stderr)
     print(f"{len(made.warm)} kernels cached, {len(made.built)} built, failed: {made.failed}")
-    print(build_transfers([p for s in schedules for p in transfers_of(s)], TARGET, root, 2))
+    moved = [
+        p for s in schedules for gpus in ((RANKS, 1) if hosts else (RANKS,)) for p in transfers_of(s, gpus)
+    ]
+    print(build_transfers(moved, TARGET, root, 2))
 
 
 # ---- processes ----------------------------------------------------------------------------------------------
@@ -160,8 +166,8 @@ def worker(name: str, rank: int, queue: Any) -> None:
     def say(what: Any) -> None:
         queue.put((rank, what))
 
-    number = str(rank)
-    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS),
+    number, local = str(rank), "1" if name.startswith("hosts") else str(RANKS)
+    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": local,
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + PARTS.index(name))}  # fmt: skip
     parts: dict[str, Callable[..., None]] = {
         "layer": layer,
@@ -169,10 +175,11 @@ def worker(name: str, rank: int, queue: Any) -> None:
         "train": train,
         "again": train,
         "replicas": train,
+        "hosts": train,
         "moonlet": timed,
     }
     try:
-        parts[name](name, rank, say)
+        parts[name.removeprefix("hosts ")](name, rank, say)
     except BaseException:
         say("FAILED: " + traceback.format_exc(limit=-6).replace("\n", "\n    "))
         time.sleep(0.5)  # the queue's thread sends
@@ -391,6 +398,8 @@ def compared(results: dict[str, Any]) -> Iterator[str]:
             )
     if "run" in results.get("train", {}) and "run" in results.get("again", {}):
         yield f"twice the same bits: {results['train']['run'][:2] == results['again']['run'][:2]}"
+    if "run" in results.get("train", {}) and "run" in results.get("hosts", {}):
+        yield f"two hosts, the bits of one: {results['train']['run'][:2] == results['hosts']['run'][:2]}"
 
 
 # ---- how fast -----------------------------------------------------------------------------------------------

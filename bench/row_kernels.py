@@ -126,7 +126,7 @@ def run(cases: list[tuple[RowProblem, int]], folder: Path, save: Path | None, ev
 
         share = float("nan")
         if checks and problem.rows < 0:
-            before = verify.case(problem, config, 0, 128 * max(17, problem.segments) + 64)
+            before = verify.case(problem, config, 0, 128 * max(3, problem.segments) + 64)
             after = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in before.items()}
             launch(after)()
             after = {n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in after.items()}

@@ -23,11 +23,12 @@ from nmoe.codegen.build import build, build_transfers
 from nmoe.codegen.cache import Cache, default_root
 from nmoe.codegen.launch import CudaLauncher, device_of
 from nmoe.codegen.problem import EXTENTS, PARTS, ROWS, Operand, Problem, resolve, stored_formats
-from nmoe.codegen.rdep import transfers_of
 from nmoe.codegen.spec import KernelSpec, spec_of, specs
+from nmoe.codegen.transfers import transfers_of
 from nmoe.config import Config
 from nmoe.errors import UserError
 from nmoe.graph import Graph, Op, Spec
+from nmoe.hosts import ranks_of_host
 from nmoe.schedule import Call, Kernels, Schedule, Workspace, lower
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def launcher(config: Config, schedules: Sequence[Schedule], say: Callable[[str],
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # references sum in FP32
     root = default_root()
     wanted = list(needed(config, schedules))
-    transfers = list(dict.fromkeys(problem for s in schedules for problem in transfers_of(s)))
+    gpus = ranks_of_host(config.rdep.ranks)
+    transfers = list(dict.fromkeys(problem for s in schedules for problem in transfers_of(s, gpus)))
     with _alone(root):
         made = build(wanted, root, progress=sys.stderr)
         moved = build_transfers(transfers, config.target.device, root)

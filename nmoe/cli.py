@@ -60,6 +60,7 @@ def _compile(args: argparse.Namespace) -> int:
     from nmoe.binding import by_torch, lowered, needed
     from nmoe.codegen.cache import default_root
     from nmoe.codegen.spec import format_specs
+    from nmoe.hosts import ranks_of_host
 
     config, root = args.load(), args.cache or default_root()
     schedule = lowered(config, root=root)
@@ -68,7 +69,7 @@ def _compile(args: argparse.Namespace) -> int:
         _line(format_specs(config, uses))
         return 0
     from nmoe.codegen.build import build, build_transfers, emit, format_build
-    from nmoe.codegen.rdep import transfers_of
+    from nmoe.codegen.transfers import transfers_of
 
     if args.tune:
         from nmoe.autotune.measure import tune_all
@@ -76,7 +77,7 @@ def _compile(args: argparse.Namespace) -> int:
         tune_all(list(uses), root, _line)
     result = build(list(uses), root, workers=args.workers or 0, progress=sys.stderr)
     _line(format_build(config.run.name, result))
-    if transfers := transfers_of(schedule):
+    if transfers := transfers_of(schedule, ranks_of_host(config.rdep.ranks)):
         _line(build_transfers(transfers, config.target.device, root, args.workers or 0))
     _line(by_torch(schedule))
     if args.emit:

@@ -1,8 +1,8 @@
-"""The ranks of a run on the GPUs of one host, one process a GPU.
+"""The ranks of a run on GPUs, one process a GPU.
 
 Expert rows travel through symmetric memory (nmoe/rdep), gradients through NCCL, once a step, and the few numbers that
-the host decides by through shared memory, as on the CPU. Every wait is bounded, on the device too; what a rank meets
-is raised before anything is added up, and so before the optimizer changes anything.
+the host decides by through shared memory, as on the CPU, or between hosts through gloo. Every wait is bounded, on the
+device too; what a rank meets is raised before anything is added up, and so before the optimizer changes anything.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -23,11 +23,13 @@ from nmoe.binding import Launcher
 from nmoe.config import Config
 from nmoe.errors import UserError
 from nmoe.executor import Implementations
+from nmoe.hosts import ranks_of_host
 from nmoe.model import bind_dims, row_align
 from nmoe.ranks import Ranks
 from nmoe.rdep.device import Group
 from nmoe.rdep.device_layer import DeviceLayer
 from nmoe.rdep.shm import Shm
+from nmoe.rdep.sums import Sums, tree_sum
 from nmoe.rdep.symmetric import Heap
 from nmoe.rdep.transport import Buffer
 
@@ -50,12 +52,44 @@ def prepare(target: str) -> None:
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
 
 
+class Several:
+    """The ranks of all hosts as one of them knows them: shared memory shows it those of its own."""
+
+    def __init__(self, shm: Shm) -> None:
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self._shm, self._first = shm, self.rank - shm.rank
+        self.arrive = shm.arrive
+
+    def dead(self) -> list[int]:
+        return [self._first + rank for rank in self._shm.dead()]
+
+    def late(self) -> list[int]:
+        return [self._first + rank for rank in self._shm.late()]
+
+
+class Gathered(Sums):
+    """Between hosts: of few numbers, through gloo. `meet` takes what starts a collective, and waits for it."""
+
+    def __init__(self, meet: Callable[[Callable[[], Any]], None]) -> None:
+        self._meet = meet
+
+    def add(self, tensor: Tensor, members: Sequence[int]) -> None:
+        """All ranks of the run meet."""
+        if len(members) > 1:
+            every = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+            self._meet(lambda: dist.all_gather(every, tensor, async_op=True))
+            tensor.copy_(tree_sum([every[member] for member in members]))
+
+
 class GpuRanks(Ranks):
     """Use as a context: leaving it without an error ends NCCL and NVSHMEM. Those ends are collective, so after an
     error the process leaves them out, and so does its exit."""
 
-    def __init__(self, transport: Shm, config: Config, sequences: int) -> None:
-        super().__init__(transport, config.rdep.ranks)
+    def __init__(self, shm: Shm, config: Config, sequences: int) -> None:
+        several = Several(shm) if shm.ranks < dist.get_world_size() else None
+        super().__init__(shm, config.rdep.ranks, several)
+        if several:
+            self._sums = Gathered(self._meet)
         self._config, self._dims = config, bind_dims(config, sequences)
         self._heap: Heap | None = None
         self._names: list[str] = []
@@ -73,9 +107,12 @@ class GpuRanks(Ranks):
         assert launcher is not None
         width, dims = self._config.model.hidden_size, self._dims
         align = row_align(self._config)
-        group = Group(self.group, moe.experts, dims["T"], moe.topk, dims["R"], align, (2 * width,), width)
+        gpus = ranks_of_host(self.group)
+        group = Group(
+            self.group, gpus, moe.experts, dims["T"], moe.topk, dims["R"], align, (2 * width,), width
+        )
         buffers = group.mailboxes() | {"arena": Buffer((arena_bytes,), torch.uint8)}
-        self._heap = Heap(buffers, self._group, timeout=self._config.rdep.timeout)
+        self._heap = Heap(buffers, self._group, gpus, timeout=self._config.rdep.timeout)
         layer = DeviceLayer(group, self._heap, launcher, target)
         self._names = layer.names
         return self._heap["arena"], layer.implementations
@@ -97,17 +134,21 @@ class GpuRanks(Ranks):
         self._await(ended.query, math.inf)  # a kernel's own waits are bounded
         if self._heap:
             self._heap.check(self._names)
+        self._meet(lambda: dist.all_reduce(tensor, group=group, async_op=True))
+
+    def _meet(self, start: Callable[[], Any]) -> None:
+        """A collective of NCCL or gloo, as which `start` returns its work."""
         self.arrive()
-        work = dist.all_reduce(tensor, group=group, async_op=True)
+        work = start()
         self._await(work.is_completed, self._config.rdep.timeout)
-        work.wait()  # orders the stream
+        work.wait()  # orders the stream, or raises what gloo met
 
     def _await(self, done: Callable[[], bool], timeout: float) -> None:
         """Looks until something is done. Raises Missing at once when a rank has died, else after so many seconds."""
         end, looks = time.monotonic() + timeout, 0
         while not done():
             looks += 1
-            if looks % PATIENCE == 0 and (self._transport.dead() or time.monotonic() > end):
+            if looks % PATIENCE == 0 and (self._peers.dead() or time.monotonic() > end):
                 raise self.missing()
             time.sleep(5e-5)
 

@@ -7,7 +7,7 @@ torchrun.py starts either.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,13 +27,28 @@ from nmoe.rdep.transport import Local, Missing, Part
 _Error = TypeVar("_Error", bound=BaseException)
 
 
+class Peers(Protocol):
+    """What a rank knows of the others: see Shm."""
+
+    rank: int
+    ranks: int
+
+    def arrive(self) -> None: ...
+
+    def dead(self) -> list[int]: ...
+
+    def late(self) -> list[int]: ...
+
+
 class Ranks:
     """This process, `rank` of `world`. Each `group` consecutive ranks share one set of experts, of which this one holds
     share number `share`; the ranks of the other groups that hold the same are its replicas."""
 
-    def __init__(self, shm: Shm | None = None, group: int = 1) -> None:
+    def __init__(self, shm: Shm | None = None, group: int = 1, peers: Peers | None = None) -> None:
+        """`peers` are all ranks, where `shm` reaches some of them."""
         transport = shm or Local({})
-        self.rank, self.world, self.group = transport.rank, transport.ranks, group
+        self._peers = peers or transport
+        self.rank, self.world, self.group = self._peers.rank, self._peers.ranks, group
         self.share = self.rank % group
         first = self.rank - self.share
         self._everyone = range(self.world)
@@ -86,7 +101,7 @@ class Ranks:
 
     def arrive(self) -> None:
         """Call it before a collective of gloo or NCCL: who has come to fewer is late."""
-        self._transport.arrive()
+        self._peers.arrive()
 
     def explain(self, error: _Error) -> _Error | UserError:
         """Who is missing, when an error is what gloo noticed of it; any other error as it is."""
@@ -94,8 +109,10 @@ class Ranks:
 
     def missing(self) -> Missing:
         """An error that names the rank for which a collective waited in vain."""
-        dead = self._transport.dead()
-        late = dead or self._transport.late()
+        dead = self._peers.dead()
+        late = dead or self._peers.late()
         who = f"rank {late[0]}" if late else "one"
-        who = f"{who} of {self.world} {'has died' if dead else 'is stuck'}"
+        who = (
+            f"{who} of {self.world} {'has died' if dead else 'is stuck' if late else 'has died or is stuck'}"
+        )
         return Missing(f"{who}. Look for the first error in its log, then continue with --resume")

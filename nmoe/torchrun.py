@@ -33,12 +33,13 @@ def launched(config: Config) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks()
         return
-    if int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
+    timeout, gpus = config.rdep.timeout, config.target.device != "cpu"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if local != world and not gpus:
         raise UserError(
-            f"{world} processes on several hosts: this build's ranks share the memory of one; start all with "
+            f"{world} processes on several hosts: ranks on CPUs share the memory of one; start all with "
             "`torchrun --nproc-per-node` on one host"
         )
-    timeout, gpus = config.rdep.timeout, config.target.device != "cpu"
     if gpus:
         prepare(config.target.device)
     try:
@@ -50,9 +51,14 @@ def launched(config: Config) -> Iterator[Ranks]:
             f"the {world} processes did not find each other within {timeout:g} s: {str(error).splitlines()[0]}. Start "
             f"them with `torchrun --nproc-per-node {world} -m nmoe train …` and look for the first error in their logs"
         ) from error
-    buffers = sums.buffers(world) if gpus else symmetric(config, sequences, world)
-    shm = Shm(name[0], dist.get_rank(), world, buffers, timeout=timeout)
-    with GpuRanks(shm, config, sequences) if gpus else Ranks(shm, config.rdep.ranks) as ranks:
+    if gpus:
+        host, rank = divmod(dist.get_rank(), local)
+        shm = Shm(f"{name[0]}-{host}", rank, local, sums.buffers(local), timeout=timeout)
+        ranks: Ranks = GpuRanks(shm, config, sequences)
+    else:
+        shm = Shm(name[0], dist.get_rank(), world, symmetric(config, sequences, world), timeout=timeout)
+        ranks = Ranks(shm, config.rdep.ranks)
+    with ranks:
         yield ranks
 
 

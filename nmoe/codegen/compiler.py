@@ -26,6 +26,7 @@ from typing import Any
 from nmoe.codegen import triton
 from nmoe.codegen.cache import FORMAT, FUNCTION, Cache, Entry
 from nmoe.codegen.problem import Config, Operand, Problem
+from nmoe.codegen.rails import linked
 from nmoe.codegen.report import resources, stated
 from nmoe.errors import UserError
 
@@ -141,7 +142,8 @@ def _make(problem: Problem, config: Config, target: str) -> tuple[dict[str, byte
         files, known = triton.generate(problem, config, target)
     else:
         files = generate(problem, config, target)
-        known = stated(files["kernel.ptx"].decode())
+        text = files["kernel.ptx"].decode()
+        known = entry(text) if linked(problem) else stated(text)
     return files, {
         "family": problem.family, "problem": asdict(problem), "target": target, "config": str(config),
         "stages": getattr(config, "stages", 0), "shared_bytes": problem.shared_bytes(config, target), **known,
@@ -154,11 +156,14 @@ def _cubins(files: Mapping[str, bytes]) -> list[bytes]:
 
 
 def generate(problem: Problem, config: Config, target: str) -> dict[str, bytes]:
-    """kernel.so, kernel.ptx and kernel.cubin of a CuTeDSL template."""
+    """kernel.so, kernel.ptx and kernel.cubin of a CuTeDSL template; no kernel.so of what the driver launches."""
+    compiled = trace(problem, config, target)
+    check_ptx(compiled.__ptx__)
+    files = {"kernel.ptx": compiled.__ptx__.encode(), "kernel.cubin": compiled.__cubin__}
+    if linked(problem):
+        return files
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        compiled = trace(problem, config, target)
-        check_ptx(compiled.__ptx__)
         compiled.export_to_c(str(folder / "kernel.o"), FUNCTION)
         library = folder / "kernel.so"
         done = subprocess.run(
@@ -166,8 +171,14 @@ def generate(problem: Problem, config: Config, target: str) -> dict[str, bytes]:
         )
         if done.returncode:
             raise CompilerError(f"gcc could not link a kernel: {done.stderr.strip()}")
-        return {"kernel.so": library.read_bytes(), "kernel.ptx": compiled.__ptx__.encode(),
-                "kernel.cubin": compiled.__cubin__}  # fmt: skip
+        return files | {"kernel.so": library.read_bytes()}
+
+
+def entry(text: str) -> dict[str, Any]:
+    """The symbol of a PTX text's kernel, and the threads that a block of it has."""
+    found = re.search(r"\.entry\s+(\w+).*?\.reqntid\s+(\d+)", text, re.DOTALL)
+    assert found, "a kernel states its threads"
+    return {"symbol": found[1], "threads": int(found[2])}
 
 
 def check_ptx(text: str) -> None:

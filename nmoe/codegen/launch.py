@@ -1,6 +1,7 @@
 """Compiled kernels at run time: loaded once, checked against the device, called with torch tensors.
 
-Needs CuTeDSL's runtime library and TVM-FFI, or for kernels in Triton the driver alone, and no compiler.
+Needs CuTeDSL's runtime library and TVM-FFI, or for kernels in Triton the driver alone, between hosts NVSHMEM, and no
+compiler.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from nmoe.codegen.cache import FUNCTION, Cache, Entry
 from nmoe.codegen.compiler import problem_key
-from nmoe.codegen.driver import Functions
+from nmoe.codegen.driver import Functions, Linked
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import Problem
+from nmoe.codegen.rails import linked
 from nmoe.codegen.triton import counts
 from nmoe.errors import UserError
 
@@ -81,7 +83,7 @@ class CudaLauncher:
     def __init__(self, cache: Cache) -> None:
         self.root: Path | None = cache.root
         self._cache = cache
-        self._kernels: dict[str, Kernel | Functions] = {}
+        self._kernels: dict[str, Kernel | Functions | Linked] = {}
 
     def bind(
         self, problem: Problem, config: Any, target: str, arguments: Sequence[torch.Tensor | float | int]
@@ -91,6 +93,8 @@ class CudaLauncher:
         if isinstance(kernel, Functions):
             named = {o.name: a for o, a in zip(problem.operands(config), arguments, strict=True)}
             return kernel.bind(problem.launches(config), named | counts(problem, config, named))
+        if isinstance(kernel, Linked):
+            return kernel.bind(arguments, problem.clusters(config, 0))
         import torch
         import tvm_ffi
 
@@ -109,7 +113,7 @@ class CudaLauncher:
 
         return launch
 
-    def _kernel(self, problem: Problem, config: Any, target: str) -> Kernel | Functions:
+    def _kernel(self, problem: Problem, config: Any, target: str) -> Kernel | Functions | Linked:
         key = problem_key(problem, config, target)
         if key not in self._kernels:
             entry = self._cache.get(key, target)
@@ -118,5 +122,6 @@ class CudaLauncher:
                     f"the kernel of {problem.family} {problem} for {target} ({config}) is not in {self.root}: "
                     "build it with nmoe compile, on a machine with nvidia-cutlass-dsl, and bring the cache here"
                 )
-            self._kernels[key] = Functions(entry) if problem.language == "triton" else Kernel(entry)
+            kind = Functions if problem.language == "triton" else Linked if linked(problem) else Kernel
+            self._kernels[key] = kind(entry)
         return self._kernels[key]

@@ -1,4 +1,4 @@
-"""RDEP's kernels as the templates see them: what a rank sends, waits for and sums on a GPU.
+"""RDEP's kernels inside a host as the templates see them: what a rank sends, waits for and sums on a GPU.
 
     plan      count ── counts ──▶ place          choices → slots on the owners' ranks
     payload   move ── rows ──▶ await … raise     rows to their slots; consumed in place between the two
@@ -17,7 +17,6 @@ from typing import ClassVar, Literal
 
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import TOKENS, Config, Operand, Problem
-from nmoe.schedule import Schedule
 
 TILES, SLOTS = -4, -5  # dynamic extents: tiles of choices, slots or tokens that are moved
 THREADS = 256
@@ -28,8 +27,8 @@ LINE = 16  # int64 words between flags: 128 bytes
 COLUMNS = ("flags", "counts", "origin", "value", "data", "scale", "returned", "returned value")
 # Words of `state` int64[len(STATE)], this rank's own: the epoch of the last transfer that it sent on each channel,
 # thread blocks that are done, units that a launch of `move` has given out, whether a layer overflowed, ns that a wait
-# may last, where the host reads of a fault.
-STATE = ("counts", "rows", "returns", "done", "taken", "overflow", "timeout", "report", "rails")
+# may last, where the host reads of a fault, the number of the group's first rank in the run.
+STATE = ("counts", "rows", "returns", "done", "taken", "overflow", "timeout", "report", "rails", "first")
 FLAGS = ("counts.full", "counts.free", "rows.full", "rows.free", "returns.full", "returns.free", "rails.full",
          "rails.free")  # fmt: skip
 # A fault, one row a peer of the host's report: what happened, to whom, in which layer, which flag and epoch was awaited
@@ -58,15 +57,20 @@ class RdepConfig(Config):
 
 @dataclass(frozen=True)
 class RdepProblem(Problem):
-    """`ranks` of the group."""
+    """`ranks` of the group, numbered host by host, of which `gpus` are on each host and address each other."""
 
     ranks: int
+    gpus: int
 
     kernel: ClassVar[str]
     family: ClassVar[str] = "rdep"
 
     def __str__(self) -> str:
         return f"rdep {self.kernel}"
+
+    @property
+    def hosts(self) -> int:
+        return self.ranks // self.gpus
 
     @abstractmethod
     def arguments(self) -> tuple[Operand, ...]:
@@ -89,6 +93,8 @@ class RdepProblem(Problem):
         found = []
         if not 1 <= self.ranks <= 32:
             found.append(f"{self.ranks} ranks: a warp watches one flag a lane, 1 to 32")
+        if self.ranks % self.gpus:
+            found.append(f"{self.ranks} ranks: a multiple of the {self.gpus} GPUs of a host")
         used = self.shared_bytes(config, target)
         if used > HARDWARE[target].shared:
             found.append(f"{used} bytes of shared memory: a thread block has {HARDWARE[target].shared}")
@@ -108,7 +114,7 @@ class RdepProblem(Problem):
         return float(sum(operand.bytes(extents) for operand in self.operands(RdepConfig())))
 
     def small(self) -> RdepProblem:
-        return replace(self, ranks=2)
+        return replace(self, ranks=2, gpus=2)
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ class Plan(RdepProblem):
 @dataclass(frozen=True)
 class CountProblem(Plan):
     """slots int32[T, k] and tiles int32[⌈T·k / TILE⌉, experts]: of this rank's choices, how many precede each within
-    its tile and its tile within the rank, for the same expert. Sends the rank's counts to all."""
+    its tile and its tile within the rank, for the same expert. Sends the rank's counts to all of its host."""
 
     kernel = "count"
 
@@ -172,6 +178,9 @@ class MoveProblem(RdepProblem):
     rows: token t goes to `topk` slots; padding becomes zero. `describes`: the slots learn whose they are (origin =
     rank · choices + choice) and their router weights, as the first dispatch of a layer must; later ones reuse it.
     returns: each slot's row goes to its origin, with its value if `describes`.
+
+    `of` several hosts there are two launches: the near rows, with a place on this host; then those that have landed
+    from others, which bring their places and the origins of their first choices.
     """
 
     channel: Channel
@@ -179,6 +188,7 @@ class MoveProblem(RdepProblem):
     topk: int
     local: int  # experts of a rank
     describes: bool
+    of: Literal["all", "near", "landed"] = "all"
 
     kernel = "move"
 
@@ -190,7 +200,9 @@ class MoveProblem(RdepProblem):
     def arguments(self) -> tuple[Operand, ...]:
         rows = tuple(Operand(f"rows{i}", "u8", (SLOTS, size)) for i, size in enumerate(self.parts))
         values = (Operand("values", "f32", (SLOTS, self.fan)),) if self.describes else ()
-        return (*rows, *values, Operand("places", "i32", (SLOTS, self.fan)),
+        told = self.of == "landed" and self.channel == "rows" and self.describes
+        origins = (Operand("origins", "i32", (SLOTS, 1)),) if told else ()
+        return (*rows, *values, Operand("places", "i32", (SLOTS, self.fan)), *origins,
                 Operand("offsets", "i32", (self.local + 1,)), Operand("ends", "i32", (self.local,)),
                 Operand("capacity", "i32", ()), Operand("choices", "i32", ()))  # fmt: skip
 
@@ -266,38 +278,3 @@ class CombineProblem(RdepProblem):
 
     def template(self, target: str) -> str:
         return "rdep_combine.Combine"
-
-
-def transfers(
-    ranks: int, experts: int, topk: int, align: int, parts: tuple[int, ...], width: int
-) -> dict[str, RdepProblem]:
-    """Every kernel of a layer's forward and backward, by the step of nmoe.rdep.device.Exchange that launches it."""
-
-    def move(channel: Channel, parts: tuple[int, ...], describes: bool) -> MoveProblem:
-        return MoveProblem(ranks, channel, parts, topk, experts // ranks, describes)
-
-    returned = (2 * width,)
-    return {
-        "send_counts": CountProblem(ranks, experts, topk),
-        "receive_counts": PlaceProblem(ranks, experts, topk, align),
-        "send_rows": move("rows", parts, True),
-        "resend_rows": move("rows", parts, False),
-        "receive_rows": FlagProblem(ranks, "await"),
-        "release_rows": FlagProblem(ranks, "raise"),
-        "send_returns": move("returns", returned, False),
-        "send_returns_values": move("returns", returned, True),
-        "receive_returns": CombineProblem(ranks, topk, width),
-    }
-
-
-def transfers_of(schedule: Schedule) -> list[RdepProblem]:
-    """What the layers of a schedule for several ranks launch. Rows travel in BF16."""
-    found: dict[RdepProblem, None] = {}
-    for op in schedule.graph.ops:
-        if op.kind == "dispatch" and "ranks" in op.attrs:
-            (width,) = schedule.graph.shape(op.outputs[0])[1:]
-            plan = next(o for o in schedule.graph.ops if o.kind == "moe_plan" and op.inputs[2] in o.outputs)
-            (topk,) = schedule.graph.shape(plan.inputs[0])[1:]
-            sizes = plan.attrs["ranks"], plan.attrs["experts"], topk, plan.attrs["align"]
-            found |= dict.fromkeys(transfers(*sizes, (2 * width,), width).values())
-    return list(found)

@@ -268,10 +268,9 @@ class RowProblem(Problem):
         return max(1, ATOM_ROWS // config.rows) if self.statistic and self.columns else 1
 
     def buffers(self, config: RowConfig, target: str) -> int:
-        """Of a norm's pieces: two where a thread block has a next tile and the resident ones have room for them."""
-        follows = self.statistic and (self.turns(config) > 1 or self.body == "rms_norm_bwd")
+        """Of a norm's pieces: two where a thread block takes turns and the resident ones have room for them."""
         room = (HARDWARE[target].shared + RESERVED) // config.resident - RESERVED
-        return 2 if follows and self._shared_bytes(config, 2) <= room else 1
+        return 2 if self.turns(config) > 1 and self._shared_bytes(config, 2) <= room else 1
 
     def shared_bytes(self, config: RowConfig, target: str) -> int:
         """Pieces and sums of rows, sums of weight gradients, scale factors and transposed FP4 of a tile."""

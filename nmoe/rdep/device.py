@@ -15,26 +15,23 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from nmoe.codegen.rdep import (
-    FLAGS,
-    LINE,
-    OVERFLOW,
-    TILE,
-    TIMEOUT,
-    RdepProblem,
-    transfers,
-)
+from nmoe.codegen.rails import WHOLE, RailProblem
+from nmoe.codegen.rdep import FLAGS, LINE, OVERFLOW, TILE, TIMEOUT, RdepProblem
+from nmoe.codegen.transfers import transfers
+from nmoe.executor import DTYPES
 from nmoe.rdep.plan import CapacityError
 from nmoe.rdep.transport import Buffer, Missing
 
 
 @dataclass(frozen=True)
 class Group:
-    """What all ranks of a group agree on. `experts`: of all ranks. `tokens`: of the fullest rank. `capacity`: slots of
-    a rank. `align`: rows that segments are padded to. `parts`: bytes of a dispatched row, in BF16 one part, quantized
-    the elements and their scales. `width`: elements of a returned row, BF16."""
+    """What all ranks of a group agree on. `gpus`: of its ranks on each host, numbered host by host. `experts`: of all
+    ranks. `tokens`: of the fullest rank; across hosts all have as many. `capacity`: slots of a rank. `align`: rows that
+    segments are padded to. `parts`: bytes of a dispatched row, in BF16 one part, quantized the elements and their
+    scales. `width`: elements of a returned row, BF16."""
 
     ranks: int
+    gpus: int
     experts: int
     tokens: int
     topk: int
@@ -58,6 +55,16 @@ class Group:
             "counts": Buffer((self.ranks, self.experts), torch.int32),
             "returned": Buffer((self.choices, self.width), torch.bfloat16),
             "returned value": Buffer((self.choices,), torch.float32),
+        } | self._rails()
+
+    def _rails(self) -> dict[str, Buffer]:
+        """What rows pass through between hosts, by channel."""
+        return {
+            f"{rail.channel} {operand.name}": Buffer(operand.shape, DTYPES[operand.format])
+            for rail in self.problems().values()
+            if isinstance(rail, RailProblem) and rail.describes  # the others need less
+            for name in ("staged", "landed")
+            for operand in rail.mailboxes(name)
         }
 
     def slots(self) -> dict[str, Buffer]:
@@ -72,7 +79,10 @@ class Group:
 
     def problems(self) -> dict[str, RdepProblem]:
         """Every kernel of a layer's forward and backward, by the step of Exchange that launches it."""
-        return transfers(self.ranks, self.experts, self.topk, self.align, self.parts, self.width)
+        return transfers(
+            self.ranks, self.gpus, self.experts, self.tokens, self.topk, self.capacity, self.align, self.parts,
+            self.width,
+        )  # fmt: skip
 
     def routing(self, tokens: int) -> dict[str, Buffer]:
         """What Routing holds of a layer for `tokens` tokens of this rank."""
@@ -96,22 +106,35 @@ class Routing(NamedTuple):
     ends: Any
 
 
+class Buffers(Protocol):
+    def __getitem__(self, name: str) -> Any:
+        """This rank's buffer."""
+
+
 class Launch(Protocol):
     def __call__(self, problem: RdepProblem, *arguments: Any) -> None:
         """Launches a problem's kernel, in the order of the stream, with its operands."""
 
 
 class Exchange:
-    """`heap` int64 tables: see nmoe.codegen.rdep. All ranks make the same calls in the same order."""
+    """`addresses` and `state`: the tables of nmoe.codegen.rdep. `heap` gives this rank's buffers by name. All ranks
+    make the same calls in the same order.
 
-    def __init__(self, group: Group, rank: int, addresses: Any, state: Any, launch: Launch) -> None:
-        self.group, self.rank = group, rank
+    Between hosts rows go to the rank of the same index of a host, and on from there: while they are on their way, the
+    near rows are moved. Slots and origins are the plan's, so that nothing else knows of hosts."""
+
+    def __init__(
+        self, group: Group, rank: int, addresses: Any, state: Any, heap: Buffers, launch: Launch
+    ) -> None:
+        self.group, self.rank, self._heap = group, rank, heap
         self._problems = group.problems()
         self._addresses, self._state, self._launch = addresses, state, launch
 
     def send_counts(self, indices: Any, routing: Routing, layer: int) -> None:
         """indices int32[T, k]: the experts that each token chose."""
         self._run("send_counts", layer, indices, routing.slots, routing.tiles)
+        if "relay_counts" in self._problems:
+            self._run("relay_counts", layer)
 
     def receive_counts(self, indices: Any, routing: Routing, layer: int) -> None:
         """Fills the routing. Too many rows for a rank set `overflow` on all: what follows moves nothing."""
@@ -121,8 +144,8 @@ class Exchange:
         """rows u8[T, bytes] of each part to all slots of each token; zero to this rank's padding. The first dispatch
         of a layer brings values f32[T, k], the router weights, and tells the slots whose rows they hold."""
         step = "resend_rows" if values is None else "send_rows"
-        values = () if values is None else (values,)
-        self._run(step, layer, *rows, *values, routing.slots, *self._segments(routing))
+        given = (*rows, *(() if values is None else (values,)), routing.slots)
+        self._move(step, layer, given, (), (self.group.capacity, self.group.choices), routing)
 
     def receive_rows(self, layer: int) -> None:
         """Until all rows are in data, scale, value and origin."""
@@ -135,16 +158,33 @@ class Exchange:
     def send_returns(self, rows: Any, values: Any | None, origins: Any, routing: Routing, layer: int) -> None:
         """rows u8[slots, 2 · width], BF16, and values f32[slots, 1]? back to their origins int32[slots, 1]."""
         step = "send_returns" if values is None else "send_returns_values"
-        values = () if values is None else (values,)
-        self._run(step, layer, rows, *values, origins, *self._segments(routing))
+        given = (rows, *(() if values is None else (values,)), origins)
+        self._move(step, layer, given, (routing.offsets,), (self.group.choices,), routing)
 
     def receive_returns(self, y: Any, layer: int) -> None:
         """y bf16[T, width] = each token's rows, summed in FP32 in the order of its choices; the values are in the
         heap's `returned value`, [T · k]."""
         self._run("receive_returns", layer, y)
 
-    def _segments(self, routing: Routing) -> tuple[Any, ...]:
-        return routing.offsets, routing.ends, self.group.capacity, self.group.choices
+    def _move(
+        self, step: str, layer: int, given: tuple[Any, ...], bound: tuple[Any, ...], sizes: tuple[int, ...],
+        routing: Routing,
+    ) -> None:  # fmt: skip
+        """`given` rows, values and places to their places; `bound` and `sizes` are what a rail takes besides."""
+        segments = routing.offsets, routing.ends, self.group.capacity, self.group.choices
+        rail = self._problems.get(f"{step} rail")
+        if not isinstance(rail, RailProblem):
+            self._run(step, layer, *given, *segments)
+            return
+        staged, landed = (
+            [self._heap[f"{rail.channel} {operand.name}"] for operand in rail.mailboxes(name)]
+            for name in ("staged", "landed")
+        )
+        self._run(f"{step} rail", layer, *given, *bound, *staged, *landed, *sizes)
+        self._run(step, layer, *given, *segments)
+        self._run("await_rails", layer)
+        self._run(f"{step} landed", layer, *landed, *segments)
+        self._run("raise_rails", layer)
 
     def _run(self, step: str, layer: int, *arguments: Any) -> None:
         self._launch(self._problems[step], *arguments, self._addresses, self._state, self.rank, layer)
@@ -158,6 +198,8 @@ def check(
     for kind, rank, peer, layer, flag, expected, seen in report.tolist():
         where = names[layer] if names else f"layer {layer}"
         rank, peer = (members[r] if members else r for r in (rank, peer))
+        if FLAGS[flag] == "rails.full":
+            expected, seen = expected // WHOLE, seen // WHOLE
         if kind == TIMEOUT:
             raise Missing(
                 f"{where}: rank {rank} waited {timeout:g} s for {FLAGS[flag]} {expected} (seen {seen}) of rank {peer}. "
@@ -177,15 +219,3 @@ def offsets(buffers: Mapping[str, Buffer], align: int = 1024) -> tuple[dict[str,
         found[name] = at
         at += -(-buffer.bytes // align) * align
     return found, at
-
-
-class Launcher:
-    """Launches compiled kernels with torch tensors on the current stream."""
-
-    def __init__(self, kernels: Mapping[RdepProblem, tuple[Any, int]]) -> None:
-        """Of each problem the loaded kernel (nmoe.codegen.launch) and the thread blocks of its config."""
-        self._kernels = kernels
-
-    def __call__(self, problem: RdepProblem, *arguments: Any) -> None:
-        kernel, blocks = self._kernels[problem]
-        kernel(*arguments, blocks, torch.cuda.current_stream().cuda_stream)

@@ -110,7 +110,8 @@ class DeviceLayer:
 
         memory = self._memory
         table = memory.table(**places)
-        return Exchange(self._group, memory.rank, table, memory.state, record), len(self.names) - 1, launches
+        exchange = Exchange(self._group, memory.rank, table, memory.state, memory, record)
+        return exchange, len(self.names) - 1, launches
 
 
 def _all(launches: Sequence[Callable[[], object]]) -> None:

@@ -1,7 +1,8 @@
-"""Symmetric memory of the GPUs of one host: a heap of the same layout on each, all mapped into every process.
+"""Symmetric memory of the GPUs of a group: a heap of the same layout on each, mapped into every process of its host.
 
 NVSHMEM allocates and maps; from then on kernels use plain addresses (nvshmem_ptr), so that they carry none of its
-device code and work with any version of it. Needs nvshmem4py, and torch.distributed for the ranks to meet.
+device code and work with any version of it. Between hosts they call NVSHMEM, of one version (nmoe.codegen.rails).
+Needs nvshmem4py, and torch.distributed for the ranks to meet.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nmoe.rdep.transport import Buffer
 class Heap:
     """This rank's part of the symmetric memory of the group `members`, ranks of the default process group in order.
     The constructor is collective over that process group, all of whose ranks pass the same `buffers`, of which flags
-    are zero at first; the current CUDA device is the rank's.
+    are zero at first; the current CUDA device is the rank's. Of the members `gpus` are on each host.
 
     `rank` is the number in the group. `state` is what kernels take (nmoe.codegen.rdep), `addresses` alike where the
     heap holds a buffer for each of COLUMNS; `report` is host memory that they write to. `timeout`, in seconds, bounds
@@ -30,15 +31,19 @@ class Heap:
     """
 
     def __init__(
-        self, buffers: Mapping[str, Buffer], members: Sequence[int], *, timeout: float = 30.0
+        self, buffers: Mapping[str, Buffer], members: Sequence[int], gpus: int, *, timeout: float = 30.0
     ) -> None:
         self.rank, self.timeout = members.index(dist.get_rank()), timeout
         self._members, self._buffers = members, buffers
         self._at, size = offsets(buffers)
-        self._memory, self._bases = _allocate(size, members)
+        first = self.rank // gpus * gpus
+        near = members[first : first + gpus]
+        self._memory, bases = _allocate(size, near)
+        self._bases = {first + i: base for i, base in enumerate(bases)}  # by rank of this host
         self["flags"].zero_()
         self.report = torch.zeros(len(members), len(REPORT), dtype=torch.int64).pin_memory()
-        state = dict.fromkeys(STATE, 0) | {"timeout": int(timeout * 1e9), "report": self.report.data_ptr()}
+        state = dict.fromkeys(STATE, 0) | {"timeout": int(timeout * 1e9), "report": self.report.data_ptr(),
+                                           "first": members[0]}  # fmt: skip
         self.state = torch.tensor([state[name] for name in STATE], device="cuda")
         self.addresses = self.table()
         torch.cuda.synchronize()
@@ -50,11 +55,13 @@ class Heap:
         return self._memory[self._at[name] :][: buffer.bytes].view(buffer.dtype).view(buffer.shape)
 
     def table(self, **places: Tensor) -> Tensor:
-        """int64[ranks, len(COLUMNS)]: where each buffer lies on each rank, 0 for those that the heap lacks; the
-        columns `places` where tensors of the heap do."""
+        """int64[ranks, len(COLUMNS)]: where each buffer lies on each rank of this host, 0 for those that the heap lacks
+        and for ranks of other hosts; the columns `places` where tensors of the heap do."""
         at = self._at | {name: t.data_ptr() - self._bases[self.rank] for name, t in places.items()}
-        rows = [[base + at[name] if name in at else 0 for name in COLUMNS] for base in self._bases]
-        return torch.tensor(rows, device="cuda")
+        rows = torch.zeros(len(self._members), len(COLUMNS), dtype=torch.int64)
+        for rank, base in self._bases.items():
+            rows[rank] = torch.tensor([base + at[name] if name in at else 0 for name in COLUMNS])
+        return rows.cuda()
 
     def empty(self, buffer: Buffer) -> Tensor:
         """Memory of this rank alone."""
@@ -75,7 +82,7 @@ class Heap:
 
 
 def _allocate(size: int, members: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """uint8[size] of the symmetric heap, and where it lies on each of `members`. Collective."""
+    """uint8[size] of the symmetric heap, and where it lies on each of `members`, of one host. Collective."""
     try:
         import nvshmem.core as nvshmem
         from cuda.core import Device
@@ -96,6 +103,6 @@ def _allocate(size: int, members: Sequence[int]) -> tuple[Tensor, list[int]]:
         far = members[bases.index(0)]
         raise UserError(
             f"rank {rank} cannot address the memory of rank {far}: RDEP needs NVLink (or PCIe peer access) between the "
-            "GPUs of a group; see nvidia-smi topo -p2p rw"
+            "GPUs of a group on one host; see nvidia-smi topo -p2p rw"
         )
     return memory, bases

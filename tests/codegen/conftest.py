@@ -34,3 +34,13 @@ def compiler() -> None:
 @pytest.fixture
 def emulator() -> None:
     """The test compiles kernels and runs them on the emulator."""
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in takes NVSHMEM's place."""
+    import emulated_nvshmem
+
+    from nmoe.codegen.templates import rdep_rail
+
+    monkeypatch.setattr(rdep_rail, "Nvshmem", emulated_nvshmem.Nvshmem)

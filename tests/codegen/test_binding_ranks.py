@@ -1,14 +1,14 @@
-"""An MoE layer on two ranks, with its GEMMs between dispatch and return, bound by the executors as on GPUs, on the
-emulator: equal to one rank's layer bit for bit, forward and backward."""
+"""An MoE layer on two ranks, of one host or of two, with its GEMMs between dispatch and return, bound by the executors
+as on GPUs, on the emulator: equal to one rank's layer bit for bit, forward and backward."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
+import emulated_nvshmem
 import emulated_ranks
 import pytest
 import torch
@@ -18,11 +18,12 @@ from test_model import initialise
 from torch import Tensor
 
 from nmoe import binding
-from nmoe.codegen.rdep import COLUMNS, REPORT, STATE, RdepProblem, transfers_of
+from nmoe.codegen.rdep import COLUMNS, REPORT, STATE, RdepProblem
+from nmoe.codegen.transfers import transfers_of
 from nmoe.executor import Executor
 from nmoe.graph import Spec
 from nmoe.model import row_align
-from nmoe.rdep.device import Group
+from nmoe.rdep.device import Group, offsets
 from nmoe.rdep.device_layer import DeviceLayer
 from nmoe.rdep.transport import Buffer
 from nmoe.schedule import Schedule, lower
@@ -42,17 +43,10 @@ def kernels(target: str):
     return some
 
 
-class Turns:
-    """Threads that run one at a time, and meet before each launch of RDEP: all have sent before any waits."""
-
-    def __init__(self) -> None:
-        self.lock, self.barrier = threading.Lock(), threading.Barrier(RANKS, timeout=120)
-
-
 class RankLauncher(EmulatedLauncher):
     """One rank's launches on the emulated device that all share."""
 
-    def __init__(self, first: EmulatedLauncher, turns: Turns) -> None:
+    def __init__(self, first: EmulatedLauncher, turns: emulated_ranks.Turns) -> None:
         super().__init__()
         self.device, self._functions, self._turns = first.device, first._functions, turns
 
@@ -64,20 +58,30 @@ class RankLauncher(EmulatedLauncher):
 
         def run() -> None:
             if transfer:
-                self._turns.barrier.wait()
-            with self._turns.lock:
-                launch()
+                self._turns.take(launch)
+            else:
+                with self._turns.lock:
+                    launch()
 
         return run
 
 
-class Memory:
-    """What symmetric.Heap is on a GPU."""
+def heaps(group: Group, arena_bytes: int) -> tuple[dict[str, Buffer], dict[str, int], int]:
+    """What each rank's heap holds, where, and its size."""
+    buffers = group.mailboxes() | {"arena": Buffer((arena_bytes,), torch.uint8)}
+    return buffers, *offsets(buffers)
 
-    def __init__(self, launcher: EmulatedLauncher, group: Group, rank: int, arena_bytes: int) -> None:
+
+class Memory:
+    """What symmetric.Heap is on a GPU: a part of `whole`, in which the heaps of all ranks lie."""
+
+    def __init__(
+        self, launcher: EmulatedLauncher, group: Group, rank: int, arena_bytes: int, whole: Tensor
+    ) -> None:
         self.rank, self._launcher, self.peers = rank, launcher, [self]
-        held = group.mailboxes() | {"arena": Buffer((arena_bytes,), torch.uint8)}
-        self._held = {name: launcher.memory(_spec(buffer), 0xFF) for name, buffer in held.items()}
+        buffers, at, size = heaps(group, arena_bytes)
+        own = whole[rank * size :]
+        self._held = {n: own[at[n] :][: b.bytes].view(b.dtype).view(b.shape) for n, b in buffers.items()}
         self["flags"].zero_()
         self.report = self.empty(Buffer((group.ranks, len(REPORT)), torch.int64)).zero_()
         self.state = self.empty(Buffer((len(STATE),), torch.int64)).zero_()
@@ -159,8 +163,9 @@ def feed(
     executor.tensors["scale"].fill_(1 / 64)
 
 
-@pytest.mark.usefixtures("emulator")
-def test_a_layer_on_two_ranks_is_that_of_one() -> None:
+@pytest.mark.usefixtures("emulator", "wire")
+@pytest.mark.parametrize("gpus", [2, pytest.param(1, marks=pytest.mark.slow)], ids=["one host", "two hosts"])
+def test_a_layer_on_two_ranks_is_that_of_one(gpus: int) -> None:
     target, base = "sm_90a", config("sm_90a")
     base = replace(base, train=replace(base.train, batch_size=4), moe=replace(base.moe, topk=3))
     shared = replace(base, rdep=replace(base.rdep, ranks=RANKS))
@@ -172,12 +177,17 @@ def test_a_layer_on_two_ranks_is_that_of_one() -> None:
     initialise(single.tensors, alone, 0)
     whole = {t.name: single.tensors[t.name].clone() for t in alone.graph.of_kind("param", "state")}
 
-    turns, dims, hidden = Turns(), schedule.dims, base.model.hidden_size
+    turns, dims, hidden = emulated_ranks.Turns(RANKS), schedule.dims, base.model.hidden_size
     align = row_align(shared)
-    group = Group(RANKS, base.moe.experts, dims["T"], base.moe.topk, dims["R"], align, (2 * hidden,), hidden)
-    assert set(transfers_of(schedule)) == set(group.problems().values())
+    group = Group(
+        RANKS, gpus, base.moe.experts, dims["T"], base.moe.topk, dims["R"], align, (2 * hidden,), hidden
+    )
+    assert set(transfers_of(schedule, gpus)) == set(group.problems().values())
     launchers = [RankLauncher(launcher, turns) for _ in range(RANKS)]
-    memories = [Memory(launchers[r], group, r, schedule.arena_bytes) for r in range(RANKS)]
+    _, _, size = heaps(group, schedule.arena_bytes)
+    symmetric = launcher.memory(Spec((RANKS * size,), "u8"), 0xFF)
+    emulated_nvshmem.ARENA |= {"base": symmetric.data_ptr(), "size": size}
+    memories = [Memory(launchers[r], group, r, schedule.arena_bytes, symmetric) for r in range(RANKS)]
     executors = []
     for rank, memory in enumerate(memories):
         memory.peers = memories

@@ -3,7 +3,6 @@ rank's, bit for bit, forward and backward; overflow and a missing rank are repor
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -25,9 +24,11 @@ def sized(group: Group) -> Group:
 
 
 # Tokens of each rank beside it: more than a tile of choices, one, none that fill a unit of the ring.
-QUANTIZED = sized(Group(2, 8, 700, 2, 0, 16, (128, 16), 64)), (700, 513)
-BF16 = sized(Group(4, 12, 40, 3, 0, 8, (96,), 48)), (40, 1, 5, 33)
-ALONE = sized(Group(1, 6, 50, 2, 0, 8, (96,), 48)), (50,)
+QUANTIZED = sized(Group(2, 2, 8, 700, 2, 0, 16, (128, 16), 64)), (700, 513)
+BF16 = sized(Group(4, 4, 12, 40, 3, 0, 8, (96,), 48)), (40, 1, 5, 33)
+HOSTS = sized(Group(4, 2, 8, 64, 3, 0, 32, (96,), 48)), (64,) * 4
+RAIL = sized(Group(3, 1, 6, 32, 2, 0, 32, (128, 16), 64)), (32,) * 3
+ALONE = sized(Group(1, 1, 6, 50, 2, 0, 8, (96,), 48)), (50,)
 
 
 def draw(group: Group, tokens: tuple[int, ...], hot: float, generator: torch.Generator) -> list[Tensor]:
@@ -36,16 +37,31 @@ def draw(group: Group, tokens: tuple[int, ...], hot: float, generator: torch.Gen
     return [torch.multinomial(weight.expand(t, -1), group.topk, generator=generator).int() for t in tokens]
 
 
-@pytest.mark.usefixtures("emulator")
+@pytest.mark.usefixtures("emulator", "wire")
 @pytest.mark.parametrize(
     ("target", "case", "seed"),
-    [("sm_90a", QUANTIZED, 0), ("sm_90a", BF16, 1), ("sm_90a", ALONE, 2), ("sm_100a", BF16, 3)],
-    ids=["two-quantized", "four", "alone", "four-sm_100a"],
+    [
+        ("sm_90a", QUANTIZED, 0),
+        ("sm_90a", BF16, 1),
+        ("sm_90a", ALONE, 2),
+        ("sm_100a", BF16, 3),
+        ("sm_90a", HOSTS, 4),
+        pytest.param("sm_90a", RAIL, 5, marks=pytest.mark.slow),
+    ],
+    ids=[
+        "two-quantized",
+        "four",
+        "alone",
+        "four-sm_100a",
+        "two hosts of two",
+        "three hosts of one, quantized",
+    ],
 )
 def test_rows_reach_their_slots_and_return(
     target: str, case: tuple[Group, tuple[int, ...]], seed: int
 ) -> None:
     from emulated_ranks import Rank, group_of
+    from emulated_ranks import each as on_each
 
     group, tokens = case
     generator = torch.Generator().manual_seed(seed)
@@ -53,9 +69,7 @@ def test_rows_reach_their_slots_and_return(
     device = ranks[0].device
 
     def each(step: Callable[[Rank], None]) -> None:
-        """On every rank, in any order."""
-        for rank in random.Random(seed).sample(ranks, len(ranks)):
-            step(rank)
+        on_each(ranks, step, seed)
 
     def draw_rows(sizes: tuple[int, ...]) -> list[list[Tensor]]:
         return [
@@ -188,7 +202,7 @@ def test_a_wait_for_a_missing_rank_ends_with_a_record() -> None:
 
 
 def test_every_config_is_legal_and_what_breaks_a_limit_is_named() -> None:
-    rows = MoveProblem(2, "rows", (14336,), 8, 128, True)
+    rows = MoveProblem(2, 2, "rows", (14336,), 8, 128, True)
     for target in ("sm_90a", "sm_100a"):
         for problem in (rows, replace(rows, channel="returns"), replace(rows, parts=(7168, 224))):
             assert problem.configs(target)

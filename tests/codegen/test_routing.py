@@ -38,7 +38,6 @@ PROBLEMS = [
     PlanProblem(40, 6, 128),
     DispatchProblem(5, 3, 536, True),
     DispatchProblem(300, 8, 256, False),
-    DispatchProblem(5, 3, 0, True),
     CombineProblem(5, 3, 536, True),
     CombineProblem(300, 8, 256, False, addends=2),
     ROUTER,
@@ -47,6 +46,7 @@ PROBLEMS = [
     RouterProblem(32, 2, 3136, **SIGMOID, groups=1, topk_groups=1, biased=False),
     RouterBwdProblem(40, 6, 72, **SIGMOID),
     RouterBwdProblem(68, 5, 136, **{**SOFTMAX, "balance": True}),
+    DispatchProblem(5, 3, 0, True),
 ]
 CASES = [(1, 150, 0.0), (2, 1, 0.0), (3, 39, 5.0)]  # schedule, tokens, skew: all tokens on the first experts
 

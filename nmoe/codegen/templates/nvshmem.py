@@ -15,10 +15,10 @@ from cutlass._mlir.dialects.cute import PtrType
 from cutlass.base_dsl.typing import get_mlir_types
 from cutlass.cute import AddressSpace
 
+from nmoe.codegen.rails import PACKAGE, VERSION
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.errors import UserError
 
-PACKAGE = "nvidia-nvshmem-cu13"
 SET, ADD = 9, 10  # NVSHMEM_SIGNAL_SET, NVSHMEM_SIGNAL_ADD
 
 
@@ -35,8 +35,8 @@ class Address:
         return get_mlir_types(value) == self.__get_mlir_types__()
 
 
-def bitcode(capability: int, version: str) -> Path:
-    """Raises UserError unless exactly this version is installed."""
+def bitcode(capability: int, version: str = VERSION) -> Path:
+    """Of a compute capability. Raises UserError unless exactly this version is installed."""
     try:
         found = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -54,8 +54,8 @@ class Nvshmem(Fixed):
     """What a kernel asks of NVSHMEM. Addresses are this rank's own, of symmetric memory; `peer` is the rank whose
     memory is meant."""
 
-    def __init__(self, capability: int, version: str) -> None:
-        source = cute.BitCode(str(bitcode(capability, version)))
+    def __init__(self, capability: int) -> None:
+        source = cute.BitCode(str(bitcode(capability)))
         byte, word = Address(Int8), Address(Uint64)
 
         @cute.extern(name="nvshmemx_putmem_signal_nbi_block", source=source)

@@ -46,12 +46,27 @@ class Named(Fixed):
 
 
 class Link(Fixed):
-    """addresses int64[ranks, len(COLUMNS)], state int64[len(STATE)]."""
+    """addresses int64[ranks, len(COLUMNS)], state int64[len(STATE)]. Peers are the ranks of this host, which a rank
+    addresses; those of its rail have its index on other hosts."""
 
     def __init__(
-        self, ranks: int, addresses: cute.Tensor, state: cute.Tensor, rank: Int32, layer: Int32
+        self, problem: RdepProblem, addresses: cute.Tensor, state: cute.Tensor, rank: Int32, layer: Int32
     ) -> None:
-        self.ranks, self.addresses, self.state, self.rank, self.layer = ranks, addresses, state, rank, layer
+        self.ranks, self.gpus = problem.ranks, problem.gpus
+        self.addresses, self.state, self.rank, self.layer = addresses, state, rank, layer
+
+    def first(self):  # type: ignore[no-untyped-def]
+        """The first rank of this host."""
+        return 0 if self.gpus == self.ranks else self.rank // self.gpus * self.gpus
+
+    def among(self, whom: str, peer: Int32):  # type: ignore[no-untyped-def]
+        """Whether a number, at least 0, is that of another rank: "all", of this host ("peers"), of its "rail"."""
+        other = (peer < self.ranks) & (peer != self.rank)
+        if self.gpus == self.ranks or whom == "all":
+            return other
+        if whom == "peers":
+            return other & (peer // self.gpus == self.rank // self.gpus)
+        return other & (peer % self.gpus == self.rank % self.gpus)
 
     def at(self, peer: Int32, column: str, element, align: int = 0) -> cute.Pointer:  # type: ignore[no-untyped-def]
         """The start of a peer's buffer."""
@@ -86,14 +101,10 @@ class Link(Fixed):
         cute.arch.fence_acq_rel_sys()
 
     @cute.jit
-    def wait(self, flag: cutlass.Constexpr, epoch: Int64, every: cutlass.Constexpr = 1) -> None:
-        """By all threads of the block: until every peer has raised `flag` for `epoch` or a later one; of peers whose
-        rank differs by a multiple of `every`."""
+    def wait(self, flag: cutlass.Constexpr, epoch: Int64, whom: cutlass.Constexpr = "peers") -> None:
+        """By all threads of the block: until every rank `among` whom has raised `flag` for `epoch` or a later one."""
         peer = Int32(cute.arch.thread_idx()[0])
-        awaited = peer < self.ranks and peer != self.rank
-        if cutlass.const_expr(every > 1):
-            awaited = awaited and (peer - self.rank) % every == 0
-        if awaited:
+        if self.among(whom, peer):
             word = self.flag(flag, peer)
             budget = self.state[STATE.index("timeout")]
             seen = Int64(cute.arch.load(word, Int64, sem="acquire", scope="sys"))
@@ -114,7 +125,7 @@ class Link(Fixed):
     def raise_all(self, flag: cutlass.Constexpr, epoch: Int64) -> None:
         """By a whole block whose puts lie before a bar.sync: a release to every peer."""
         peer = Int32(cute.arch.thread_idx()[0])
-        if peer < self.ranks and peer != self.rank:
+        if self.among("peers", peer):
             word = self.at(peer, "flags", Int64) + (FLAGS.index(flag) * self.ranks + self.rank) * LINE
             cute.arch.fence_acq_rel_sys()
             cute.arch.store(word, epoch, sem="release", scope="sys")
@@ -175,7 +186,7 @@ class Kernel(Fixed):
         )
 
     def link(self, named) -> Link:  # type: ignore[no-untyped-def]
-        return Link(self.problem.ranks, *(named[name] for name in ("addresses", "state", "rank", "layer")))
+        return Link(self.problem, *(named[name] for name in ("addresses", "state", "rank", "layer")))
 
 
 class Await(Kernel):

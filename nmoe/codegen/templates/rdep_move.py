@@ -13,6 +13,9 @@ shares would leave it to the slow ones alone at the end. Which warp sends a row 
 
 At the end every lane waits for its stores (wait_group 0), and the last block raises `full` (rdep_link.py). Padding of
 this rank's own segments, of which it knows the place, is zeroed by one more warp of each block: nobody sends it.
+
+Across hosts a transfer is two launches: `near` rows to this host, while others are on their way; then what `landed`
+from other hosts, of which a unit is not read when its first row goes nowhere, for then none does (rdep_rail.py).
 """
 
 from __future__ import annotations
@@ -41,9 +44,11 @@ def bulk(source: cute.Pointer, target: cute.Pointer, size: int, barrier: cute.Po
 class Stages(Fixed):
     """A warp's ring: stages of `rows` rows, part after part, and a barrier each."""
 
-    def __init__(self, move, sources, memory: cute.Pointer, full: cute.Pointer) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, move, named, memory: cute.Pointer, full: cute.Pointer) -> None:  # type: ignore[no-untyped-def]
         self.parts, self.rows, self.stages = move.problem.parts, move.config.rows, move.config.stages
-        self.sources, self.memory, self.full = sources, memory, full
+        self.sources = [named[f"rows{i}"] for i in range(len(self.parts))]
+        self.landed, self.places = move.problem.of == "landed", named["places"]
+        self.memory, self.full = memory, full
         self.bytes = self.rows * sum(self.parts)
 
     def part(self, stage: Int32, index: int) -> cute.Pointer:
@@ -52,16 +57,23 @@ class Stages(Fixed):
     @cute.jit
     def load(self, stage: Int32, unit: Int32) -> None:
         """By the lane of the stage."""
-        full = self.full + stage
-        cute.arch.mbarrier_arrive_and_expect_tx(full, self.bytes)
-        for i, size in enumerate(self.parts):
-            source = self.sources[i].iterator + Int64(unit) * (self.rows * size)
-            bulk(source.align(16), self.part(stage, i), self.rows * size, full)
+        full, goes = self.full + stage, True
+        if cutlass.const_expr(self.landed):
+            goes = False
+            for j in cutlass.range_constexpr(self.places.shape[1]):
+                goes |= self.places[unit * self.rows, j] >= 0
+        if goes:
+            cute.arch.mbarrier_arrive_and_expect_tx(full, self.bytes)
+            for i, size in enumerate(self.parts):
+                source = self.sources[i].iterator + Int64(unit) * (self.rows * size)
+                bulk(source.align(16), self.part(stage, i), self.rows * size, full)
+        else:
+            cute.arch.mbarrier_arrive(full)
 
 
 class Move(Kernel):
     def warps(self) -> int:
-        return self.config.warps + (self.problem.channel == "rows")
+        return self.config.warps + (self.problem.channel == "rows" and self.problem.of != "landed")
 
     @cute.kernel
     def kernel(self, operands):  # type: ignore[no-untyped-def]
@@ -74,26 +86,30 @@ class Move(Kernel):
         size = config.stages * config.rows * sum(problem.parts)
         memory = smem.allocate_tensor(Uint8, cute.make_layout(config.warps * size), 128).iterator
         barriers = smem.allocate_array(Int64, config.warps * config.stages)
-        sources = [named[f"rows{i}"] for i in range(len(problem.parts))]
-        stages = Stages(self, sources, memory + warp * size, barriers + warp * config.stages)
+        stages = Stages(self, named, memory + warp * size, barriers + warp * config.stages)
         if Int32(cute.arch.thread_idx()[0]) < config.warps * config.stages:
             cute.arch.mbarrier_init(barriers + cute.arch.thread_idx()[0], 1)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        units = named["offsets"][problem.local] // config.rows
-        if cutlass.const_expr(problem.channel == "rows"):
-            units = sources[0].shape[0]
+        own = cutlass.const_expr(problem.of != "landed")
+        units = named["places"].shape[0] // config.rows
+        if cutlass.const_expr(own and problem.channel == "returns"):
+            units = named["offsets"][problem.local] // config.rows
+        if cutlass.const_expr(own and problem.channel == "rows"):
             link.wait("rows.free", epoch - 1)
         if link.overflowed():
             units = Int32(0)
         if warp < config.warps:
             self._send(link, named, stages, units, warp)
-        if cutlass.const_expr(problem.channel == "rows"):
+        if cutlass.const_expr(own and problem.channel == "rows"):
             if warp == config.warps and not link.overflowed():
                 self._pad(link, named)
         if link.last(smem):
-            link.finish(problem.channel, epoch)
+            if cutlass.const_expr(problem.of == "near"):
+                link.advance(problem.channel, epoch - 1)  # what has landed is still to be sent
+            else:
+                link.finish(problem.channel, epoch)
 
     @cute.jit
     def _send(self, link: Link, named: Named, stages: Stages, units: Int32, warp: Int32) -> None:
@@ -106,10 +122,10 @@ class Move(Kernel):
         if lane < ahead and held < units:
             stages.load(lane, held)
         unit, i = cute.arch.shuffle_sync(held, 0), Int32(0)
-        place, value = self._destination(named, unit, units, lane)
+        place, value = self._destination(link, named, unit, units, lane)
         while unit < units:
             following = cute.arch.shuffle_sync(held, (i + 1) % config.stages)
-            next_place, next_value = self._destination(named, following, units, lane)
+            next_place, next_value = self._destination(link, named, following, units, lane)
             mine = lane == (i + ahead) % config.stages
             if mine:
                 ticket = cute.arch.atomic_add(link.word("taken"), Int64(1), sem="relaxed", scope="gpu")
@@ -127,15 +143,23 @@ class Move(Kernel):
         cute.arch.fence_proxy("async.global")
 
     @cute.jit
-    def _destination(self, named: Named, unit: Int32, units: Int32, lane: Int32):  # type: ignore[no-untyped-def]
+    def _destination(self, link: Link, named: Named, unit: Int32, units: Int32, lane: Int32):  # type: ignore[no-untyped-def]
         """A lane's destination of a unit, −1 for none, and the value that goes there."""
         fan = self.config.rows * self.problem.fan
         place, value = Int32(-1), Float32(0.0)
         if lane < fan and unit < units:
             place = flat(named["places"])[unit * fan + lane]
+            if cutlass.const_expr(self.problem.of == "near"):
+                peer = place // self._places(named) - link.first()
+                if peer < 0 or peer >= self.problem.gpus:
+                    place = Int32(-1)
             if cutlass.const_expr(self.problem.describes):
                 value = flat(named["values"])[unit * fan + lane]
         return place, value
+
+    def _places(self, named: Named):  # type: ignore[no-untyped-def]
+        """Of a rank."""
+        return named["capacity" if self.problem.channel == "rows" else "choices"]
 
     @cute.jit
     def _store(
@@ -144,7 +168,7 @@ class Move(Kernel):
     ) -> None:  # fmt: skip
         """A unit's row to a lane's destination, with what describes it."""
         problem = self.problem
-        count = named["capacity"] if cutlass.const_expr(problem.channel == "rows") else named["choices"]
+        count = self._places(named)
         peer, row = place // count, place % count
         for i, size in enumerate(problem.parts):
             source = stages.part(stage, i) + lane // problem.fan * size
@@ -153,7 +177,10 @@ class Move(Kernel):
         if cutlass.const_expr(problem.describes):
             cute.arch.store(link.at(peer, VALUES[problem.channel], Float32) + row, value)
             if cutlass.const_expr(problem.channel == "rows"):
-                origin = link.rank * named["choices"] + unit * problem.fan + lane
+                if cutlass.const_expr(problem.of == "landed"):
+                    origin = named["origins"][unit, 0] + lane
+                else:
+                    origin = link.rank * named["choices"] + unit * problem.fan + lane
                 cute.arch.store(link.at(peer, "origin", Int32) + row, origin)
 
     @cute.jit

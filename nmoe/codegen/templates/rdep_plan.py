@@ -6,7 +6,7 @@ the order of arrival.
 
 count   a block a tile of 1024 choices; a warp 4 chunks of 32 in turn, equal lanes found by match.any
           table[warp, expert] ─ bar.sync ─ sums over warps ─ tiles[tile, expert], slots[choice] (place in the tile)
-        the last block: sums over tiles, the rank's counts to all ranks, counts.full
+        the last block: sums over tiles, the rank's counts to all of its host, counts.full (to others: rdep_rail.py)
 place   waits for counts.full; every block computes the segments for itself, then the slots of its tile
 """
 
@@ -32,7 +32,7 @@ class Tiled(Kernel):
 class Count(Tiled):
     @cute.kernel
     def kernel(self, named):  # type: ignore[no-untyped-def]
-        experts, ranks = self.problem.experts, self.problem.ranks
+        experts, gpus = self.problem.experts, self.problem.gpus
         link = self.link(named)
         indices, slots, tiles = flat(named["indices"]), flat(named["slots"]), named["tiles"]
         count = cute.size(indices)
@@ -83,8 +83,8 @@ class Count(Tiled):
                     found = tiles[other, expert]
                     tiles[other, expert] = total
                     total += found
-                for peer in cutlass.range_constexpr(ranks):
-                    counts = link.at(peer, "counts", Int32)
+                for peer in cutlass.range_constexpr(gpus):
+                    counts = link.at(link.first() + peer, "counts", Int32)
                     cute.arch.store(counts + (link.rank * experts + expert), total)
             cute.arch.sync_threads()
             link.finish("counts", epoch)
@@ -100,7 +100,7 @@ class Place(Tiled):
         indices, slots, tiles = flat(named["indices"]), flat(named["slots"]), named["tiles"]
         offsets, ends = named["offsets"], named["ends"]
         thread, tile = Int32(cute.arch.thread_idx()[0]), Int32(cute.arch.block_idx()[0])
-        link.wait("counts.full", link.epoch("counts"))
+        link.wait("counts.full", link.epoch("counts"), "all")
 
         smem = SmemAllocator()
         rows = smem.allocate_tensor(Int32, cute.make_layout(experts), 16)  # of an expert

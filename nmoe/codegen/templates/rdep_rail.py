@@ -1,12 +1,14 @@
-"""Rows to the GPU of this rank's index on every other host: gathered into chunks, one message a chunk for each part.
+"""Between hosts: this rank's counts, and rows to the GPU of its index on every other host, gathered into chunks, one
+message a chunk for each part.
 
     block ─▶ (host, chunk of 32 rows)    lane r: does any place of row r lie there?  ballot ─▶ which rows go, and where
         rows that go, in their order ──▶ staged       their places and values, then places of −1 ──▶ staged
         fence.sys ─▶ bar.sync ─▶ put_signal of each: staged ──▶ the peer's landed, rails.full += 1
 
-A signal comes after what its own put wrote, and says nothing of other puts: `rails.full` counts messages, and all of
-an epoch have arrived when it has reached so many epochs' worth. There is room for all tokens, so that where a chunk
-begins is known beforehand. `move` takes what has landed on inside the host.
+A signal comes after what its own put wrote, and says nothing of other puts: `rails.full` adds up messages, the first
+chunk's last one so much that each transfer adds WHOLE, and all have arrived when it has reached so many epochs' worth.
+There is room for all rows, so that where a chunk begins is known beforehand. `move` takes what has landed on inside
+the host.
 """
 
 from __future__ import annotations
@@ -15,23 +17,51 @@ import cutlass
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.memory import SmemAllocator
 
-from nmoe.codegen.rails import CHUNK
+from nmoe.codegen.rails import CHUNK, WHOLE
+from nmoe.codegen.rdep import STATE
 from nmoe.codegen.templates.nvshmem import Nvshmem
 from nmoe.codegen.templates.rdep_link import Kernel, Link, Named
 
 PIECE = 16  # bytes that a lane copies at once
 
 
-class Rail(Kernel):
+class Linked(Kernel):
     capability: int
 
+    def pe(self, link: Link, peer: Int32) -> Int32:
+        """NVSHMEM's number of a rank of the group."""
+        return Int32(link.state[STATE.index("first")]) + peer
+
+
+class Counts(Linked):
+    """One block: this rank's row of the counts, which `count` has written here, to where it lies elsewhere."""
+
+    @cute.kernel
+    def kernel(self, named):  # type: ignore[no-untyped-def]
+        problem, link = self.problem, self.link(named)
+        nvshmem = Nvshmem(self.capability)
+        row = link.at(link.rank, "counts", Int32) + link.rank * problem.experts
+        here = link.rank // problem.gpus * problem.gpus
+        for i in cutlass.range(problem.gpus, problem.ranks):
+            peer = self.pe(link, (here + i) % problem.ranks)
+            nvshmem.put(
+                row, row, Int64(4 * problem.experts), link.flag("counts.full", link.rank), Int64(1), peer
+            )
+        cute.arch.sync_threads()
+        if cute.arch.thread_idx()[0] == 0:
+            nvshmem.quiet()  # the next layer's counts are written over what has been read
+
+
+class Rail(Linked):
     @cute.kernel
     def kernel(self, operands):  # type: ignore[no-untyped-def]
         problem, named = self.problem, Named(operands)
-        link, nvshmem = self.link(named), Nvshmem(self.capability, problem.nvshmem)
+        link, nvshmem = self.link(named), Nvshmem(self.capability)
         epoch = link.epoch("rails") + 1
-        link.wait("rails.free", epoch - 1, problem.gpus)
-        rows = named["rows"]
+        link.wait("rails.free", epoch - 1, "rail")
+        rows = Int32(problem.tokens)
+        if cutlass.const_expr(problem.channel == "returns"):
+            rows = named["offsets"][problem.local]
         if link.overflowed():
             rows = Int32(0)  # peers still count on the messages
         chunks = problem.tokens // CHUNK
@@ -51,51 +81,51 @@ class Rail(Kernel):
         """Of the rows from `chunk` on those with a place on the host `hop` + 1 after this one."""
         problem = self.problem
         warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
-        here = link.rank // problem.gpus
-        host = (here + 1 + hop) % problem.hosts
-        row, first = chunk + lane, named["base"] + host * named["stride"]
-        places, goes = [], False
+        host = (link.rank // problem.gpus + 1 + hop) % problem.hosts
+        # The peer knows this host as its hosts − 2 − hop after next.
+        begin, landed = hop * problem.tokens + chunk, (problem.hosts - 2 - hop) * problem.tokens + chunk
+        row, places, goes = chunk + lane, [], False
         for j in cutlass.range_constexpr(problem.fan):
             place = Int32(-1)
             if row < rows:
-                place = named["places"][row, j] - first
-                if place < 0 or place >= named["span"]:
+                place = named["places"][row, j]
+                if place // (named["each"] * problem.gpus) != host:
                     place = Int32(-1)
             places.append(place)
             goes |= place >= 0
         going = Uint32(cute.arch.vote_ballot_sync(goes))
         count, earlier = Int32(cute.arch.popc(going)), Int32(cute.arch.popc(going & cute.arch.lanemask_lt()))
         if warp == 0:
-            to = chunk + (earlier if goes else count + lane - earlier)
+            to = begin + (earlier if goes else count + lane - earlier)
             for j in cutlass.range_constexpr(problem.fan):
-                named["staged places"][hop, to, j] = places[j]
+                named["staged places"][to, j] = places[j]
                 if cutlass.const_expr(problem.describes):
                     value = Float32(0.0)
                     if goes:
                         value = named["values"][row, j]
-                    named["staged values"][hop, to, j] = value
+                    named["staged values"][to, j] = value
+            if cutlass.const_expr("origins" in problem.notes):
+                named["staged origins"][to, 0] = link.rank * named["choices"] + row * problem.fan
         for r in cutlass.range(warp, CHUNK, self.config.warps):
             if (going >> Uint32(r)) & 1 != 0:
-                to = chunk + Int32(cute.arch.popc(going & ((Uint32(1) << Uint32(r)) - 1)))
+                to = begin + Int32(cute.arch.popc(going & ((Uint32(1) << Uint32(r)) - 1)))
                 for i in cutlass.range_constexpr(len(problem.parts)):
-                    self._copy(
-                        named[f"rows{i}"][chunk + r, None], named[f"staged rows{i}"][hop, to, None], lane
-                    )
+                    self._copy(named[f"rows{i}"][chunk + r, None], named[f"staged rows{i}"][to, None], lane)
         cute.arch.fence_acq_rel_sys()
         cute.arch.sync_threads()
 
-        peer = host * problem.gpus + link.rank % problem.gpus
-        # The peer knows this host as its hosts − 2 − hop after next.
-        landed, flag = problem.hosts - 2 - hop, link.flag("rails.full", link.rank)
-        missing = Int64(1)
+        peer = self.pe(link, host * problem.gpus + link.rank % problem.gpus)
+        flag, missing = link.flag("rails.full", link.rank), Int64(0)
+        if chunk == 0:
+            missing += WHOLE - problem.messages
         for i in cutlass.range_constexpr(len(problem.parts)):
             if count > 0:
-                self._put(nvshmem, named, f"rows{i}", hop, landed, chunk, count, flag, Int64(1), peer)
+                self._put(nvshmem, named, f"rows{i}", begin, landed, count, flag, Int64(1), peer)
             else:
                 missing += 1
-        if cutlass.const_expr(problem.describes):
-            self._put(nvshmem, named, "values", hop, landed, chunk, Int32(CHUNK), flag, Int64(1), peer)
-        self._put(nvshmem, named, "places", hop, landed, chunk, Int32(CHUNK), flag, missing, peer)
+        for note in problem.notes:
+            value = missing + 1 if cutlass.const_expr(note == "places") else Int64(1)
+            self._put(nvshmem, named, note, begin, landed, Int32(CHUNK), flag, value, peer)
 
     @cute.jit
     def _copy(self, source: cute.Tensor, target: cute.Tensor, lane: Int32) -> None:
@@ -105,24 +135,13 @@ class Rail(Kernel):
             cute.autovec_copy(source[None, at], piece)
             cute.autovec_copy(piece, target[None, at])
 
-    def _put(self, nvshmem, named, name, hop, landed, chunk, count, flag, value, peer) -> None:  # type: ignore[no-untyped-def]
-        """`count` rows of a staged buffer, from `chunk` on, to where the peer has them of this host."""
+    def _put(self, nvshmem, named, name, begin, landed, count, flag, value, peer) -> None:  # type: ignore[no-untyped-def]
+        """`count` rows of a staged buffer, from `begin` on, to where the peer has them of this host."""
         staged, target = named[f"staged {name}"], named[f"landed {name}"]
-        width = staged.shape[2]
+        width = staged.shape[1]
         size = Int64(count) * (width * staged.element_type.width // 8)
-
-        def start(tensor, host):  # type: ignore[no-untyped-def]
-            return tensor.iterator + (Int64(host) * self.problem.tokens + chunk) * width
-
-        nvshmem.put(start(target, landed), start(staged, hop), size, flag, value, peer)
-
-
-class Rail90(Rail):
-    capability = 90
-
-
-class Rail100(Rail):
-    capability = 100
+        to, what = (t.iterator + Int64(at) * width for t, at in ((target, landed), (staged, begin)))
+        nvshmem.put(to, what, size, flag, value, peer)
 
 
 class Await(Kernel):
@@ -131,22 +150,35 @@ class Await(Kernel):
     @cute.kernel
     def kernel(self, named):  # type: ignore[no-untyped-def]
         link = self.link(named)
-        link.wait("rails.full", link.epoch("rails") * self.problem.messages, self.problem.gpus)
+        link.wait("rails.full", link.epoch("rails") * WHOLE, "rail")
 
 
-class Raise(Kernel):
+class Raise(Linked):
     """One block: tells the senders that what landed has been consumed, as by the kernels before it on the stream."""
-
-    capability: int
 
     @cute.kernel
     def kernel(self, named):  # type: ignore[no-untyped-def]
-        problem, link = self.problem, self.link(named)
-        peer = Int32(cute.arch.thread_idx()[0])
-        if peer < problem.ranks and peer != link.rank and (peer - link.rank) % problem.gpus == 0:
-            nvshmem = Nvshmem(self.capability, problem.nvshmem)
+        link, peer = self.link(named), Int32(cute.arch.thread_idx()[0])
+        if link.among("rail", peer):
+            nvshmem = Nvshmem(self.capability)
             cute.arch.fence_acq_rel_sys()
-            nvshmem.set(link.flag("rails.free", link.rank), link.epoch("rails"), peer)
+            nvshmem.set(link.flag("rails.free", link.rank), link.epoch("rails"), self.pe(link, peer))
+
+
+class Counts90(Counts):
+    capability = 90
+
+
+class Counts100(Counts):
+    capability = 100
+
+
+class Rail90(Rail):
+    capability = 90
+
+
+class Rail100(Rail):
+    capability = 100
 
 
 class Raise90(Raise):

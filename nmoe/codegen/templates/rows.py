@@ -17,9 +17,9 @@ Bodies that need a sum over whole rows (norms) share their rows among a cluster,
                   └────────────────────────────────────────────────────────────────────────────────▶ body ─▶ …
 
 A thread copies its own pieces there (cp.async) and reads them twice: in registers the compiler would keep their FP32
-values across the barrier, and spill. Where a thread block has more than one tile and there is room, the next one's
-pieces are under way while it computes. Where copies run down the rows, a thread block takes 128 rows of its columns in
-turns, and then writes their scale factors: a byte of every turn would cost more than its data.
+values across the barrier, and spill. Where copies run down the rows, a thread block takes 128 rows of its columns in
+turns, and then writes their scale factors: a byte of every turn would cost more than its data. Where shared memory has
+room, the next turn's pieces are under way while one computes.
 
 The weight gradient of a norm is summed without atomics: STRIPES clusters add up their rows in shared memory and store
 partial[stripe, width], which a second kernel adds to dw in the order of the stripes.
@@ -181,17 +181,13 @@ class Tile(Fixed):
     @cute.jit
     def run(self, number: Int32, before: Int32) -> None:
         """Tile `number`, in turns, after `before` others, STRIPES apart."""
-        rows, ahead = self.config.rows, cutlass.const_expr(self.buffers > 1)
-        if cutlass.const_expr(ahead):
-            if before == 0:
-                self.fetch(number * self.turns * rows, Int32(0))
+        rows = self.config.rows
+        if cutlass.const_expr(self.buffers > 1):
+            self.fetch(number * self.turns * rows, before * self.turns % 2)
         for turn in cutlass.range(self.turns, unroll=1):
             first, parity = (number * self.turns + turn) * rows, (before * self.turns + turn) % 2
-            if cutlass.const_expr(ahead):
-                if cutlass.const_expr(self.sums):
-                    following = number + STRIPES if turn == self.turns - 1 else number
-                    self.fetch((following * self.turns + (turn + 1) % self.turns) * rows, 1 - parity)
-                elif turn < self.turns - 1:
+            if cutlass.const_expr(self.buffers > 1):
+                if turn < self.turns - 1:
                     self.fetch(first + rows, 1 - parity)
                 else:
                     cute.arch.cp_async_commit_group()
