@@ -77,12 +77,15 @@ def test_every_family_runs_under_five_schedules(
 
 
 def verdict_key(family: Problem, config: Config, target: str) -> str:
-    """The kernel's, and the sources of whatever judges it."""
+    """The kernel's, and the sources of whatever judges it: the oracle, the formats and the emulator."""
     digest = hashlib.sha256(compiler.problem_key(family, config, target).encode())
-    for folder in ("codegen/emulator", "codegen/verify", "formats"):
-        for path in sorted(compiler.PACKAGE.joinpath(folder).rglob("*")):
-            if path.suffix in (".py", ".c", ".h", ".def"):
-                digest.update(path.read_bytes())
+    oracle = verify.ORACLES[family.family].__name__.split(".")[-1]
+    judges = [compiler.PACKAGE / f"codegen/verify/{name}.py" for name in ("__init__", "base", "gemm", oracle)]
+    for folder in ("codegen/emulator", "formats"):
+        paths = compiler.PACKAGE.joinpath(folder).rglob("*")
+        judges += sorted(path for path in paths if path.suffix in (".py", ".c", ".h", ".def"))
+    for path in judges:
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
