@@ -383,7 +383,7 @@ def overlap(step: Step, rank: int, say: Callable[[Any], None]) -> None:
     """A micro-batch as it is, in one stream, and without its rows' transfers (which costs the last two their sense,
     not their time)."""
     executor, schedule = step.executors[0], step.schedule
-    calls = tuple(replace(call, stream=MAIN, waits=(), beside=False) for call in schedule.calls)
+    calls = tuple(replace(call, stream=MAIN, waits=()) for call in schedule.calls)
     launcher = CudaLauncher(Cache(binding.default_root()))
     moved = executor._implementations
     still = dict(moved) | dict.fromkeys(("dispatch", "combine"), lambda op, ins, outs: lambda: None)
