@@ -48,7 +48,7 @@ def layer(hidden: int, experts: int, topk: int, groups: int, kept: int) -> dict[
         "router": RouterProblem(
             **scored, balance=True, z=False, groups=groups, topk_groups=kept, biased=True
         ),
-        "router backward": RouterBwdProblem(**scored, balance=True, z=False),
+        "router backward": RouterBwdProblem(**scored, balance=True, z=False, addends=1),
     }
 
 
@@ -63,7 +63,7 @@ def odd() -> list[RoutingProblem]:
         RouterProblem(8, 2, 72, **plain, groups=1, topk_groups=1, biased=False),
         RouterProblem(36, 5, 136, **{**plain, "z": True}, groups=4, topk_groups=2, biased=True),
         RouterBwdProblem(160, 6, 200, **softmax), RouterBwdProblem(8, 2, 72, **plain),
-        RouterBwdProblem(36, 5, 136, **{**plain, "balance": True}),
+        RouterBwdProblem(36, 5, 136, **{**plain, "balance": True}, addends=1),
     ]  # fmt: skip
 
 

@@ -20,10 +20,10 @@ MAX_EXPERTS = 512  # a token's scores are 16 registers a lane
 MAX_GROUPS = 32  # a lane a group
 STATIC_SHARED = 49_152  # bytes that a thread block has without asking for more
 
-# Tile and slice of the router's products, of which there are two stages (templates/products.py).
-PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 128, 64, 16
-PRODUCT_WAVE = 3 * 132  # thread blocks that an H100 runs at once: registers allow three a multiprocessor
-PRODUCT_SHARED = 2 * PRODUCT_DEPTH * (PRODUCT_ROWS + PRODUCT_COLUMNS) * 4
+# Tiles and slice of the router's products, two stages of which hold two parts of each operand (templates/products.py).
+PRODUCT_TALL, PRODUCT_WIDE, PRODUCT_DEPTH = (128, 64), (64, 128), 32
+PRODUCT_WAVE = 2 * 132  # thread blocks that an H100 runs at once: registers allow two a multiprocessor
+PRODUCT_SHARED = 2 * 2 * PRODUCT_DEPTH * sum(PRODUCT_TALL) * 2
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class RouterProblem(ScoredProblem):
     def splits(self) -> int:
         """Parts of the depth that logits are summed over: a thread block for each tile of some 8,000 tokens would leave
         half of a device idle, with the longest sums of all."""
-        return max(1, min(8, self.hidden // 1024) // -(-self.experts // PRODUCT_COLUMNS))
+        return max(1, min(8, self.hidden // 1024) // -(-self.experts // PRODUCT_TALL[1]))
 
     def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
         choices = (TOKENS, self.topk)
@@ -263,7 +263,10 @@ class RouterProblem(ScoredProblem):
 
 @dataclass(frozen=True)
 class RouterBwdProblem(ScoredProblem):
-    """dweights[T, topk], x, w, indices, logits → dx; dw is added to."""
+    """dweights[T, topk], x, w, indices, logits, addend? → dx; dw is added to. An addend, of `addends` at most one, is
+    added to dx, which is rounded before and after."""
+
+    addends: int = 0
 
     family: ClassVar[str] = "router_bwd"
 
@@ -271,7 +274,7 @@ class RouterBwdProblem(ScoredProblem):
     def splits(self) -> int:
         """Parts of the tokens that dw's tiles are summed over: the fewest that fill waves of thread blocks but for a
         twentieth, on every device, so that the sum's order is the same."""
-        tiles = -(-self.experts // PRODUCT_COLUMNS) * -(-self.hidden // PRODUCT_ROWS)
+        tiles = -(-self.experts // PRODUCT_WIDE[0]) * -(-self.hidden // PRODUCT_WIDE[1])
 
         def idle(splits: int) -> float:
             return -(-tiles * splits // PRODUCT_WAVE) * PRODUCT_WAVE / (tiles * splits) - 1
@@ -279,11 +282,13 @@ class RouterBwdProblem(ScoredProblem):
         return next((s for s in range(1, 33) if idle(s) < 0.05), min(range(1, 33), key=idle))
 
     def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
-        choices, matrix = (TOKENS, self.topk), (self.experts, self.hidden)
+        choices, row, matrix = (TOKENS, self.topk), (TOKENS, self.hidden), (self.experts, self.hidden)
+        dx, dw = Operand("dx", "bf16", row), Operand("dw", "f32", matrix)
+        results = (Operand("addend", "bf16", row), dw, dx) if self.addends else (dx, dw)
         return (Operand("dweights", "f32", choices), Operand("x", "bf16", (TOKENS, self.hidden)),
                 Operand("w", "f32", matrix), Operand("indices", "i32", choices),
-                Operand("logits", "f32", (TOKENS, self.experts)), Operand("dx", "bf16", (TOKENS, self.hidden)),
-                Operand("dw", "f32", matrix), Operand("dlogits", "f32", (TOKENS, self.experts)),
+                Operand("logits", "f32", (TOKENS, self.experts)), *results,
+                Operand("dlogits", "f32", (TOKENS, self.experts)),
                 Operand("partial", "f32", (self.splits, *matrix)), *self.scalars())  # fmt: skip
 
     def template(self, target: str) -> str:
@@ -318,7 +323,8 @@ def match(spec: KernelSpec) -> RoutingProblem | row_kernels.RowProblem | str:
     if anchor.kind == "dispatch" and {part.kind for part in spec.parts[1:]} == {"quantize"}:
         return row_kernels.match(spec)  # rows are gathered into tiles, which copies down the columns need
     addends = len(spec.parts) - 1
-    if addends and not (anchor.kind == "combine" and all(part.kind == "add" for part in spec.parts[1:])):
+    most = {"combine": addends, "router_bwd": 1}.get(anchor.kind, 0)
+    if addends > most or any(part.kind != "add" for part in spec.parts[1:]):
         return f"no template for {' + '.join(map(str, spec.parts))} yet"
     problem: RoutingProblem
     if anchor.kind == "moe_plan":
@@ -337,7 +343,7 @@ def match(spec: KernelSpec) -> RoutingProblem | row_kernels.RowProblem | str:
             groups = {k: attrs[k] for k in ("groups", "topk_groups")}
             problem = RouterProblem(**common, **groups, biased=len(ins) == 3)
         else:
-            problem = RouterBwdProblem(**common)
+            problem = RouterBwdProblem(**common, addends=addends)
     formats = [o.format for o in problem.operands(RoutingConfig()) if o.shape]
     found = [v.format for v in (*ins, *outs)]
     if found != formats[: len(found)]:

@@ -90,6 +90,44 @@ def test_ldmatrix_fragments(transposed):
         assert torch.equal(out.torch[matrix], block.reshape(32, 2))
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_mma_multiplies_fragments(kind):
+    """Fragments laid out by hand from PTX ISA 9.7.14.5.8: groupID = lane / 4, threadID_in_group = lane % 4."""
+    gen = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-9, 9, shape, generator=gen) for shape in ((16, 16), (16, 8)))
+    c = torch.randint(-99, 99, (16, 8), generator=gen)
+    registers = torch.empty(32, 10, dtype=torch.int32)
+    for lane in range(32):
+        group, member = lane // 4, lane % 4
+        pairs = [[a[group + 8 * (i % 2), 2 * member + 8 * (i // 2) + j] for j in (0, 1)] for i in range(4)]
+        pairs += [[b[2 * member + 8 * i + j, group] for j in (0, 1)] for i in range(2)]
+        registers[lane, :6] = torch.tensor(pairs).to(kind).view(torch.int32)[:, 0]
+        sums = [c[group + 8 * (i // 2), 2 * member + i % 2] for i in range(4)]
+        registers[lane, 6:] = torch.tensor(sums).float().view(torch.int32)
+    device = Device()
+    given, out = device.tensor(registers), device.empty((32, 4), torch.float32)
+    loads = "\n".join(f"ld.global.b32 %r{i + 10}, [%rd10+{4 * i}];" for i in range(10))
+    stores = "\n".join(f"st.global.b32 [%rd11+{4 * i}], %r{i + 30};" for i in range(4))
+    name = {torch.bfloat16: "bf16", torch.float16: "f16"}[kind]
+    run(
+        f"""
+    mad.wide.u32 %rd10, %r0, 40, %rd0;
+    {loads}
+    mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32 {{%r30, %r31, %r32, %r33}}, {{%r10, %r11, %r12, %r13}},
+        {{%r14, %r15}}, {{%r16, %r17, %r18, %r19}};
+    mad.wide.u32 %rd11, %r0, 16, %rd1;
+    {stores}
+    """,
+        device,
+        given,
+        out,
+    )
+    want = (a @ b + c).float()
+    for lane in range(32):
+        for i in range(4):
+            assert out.torch[lane, i] == want[lane // 4 + 8 * (i // 2), 2 * (lane % 4) + i % 2]
+
+
 def test_stmatrix_is_the_inverse_of_ldmatrix():
     device = Device()
     out = device.empty((32, 8), torch.int16)

@@ -144,6 +144,21 @@ def matrix(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     asm.emit(head, *slots, mods=(count, int(transposed)), imm=offset)
 
 
+@opcode("mma.sync")
+def mma(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
+    for name in ("aligned", "m16n8k16", "row", "col"):
+        mods.need(name)
+    d_type, a_type, b_type, c_type = (mods.type() for _ in range(4))
+    if a_type not in ("bf16", "f16") or b_type != a_type or d_type != "f32" or c_type != "f32":
+        raise asm.error("only mma.sync of bf16 or f16 that adds in f32 is supported")
+    vectors = [v.items if isinstance(v, ptx.Vec) else (v,) for v in ins.operands]
+    if [len(items) for items in vectors] != [4, 4, 2, 4]:
+        raise asm.error("the number of registers does not fit m16n8k16")
+    slots = [asm.destination(i, 32) for i in vectors[0]]
+    slots += [asm.source(i, 32) for items in vectors[1:] for i in items]
+    asm.emit("mma", *slots, mods=(TYPE[a_type],))
+
+
 @opcode("shfl.sync")
 def shuffle(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
     mode = {"idx": 0, "up": 1, "down": 2, "bfly": 3}[mods.need("idx", "up", "down", "bfly")]

@@ -18,7 +18,7 @@ from cutlass._mlir.dialects import arith
 from cutlass.cutlass_dsl import T
 from cutlass.memory import SmemAllocator
 
-from nmoe.codegen.routing import RouterProblem, RoutingConfig
+from nmoe.codegen.routing import PRODUCT_TALL, RouterProblem, RoutingConfig
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.products import Products
 from nmoe.codegen.templates.scores import EPSILON, LN_2, Scores, warp_sum
@@ -50,7 +50,9 @@ class Router(Fixed):
         products = cute.make_tensor(
             named["products"].iterator, cute.select(named["products"].layout, [1, 2, 0])
         )  # [tokens, experts, splits]
-        Products(False, False, False, self.problem.splits).launch(named["x"], named["w"], products, stream)
+        Products(PRODUCT_TALL, False, False, 3, self.problem.splits).launch(
+            named["x"], named["w"], products, stream
+        )
         self.select(
             products, logits, named.get("bias"), indices, named["weights"], named["route_scale"]
         ).launch(grid=[blocks, 1, 1], block=block, stream=stream)  # fmt: skip

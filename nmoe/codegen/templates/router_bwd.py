@@ -1,7 +1,7 @@
 """The router's gradient: from the weights' and the auxiliary losses' through the scores to x and w.
 
     dlogits    part of the tokens; warp ─▶ token: dL/dlogits ─▶ workspace
-    multiply   dx = dlogits · w                                     products.py
+    multiply   dx = dlogits · w, plus the addend if there is one    products.py
     multiply   partial[split] = dlogitsᵀ · x of a part of the tokens
     add        dw += Σ over the splits, in order
 
@@ -16,7 +16,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.memory import SmemAllocator
 
-from nmoe.codegen.routing import RouterBwdProblem, RoutingConfig
+from nmoe.codegen.routing import PRODUCT_WIDE, RouterBwdProblem, RoutingConfig
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.products import Products
 from nmoe.codegen.templates.scores import EPSILON, LN_2, Scores, warp_sum
@@ -53,13 +53,13 @@ class RouterBwd(Fixed):
         def view(tensor, shape, stride):  # type: ignore[no-untyped-def]
             return cute.make_tensor(tensor.iterator, cute.make_layout(shape, stride=stride))
 
-        Products(False, True, False).launch(
+        Products(PRODUCT_WIDE, False, True, 2).launch(
             d, view(named["w"], (hidden, experts), (1, hidden)),
-            view(named["dx"], (tokens, hidden, 1), (hidden, 1, 0)), stream,
+            view(named["dx"], (tokens, hidden, 1), (hidden, 1, 0)), stream, named.get("addend"),
         )  # fmt: skip
-        Products(True, True, True, splits).launch(
-            view(named["x"], (hidden, tokens), (1, hidden)), view(d, (experts, tokens), (1, experts)),
-            view(partial, (hidden, experts, splits), (1, hidden, experts * hidden)), stream,
+        Products(PRODUCT_WIDE, True, True, 3, splits).launch(
+            view(d, (experts, tokens), (1, experts)), view(named["x"], (hidden, tokens), (1, hidden)),
+            view(partial, (experts, hidden, splits), (hidden, 1, experts * hidden)), stream,
         )  # fmt: skip
         size = experts * hidden
         self.add(view(partial, (size, splits), (1, size)), view(dw, (size,), (1,))).launch(

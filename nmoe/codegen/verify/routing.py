@@ -1,9 +1,11 @@
 """The MoE layer's routing kernels against the reference math of ops/moe.py: exactly where nothing is rounded, otherwise
 in float64, from the same operands, within bounds.
 
-Bounds, u = 2^-24. A chain of n FP32 multiply-adds is within n·u of Σ|a·b|. A score is computed from ex2.approx and
-rcp.approx, within 2^-20 relative, and its argument x is rounded on the way, which changes exp(x) by |x|·2u; softmax's
-sum of E positive terms adds E·u. Storing as BF16 rounds by 2^-8 relative.
+Bounds, u = 2^-24. The router's products are of BF16 parts on tensor cores, 16 deep a step: whether in one or two
+halves, each addend may be truncated at the last place of the largest, 2u, and each sum: n steps are within 40n·u of
+Σ|a·b|. Three parts are the value; two are within 2^-16 of it, as is the product of two second parts, which is left out.
+A score is computed from ex2.approx and rcp.approx, within 2^-20 relative, and its argument x is rounded on the way,
+which changes exp(x) by |x|·2u; softmax's sum of E positive terms adds E·u. Storing as BF16 rounds by 2^-8 relative.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 
 from nmoe.codegen.problem import ROWS, TOKENS
 from nmoe.codegen.routing import (
+    PRODUCT_DEPTH,
     CombineProblem,
     DispatchProblem,
     PlanProblem,
@@ -32,6 +35,7 @@ U = 2.0**-24
 STORE = 2.0**-8
 EXP = 2.0**-20
 TINY = 2.0**-120
+TWO_STEPS = 2 * 40 * U  # of tensor cores: a slice of the router's products, for each pair of parts
 ALIGN = 128
 COUNTS = (39, 1)  # tokens, by the seed of the warp schedule
 SPARE = 64  # rows past the last expert
@@ -171,6 +175,11 @@ def _(problem: CombineProblem, before: Tensors, after: Tensors) -> dict[str, flo
     return found
 
 
+def _product(depth: int, splits: int) -> float:
+    """Of a product with an FP32 operand in three parts, relative to Σ|a·b|: a slice's chain and the sums of slices."""
+    return 3 * TWO_STEPS + (-(-depth // PRODUCT_DEPTH) + splits + 2) * U
+
+
 def _scores(problem: ScoredProblem, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of FP32 logits in float64 and the kernel's relative error in any of a token's."""
     x = logits.double()
@@ -218,7 +227,9 @@ def _apart(values: torch.Tensor, slack: torch.Tensor, count: int) -> torch.Tenso
 def _(problem: RouterProblem, before: Tensors, after: Tensors) -> dict[str, float]:
     x, w, bias = before["x"].double(), before["w"].double(), before.get("bias")
     logits = x @ w.T
-    found = _within("logits", after["logits"], logits, problem.hidden * U * (x.abs() @ w.abs().T))
+    found = _within(
+        "logits", after["logits"], logits, _product(problem.hidden, problem.splits) * (x.abs() @ w.abs().T)
+    )
 
     # What follows from the kernel's own logits. Choices may turn only where scores are equal but for rounding.
     logits, indices = after["logits"].double(), after["indices"].long()
@@ -290,10 +301,17 @@ def _(problem: RouterBwdProblem, before: Tensors, after: Tensors) -> dict[str, f
     error = _dlogits_error(problem, before, attrs)
     size = d.abs() + error
     want = d @ w
-    bound = error @ w.abs() + (experts + 1) * U * (size @ w.abs())
-    found = _within("dx", after["dx"], want, bound + STORE * (want.abs() + bound))
+    two = 3.1 * 2.0**-16 + 3 * TWO_STEPS * -(
+        -experts // PRODUCT_DEPTH
+    )  # both operands' rest, their second parts
+    bound = error @ w.abs() + two * (size @ w.abs())
+    bound = bound + STORE * (want.abs() + bound)
+    if problem.addends:
+        want = want + before["addend"].double()
+        bound = bound + STORE * (want.abs() + bound)
+    found = _within("dx", after["dx"], want, bound)
     want = before["dw"].double() + d.T @ x
-    bound = error.T @ x.abs() + (len(x) + problem.splits + 2) * U * (size.T @ x.abs()) + 2 * U * want.abs()
+    bound = error.T @ x.abs() + _product(len(x), problem.splits) * (size.T @ x.abs()) + 2 * U * want.abs()
     return found | _within("dw", after["dw"], want, bound)
 
 

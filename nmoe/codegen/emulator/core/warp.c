@@ -84,6 +84,33 @@ static void reduce(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint3
   FOR_LANES(i, mask) u32_of(w, o[0])[i] = result;
 }
 
+/* mma.sync m16n8k16: operands d0..3, a0..3, b0..1, c0..3; modifier a = Type of A and B. Lane t holds, in register r of A
+ * and of B, two consecutive k from t % 4 * 2 on (+ 8 in A's upper two, in B's upper one) of row t / 4 (+ 8 in A's odd
+ * ones) or column t / 4; in registers 0, 1 and 2, 3 of C and D two columns of rows t / 4 and t / 4 + 8 (PTX 9.7.14.5.8). */
+static void multiply_fragments(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uint32_t mask) {
+  Type type = (Type)in->a;
+  double a[16 * 16], b[16 * 8], sum[16 * 8];
+  require_converged(m, w, mask);
+  for (uint32_t t = 0; t < LANES; t++) {
+    for (uint32_t r = 0; r < 4; r++) {
+      uint32_t row = t / 4 + 8 * (r & 1), k = t % 4 * 2 + 8 * (r >> 1), pair = u32_of(w, o[4 + r])[t];
+      for (uint32_t e = 0; e < 2; e++) a[16 * row + k + e] = decode_number(type, pair >> 16 * e & 0xFFFF);
+      sum[8 * (t / 4 + 8 * (r >> 1)) + t % 4 * 2 + (r & 1)] = decode_number(T_F32, u32_of(w, o[10 + r])[t]);
+    }
+    for (uint32_t r = 0; r < 2; r++)
+      for (uint32_t e = 0; e < 2; e++)
+        b[8 * (t % 4 * 2 + 8 * r + e) + t / 4] = decode_number(type, u32_of(w, o[8 + r])[t] >> 16 * e & 0xFFFF);
+  }
+  for (uint32_t i = 0; i < 16; i += 8) multiply(a + 16 * i, b, sum + 8 * i, 8, 16);
+  for (uint32_t t = 0; t < LANES; t++)
+    for (uint32_t r = 0; r < 4; r++) {
+      float value = (float)sum[8 * (t / 4 + 8 * (r >> 1)) + t % 4 * 2 + (r & 1)];
+      memcpy(&u32_of(w, o[r])[t], &value, sizeof value);
+    }
+  m->counters->mma_ops++;
+  m->counters->mma_flops += 2ull * 16 * 8 * 16;
+}
+
 /* setmaxnreg: modifiers a = registers a thread, b = inc. What one warp gives back another of its CTA may take. */
 static Outcome set_registers(Machine *m, Warp *w, const Insn *in, uint32_t mask) {
   require_converged(m, w, mask);
@@ -109,6 +136,7 @@ Outcome execute_warp(Machine *m, Warp *w, const Insn *in, const uint32_t *o, uin
       set_predicate(w, o[1], 1u << leader, mask);
       return NEXT;
     }
+    case OP_mma: multiply_fragments(m, w, in, o, mask); return NEXT;
     case OP_activemask:
       FOR_LANES(i, mask) u32_of(w, o[0])[i] = mask;
       return NEXT;
