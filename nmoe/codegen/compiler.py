@@ -43,11 +43,11 @@ class CompilerError(UserError):
 
 
 @cache
-def sources(template: str) -> str:
-    """SHA-256 of the sources that a template module generates code from: its own and those that it imports, at any
-    remove, of nmoe.codegen and nmoe.storage."""
+def sources(template: str, *others: str) -> str:
+    """SHA-256 of the sources that a template module generates code from: its own, those of the modules `others`, and
+    what they import, at any remove, of nmoe.codegen and nmoe.storage."""
     found: dict[str, str] = {}
-    wanted = [f"nmoe.codegen.templates.{template}"]
+    wanted = [f"nmoe.codegen.templates.{template}", *others]
     while wanted:
         module = wanted.pop()
         path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
@@ -66,9 +66,11 @@ def sources(template: str) -> str:
 def problem_key(problem: Problem, config: Config | None, target: str) -> str:
     """Names an artifact: the SHA-256 of all that its content depends on, token counts not among it. Without a config
     it names what is known of them all (autotune/records.py)."""
+    modules = [problem.template(target).split(".")[0]]
+    modules += ["nmoe.codegen.triton"] if problem.language == "triton" else []
     parts: dict[str, Any] = {
         "family": problem.family, "problem": asdict(problem), "config": config and config.json(), "target": target,
-        "sources": sources(problem.template(target).split(".")[0]), "toolchain": TOOLCHAIN, "host": "x86_64-linux",
+        "sources": sources(*modules), "toolchain": TOOLCHAIN, "host": "x86_64-linux",
         "format": FORMAT,
     }  # fmt: skip
     if problem.language == "triton":

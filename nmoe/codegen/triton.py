@@ -69,12 +69,17 @@ def _source(function: Any, problem: Problem, config: Config, launch: Launch) -> 
 
     operands = {operand.name: operand for operand in problem.operands(config)}
     signature, attributes = {}, {}
-    for i, name in enumerate(launch.arguments):
+    given = (*launch.arguments, *launch.constants)
+    for i, (parameter, name) in enumerate(zip(function.arg_names, given, strict=True)):
         operand = operands.get(name)
-        signature[name] = "i32" if operand is None else ("*" if operand.shape else "") + TYPES[operand.format]
-        if operand is not None and operand.shape:
-            attributes[i,] = ALIGNED
-    signature |= dict.fromkeys(launch.constants, "constexpr")
+        if name in launch.constants:
+            signature[parameter] = "constexpr"
+        elif operand is None:
+            signature[parameter] = "i32"
+        else:
+            signature[parameter] = ("*" if operand.shape else "") + TYPES[operand.format]
+            if operand.shape:
+                attributes[i,] = ALIGNED
     return ASTSource(function, signature, dict(launch.constants), attributes)
 
 

@@ -12,6 +12,7 @@ from tiny import tiny_config
 from nmoe import model
 from nmoe.codegen import compiler, verify
 from nmoe.codegen.cache import Cache
+from nmoe.codegen.driver import SCRATCH_ARGUMENTS
 from nmoe.codegen.optimizer import AdamWProblem, match, specs
 from nmoe.config import Optim
 from nmoe.optim import AdamW
@@ -36,6 +37,9 @@ def test_a_run_needs_two_and_they_compile(target: str, tmp_path) -> None:
     for problem in problems:
         entry = compiler.compile_problem(problem, problem.configs(target)[0], target, Cache(tmp_path))
         assert all(used["stack"] == used["local"] == 0 for used in entry.report["kernels"].values())
+        (launch,) = problem.launches(problem.configs(target)[0])
+        text = (entry.folder / "update.ptx").read_text()
+        assert text.count(".param .") == len(launch.arguments) + SCRATCH_ARGUMENTS  # what driver.py passes
 
 
 @pytest.mark.usefixtures("emulator")
