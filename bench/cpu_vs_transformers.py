@@ -82,7 +82,7 @@ def main() -> None:
     biases = {name: t for name, t in step.tensors.items() if name.endswith(".router_bias")}
     sides = {"nmoe": nmoe_side(step, batch)}
     with tempfile.TemporaryDirectory() as folder:
-        hf.export(config, step.parameters.masters, biases, Path(folder) / "model")
+        hf.export(config, step.parameters.masters(), biases, Path(folder) / "model")
         for experts in EXPERTS:
             sides[f"transformers {experts}"] = transformers_side(
                 config, Path(folder) / "model", experts, batch

@@ -68,8 +68,8 @@ def steps(step: Step, count: int) -> tuple[list[float], list[float]]:
 
 def fingerprint(step: Step) -> str:
     """Of the masters' bits."""
-    words = step.parameters.master.view(torch.int32)
-    return " ".join(f"{int(part.sum()):x}" for part in words.split(1 << 28))
+    words = [shard.master.view(torch.int32) for shard in step.parameters.shards]
+    return " ".join(f"{int(part.sum()):x}" for flat in words for part in flat.split(1 << 28))
 
 
 def started(found: Config) -> Step:

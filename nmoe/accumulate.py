@@ -11,11 +11,13 @@ from nmoe.rdep.sizes import depth
 
 
 class Accumulator:
-    """Sums `tensors` over `terms` micro-batches, each of which finds them at zero and adds to them. Further ones are
-    added in place."""
+    """Sums `tensors` over `terms` micro-batches. Each finds `cleared`, of which they are parts, at zero and adds to it.
+    Further ones are added in place."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor], terms: int) -> None:
-        self._tensors, self._terms = tensors, terms
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], terms: int, *, cleared: Sequence[torch.Tensor]
+    ) -> None:
+        self._tensors, self._terms, self._cleared = tensors, terms, cleared
         self._partial = [[torch.empty_like(t) for t in tensors] for _ in range(depth(terms) - 1)]
         self._held: list[int] = []  # terms in each partial sum in use
         self._done = 0
@@ -39,5 +41,5 @@ class Accumulator:
             self._zero()
 
     def _zero(self) -> None:
-        for tensor in self._tensors:
+        for tensor in self._cleared:
             tensor.zero_()

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 Bound = Callable[[], None]
 Argument: TypeAlias = "torch.Tensor | float | int"
 
+SPARE = 32  # multiprocessors that a persistent kernel leaves to a transfer beside it: `move` takes no more
+
 SYMBOLS = {extent: symbol for symbol, extent in EXTENTS.items()}
 
 
@@ -48,8 +50,11 @@ class Launcher(Protocol):
 
     root: Path | None
 
-    def bind(self, problem: Problem, config: Any, target: str, arguments: Sequence[Argument]) -> Bound:
-        """A launch of the kernel on these operands, which neither allocates nor waits for the device."""
+    def bind(
+        self, problem: Problem, config: Any, target: str, arguments: Sequence[Argument], spare: int = 0
+    ) -> Bound:
+        """A launch of the kernel on these operands, which neither allocates nor waits for the device. A persistent
+        kernel leaves `spare` multiprocessors to others."""
 
 
 def kernels(target: str, root: Path | None = None) -> Kernels:
@@ -157,7 +162,8 @@ def bind(
             f"{len(tensors)} tensors"
         )
     _check_shapes(call, problem, [o for o in operands if o.shape], tensors)
-    return launcher.bind(problem, config, schedule.target, [*tensors, *scalars])
+    spare = SPARE if call.beside else 0
+    return launcher.bind(problem, config, schedule.target, [*tensors, *scalars], spare)
 
 
 def _check_shapes(

@@ -16,6 +16,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from nmoe.checkpoint_parts import LoadPlanner, Part, SavePlanner, chunk, local
 from nmoe.errors import CheckpointError
 from nmoe.files import sync, write_synced
 
@@ -45,7 +47,7 @@ class Checkpointer:
 
     `dir` belongs to one run at a time; to read from it meanwhile is safe. Tensors are known by name. With
     `world` > 1 every method is collective, `dir` is shared by all ranks, and tensors of one name on several ranks
-    are replicas, of which one is written.
+    are replicas, of which one is written, or parts, which together are the whole.
     `on_collective` is called, from any thread, before each collective of gloo.
     An error of a background write is raised, as CheckpointError, by the next call of any method but `steps`.
     """
@@ -67,13 +69,13 @@ class Checkpointer:
         self._rank = rank
         self._group = dist.new_group(backend="gloo") if world > 1 else None
         self._warn, self._collective = on_warning, on_collective
-        self._staged: dict[str, Tensor] = {}
+        self._staged: dict[str, Tensor | Part] = {}
         self._damaged: set[int] = set()  # steps found damaged by `load`; retention does not count them
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, wait: bool = False
+        self, step: int, tensors: Mapping[str, Tensor | Part], meta: Mapping[str, Any], *, wait: bool = False
     ) -> None:
         """Save `tensors` and the JSON-serialisable `meta` as the checkpoint of `step`.
 
@@ -89,7 +91,7 @@ class Checkpointer:
             self._complete_pending()
 
     def load(
-        self, tensors: Mapping[str, Tensor], *, check: Callable[[dict[str, Any]], None] | None = None
+        self, tensors: Mapping[str, Tensor | Part], *, check: Callable[[dict[str, Any]], None] | None = None
     ) -> tuple[int, dict[str, Any]] | None:
         """Read the newest intact checkpoint into `tensors`; its step and meta, or None when there is none.
 
@@ -108,8 +110,10 @@ class Checkpointer:
         reader = FileSystemReader(path)
         self._require_match(path, reader.read_metadata().state_dict_metadata, tensors)
         self._collective()
-        into = {name: tensor.detach() for name, tensor in tensors.items()}
-        dcp.load(into, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        dcp.load(
+            dict(tensors), storage_reader=reader, planner=LoadPlanner(), process_group=self._group,
+            no_dist=self._group is None,
+        )  # fmt: skip
         return step, meta
 
     def steps(self) -> list[int]:
@@ -138,14 +142,12 @@ class Checkpointer:
         if pending is not None:
             pending.result()
 
-    def _stage(self, tensors: Mapping[str, Tensor]) -> None:
-        if _layout(self._staged) != _layout(tensors):
-            self._staged = {
-                name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for name, t in tensors.items()
-            }
+    def _stage(self, tensors: Mapping[str, Tensor | Part]) -> None:
+        if _held(self._staged) != _held(tensors):
+            self._staged = {name: _host_copy(tensor) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
-            self._staged[name].copy_(tensor.detach(), non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):
+            local(self._staged[name]).copy_(local(tensor), non_blocking=True)
+        if any(local(tensor).is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
 
     def _write(self, step: int, meta: str) -> None:
@@ -155,8 +157,9 @@ class Checkpointer:
         try:
             writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
             dcp.save(
-                self._staged, storage_writer=writer, process_group=self._group, no_dist=self._group is None
-            )
+                self._staged, storage_writer=writer, planner=SavePlanner(), process_group=self._group,
+                no_dist=self._group is None,
+            )  # fmt: skip
         except CheckpointException as e:
             shutil.rmtree(temporary, ignore_errors=True)
             raise self._failure(target, _root(next(iter(e.failures.values()))[0])) from e
@@ -244,7 +247,9 @@ class Checkpointer:
             )
         return None
 
-    def _require_match(self, path: Path, found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def _require_match(
+        self, path: Path, found: Mapping[str, Any], tensors: Mapping[str, Tensor | Part]
+    ) -> None:
         wanted = _layout(tensors)
         stored = {
             name: (tuple(entry.size), entry.properties.dtype)
@@ -329,8 +334,24 @@ def _parse(path: Path) -> tuple[int | None, str]:
     return (int(match[1]), match[2] or "") if match else (None, "")
 
 
-def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+def _layout(tensors: Mapping[str, Tensor | Part]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Of the whole tensors."""
+    return {
+        name: ((x.size,) if isinstance(x, Part) else tuple(x.shape), local(x).dtype)
+        for name, x in tensors.items()
+    }
+
+
+def _held(tensors: Mapping[str, Tensor | Part]) -> dict[str, tuple[Any, ...]]:
+    """What a copy of this rank's has to have in common with them."""
+    return {name: (chunk(x), local(x).dtype) for name, x in tensors.items()}
+
+
+def _host_copy(x: Tensor | Part) -> Tensor | Part:
+    """Room for it."""
+    tensor = local(x)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return replace(x, tensor=copy) if isinstance(x, Part) else copy
 
 
 def _describe(layout: tuple[tuple[int, ...], torch.dtype]) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from nmoe import config as configuration
 from nmoe import hf, model
 from nmoe.checkpoint import Checkpointer
@@ -41,7 +39,8 @@ def export(config: Config, folder: Path) -> str:
         state = checkpoint_state(parameters, AdamW(parameters, config.optim), biases)
         found = checkpoints.load(state, check=check)
     assert found is not None
-    masters: dict[str, torch.Tensor] = parameters.masters
     tokenizer = Path(config.data.dir) / "tokenizer.json"
-    hf.export(config, masters, biases, folder, tokenizer=tokenizer if tokenizer.exists() else None)
+    hf.export(
+        config, parameters.masters(), biases, folder, tokenizer=tokenizer if tokenizer.exists() else None
+    )
     return f"exported step {found[0]} of {runs} to {folder}"

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from nmoe.errors import UserError
 from nmoe.executor import Implementations
 from nmoe.hosts import ranks_of_host
 from nmoe.model import bind_dims, row_align
+from nmoe.parameters import Shard
 from nmoe.ranks import Ranks
 from nmoe.rdep.device import Group
 from nmoe.rdep.device_layer import DeviceLayer
@@ -68,17 +70,21 @@ class Several:
 
 
 class Gathered(Sums):
-    """Between hosts: of few numbers, through gloo. `meet` takes what starts a collective, and waits for it."""
+    """Between hosts: of few numbers, through gloo, where all ranks of the run meet. `run` starts collectives and waits
+    for them."""
 
-    def __init__(self, meet: Callable[[Callable[[], Any]], None]) -> None:
-        self._meet = meet
+    def __init__(self, run: Callable[[Sequence[Callable[..., Any]]], None]) -> None:
+        self._run = run
 
     def add(self, tensor: Tensor, members: Sequence[int]) -> None:
-        """All ranks of the run meet."""
-        if len(members) > 1:
-            every = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-            self._meet(lambda: dist.all_gather(every, tensor, async_op=True))
-            tensor.copy_(tree_sum([every[member] for member in members]))
+        every = torch.empty((len(members), *tensor.shape), dtype=tensor.dtype)
+        every[dist.get_rank()] = tensor
+        self.all_gather(every, members)
+        tensor.copy_(tree_sum(list(every)))
+
+    def all_gather(self, tensor: Tensor, members: Sequence[int]) -> None:
+        parts = list(tensor.view(len(members), -1))
+        self._run([partial(dist.all_gather, parts, parts[dist.get_rank()].clone())])
 
 
 class GpuRanks(Ranks):
@@ -89,7 +95,7 @@ class GpuRanks(Ranks):
         several = Several(shm) if shm.ranks < dist.get_world_size() else None
         super().__init__(shm, config.rdep.ranks, several)
         if several:
-            self._sums = Gathered(self._meet)
+            self._sums = Gathered(self._run)
         self._config, self._dims = config, bind_dims(config, sequences)
         self._heap: Heap | None = None
         self._names: list[str] = []
@@ -117,31 +123,34 @@ class GpuRanks(Ranks):
         self._names = layer.names
         return self._heap["arena"], layer.implementations
 
-    def add_everywhere(self, tensor: Tensor) -> None:
-        if tensor.is_cuda:
-            self._all_reduce(tensor, dist.group.WORLD)
-        else:
-            super().add_everywhere(tensor)
-
-    def add_replicas(self, tensor: Tensor) -> None:
-        if len(self._replicas) > 1:
-            self._all_reduce(tensor, self._holders[self.share] if self._holders else dist.group.WORLD)
-
-    def _all_reduce(self, tensor: Tensor, group: Any) -> None:
-        """By NCCL, after what the kernels of this rank reported has been raised."""
+    def add_gradients(self, shards: Sequence[Shard], counted: Tensor) -> None:
+        """After what the kernels of this rank reported has been raised."""
         ended = torch.cuda.Event()
         ended.record()
         self._await(ended.query, math.inf)  # a kernel's own waits are bounded
         if self._heap:
             self._heap.check(self._names)
-        self._meet(lambda: dist.all_reduce(tensor, group=group, async_op=True))
+        self._run([partial(dist.all_reduce, counted)])
+        self._run_among(shards, lambda s: partial(dist.reduce_scatter_tensor, s.own_grad, s.grad))
 
-    def _meet(self, start: Callable[[], Any]) -> None:
-        """A collective of NCCL or gloo, as which `start` returns its work."""
+    def gather_weights(self, shards: Sequence[Shard]) -> None:
+        self._run_among(shards, lambda s: partial(dist.all_gather_into_tensor, s.weights, s.own_weights))
+
+    def _run_among(self, shards: Sequence[Shard], collective: Callable[[Shard], Callable[..., Any]]) -> None:
+        """A collective of each shard's owners, in place: NCCL takes a share of the tensor for the other operand."""
+        everywhere = [s for s in shards if len(self.owners(s)) == self.world]
+        replicated = [s for s in shards if 1 < len(self.owners(s)) < self.world]
+        self._run([collective(s) for s in everywhere])
+        self._run([partial(collective(s), group=self._holders[self.share]) for s in replicated])
+
+    def _run(self, collectives: Sequence[Callable[..., Any]]) -> None:
+        """Of NCCL or gloo, one after the other, of one group."""
+        if not collectives:
+            return
         self.arrive()
-        work = start()
-        self._await(work.is_completed, self._config.rdep.timeout)
-        work.wait()  # orders the stream, or raises what gloo met
+        for work in [collective(async_op=True) for collective in collectives]:
+            self._await(work.is_completed, self._config.rdep.timeout)
+            work.wait()  # orders the stream, or raises what gloo met
 
     def _await(self, done: Callable[[], bool], timeout: float) -> None:
         """Looks until something is done. Raises Missing at once when a rank has died, else after so many seconds."""

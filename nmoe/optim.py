@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from nmoe import autotune
 from nmoe.binding import Bound, Launcher
+from nmoe.checkpoint_parts import Part
 from nmoe.codegen.optimizer import RATES, AdamWProblem
 from nmoe.config import Optim
-from nmoe.parameters import Parameters, Segment
+from nmoe.parameters import Parameters, Shard
 
 CHUNK = 1 << 17  # elements that the CPU updates at a time
 
@@ -26,28 +28,29 @@ def lr_factor(optim: Optim, tokens: int, total: int) -> float:
 
 
 class AdamW:
-    """Moments in FP32 or BF16; the arithmetic and the masters are FP32. The CPU updates a chunk after another, a GPU by
-    a kernel to which it has to be bound (`bind`)."""
+    """Updates this rank's share of each segment: masters, moments and, in it, the weights that the GEMMs read. Moments
+    are FP32 or BF16, the arithmetic and the masters FP32. The CPU updates a chunk after another, a GPU by a kernel to
+    which it has to be bound (`bind`)."""
 
     def __init__(self, parameters: Parameters, optim: Optim) -> None:
         self.parameters, self.optim = parameters, optim
         narrow = optim.state_precision == "bf16"
-        dtype = torch.bfloat16 if narrow else parameters.master.dtype
-        self.m = torch.zeros_like(parameters.master, dtype=dtype)
+        grad, shares = parameters.grad, [shard.segment.share for shard in parameters.shards]
+        self.m = torch.zeros(sum(shares), dtype=torch.bfloat16 if narrow else grad.dtype, device=grad.device)
         self.v = torch.zeros_like(self.m)
         self.steps = 0
-        self._scratch = parameters.master.new_empty(3, min(CHUNK, parameters.master.numel()))
+        self._moments = list(zip(self.m.split(shares), self.v.split(shares), strict=True))
+        self._scratch = grad.new_empty(3, min(CHUNK, max(shares)))
         self._updates: list[Bound] = []  # by segment; empty: by torch
-        self._rates = parameters.master.new_zeros(len(parameters.segments), len(RATES))
+        self._rates = grad.new_zeros(len(shares), len(RATES))
 
     def bind(self, launcher: Launcher, target: str) -> None:
-        p, narrow = self.parameters, self.m.dtype == torch.bfloat16
-        for segment, rates in zip(p.segments, self._rates, strict=True):
-            problem = AdamWProblem(narrow, segment.narrow)
+        narrow = self.m.dtype == torch.bfloat16
+        for shard, moments, rates in zip(self.parameters.shards, self._moments, self._rates, strict=True):
+            problem = AdamWProblem(narrow, shard.segment.narrow)
             config, _ = autotune.choose(problem, target, launcher.root)
-            part = slice(segment.start, segment.end)
-            operands = [p.master[part], p.grad[part], self.m[part], self.v[part], rates]
-            operands += [p.narrow[part]] if segment.narrow else []
+            operands = [shard.master, shard.own_grad, *moments, rates]
+            operands += [shard.own_weights] if shard.segment.narrow else []
             self._updates.append(launcher.bind(problem, config, target, operands))
 
     @torch.no_grad()
@@ -60,7 +63,7 @@ class AdamW:
         scale = min(1.0, o.clip_norm / (grad_norm + 1e-6)) if o.clip_norm else 1.0
         peak = {"dense": o.lr, "router": o.lr_router or o.lr, "expert": o.lr_expert or o.lr}
         rates = []
-        for segment in p.segments:
+        for segment in (shard.segment for shard in p.shards):
             lr = factor * peak[segment.group]
             keep = 1.0 - lr * o.weight_decay if segment.decayed else 1.0
             rates.append((scale, keep, lr / correction1, correction2, beta1, beta2, o.eps, 0.0))
@@ -69,18 +72,16 @@ class AdamW:
             for update in self._updates:
                 update()
             return
-        for segment, rate in zip(p.segments, rates, strict=True):
-            self._update(segment, rate)
+        for shard, moments, rate in zip(p.shards, self._moments, rates, strict=True):
+            self._update(shard, moments, rate)
         p.refresh()
 
-    def _update(self, segment: Segment, rates: tuple[float, ...]) -> None:
+    def _update(self, shard: Shard, moments: tuple[Tensor, Tensor], rates: tuple[float, ...]) -> None:
         """In chunks whose operands all stay in a core's cache."""
-        p = self.parameters
         scale, keep, step, root, beta1, beta2, eps, _ = rates
-        for start in range(segment.start, segment.end, CHUNK):
-            part = slice(start, min(start + CHUNK, segment.end))
-            g, w = p.grad[part], p.master[part]
-            stored_m, stored_v = self.m[part], self.v[part]
+        for g, w, stored_m, stored_v in zip(
+            *(x.split(CHUNK) for x in (shard.own_grad, shard.master, *moments)), strict=True
+        ):
             wide_m, wide_v, below = self._scratch[:, : w.numel()]
             same = stored_m.dtype == w.dtype
             m = stored_m if same else wide_m.copy_(stored_m)
@@ -97,7 +98,8 @@ class AdamW:
                 stored_m.copy_(m)
                 stored_v.copy_(v)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, Part]:
         """The moments by parameter and expert, for a checkpoint."""
-        return {f"{label}.{name}": view for label, flat in (("m", self.m), ("v", self.v))
-                for name, view in self.parameters.pieces(flat).items()}  # fmt: skip
+        by_label = zip("mv", zip(*self._moments, strict=True), strict=True)
+        return {f"{label}.{name}": part for label, flats in by_label
+                for name, part in self.parameters.parts(flats).items()}  # fmt: skip

@@ -24,6 +24,7 @@ from nmoe.ops import nbytes, numel
 from nmoe.predict import Wire
 from nmoe.rdep.sizes import depth
 from nmoe.schedule import Schedule, lower, memory
+from nmoe.shards import layout
 
 GRADIENT_BYTES = MASTER_BYTES = 4
 MOMENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -206,15 +207,12 @@ def memory_plan(config: Config, world: int, schedule: Schedule) -> dict[str, int
     """Bytes a rank by class; their sum is what a rank allocates. A parameter that the GEMMs read in FP32 has no other
     master."""
     fixed = schedule.persistent_bytes()
-    masters = moments = 0
-    for _, expert, count, working in _local(schedule):
-        shard = -(-count // _owners(config, world, expert))
-        masters += shard * MASTER_BYTES if working < count * MASTER_BYTES else 0
-        moments += 2 * shard * MOMENT_BYTES[config.optim.state_precision]
+    segments, _ = layout(schedule.graph, world=world, group=config.rdep.ranks)
+    held = sum(s.share for s in segments)
     partial = 0
     if config.target.device == "cpu":  # micro-batches are added in a tree's order: nmoe/accumulate.py
         turns = config.train.batch_size * config.train.seq_len // world // schedule.dims["T"]
-        partial = (depth(turns) - 1) * fixed["grad"]
+        partial = (depth(turns) - 1) * held * GRADIENT_BYTES
     step_made = {
         out for op in schedule.graph.ops if op.phase == "step" for out in op.outputs if out is not None
     }
@@ -225,9 +223,9 @@ def memory_plan(config: Config, world: int, schedule: Schedule) -> dict[str, int
     )
     return {
         "working weights": fixed["param"],
-        "FP32 masters": masters,
+        "FP32 masters": sum(s.share for s in segments if s.narrow) * MASTER_BYTES,
         "FP32 gradients": fixed["grad"] + partial,
-        "moments": moments,
+        "moments": 2 * held * MOMENT_BYTES[config.optim.state_precision],
         "state, inputs, tables": fixed.get("state", 0) + fixed["input"] + fixed.get("const", 0),
         "quantized weights": quantized,
         "activations": schedule.arena_bytes - quantized,

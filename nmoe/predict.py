@@ -16,7 +16,7 @@ from nmoe.devices import Device
 from nmoe.graph import QUANTIZED, Op, Spec
 from nmoe.ops import Cost, nbytes
 from nmoe.schedule import Call, Schedule
-from nmoe.schedule.lower import COMM, MAIN, SIDE
+from nmoe.schedule.overlap import COMM, MAIN, SIDE
 
 # Floating-point work that the model needs for each that its forward op does: backward is twice the forward. Scores
 # that attention's backward computes again are not needed, so it counts as part of its forward op.

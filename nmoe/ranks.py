@@ -7,6 +7,7 @@ torchrun.py starts either.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from nmoe.binding import Launcher
 from nmoe.errors import UserError
 from nmoe.executor import Implementations
+from nmoe.parameters import Shard
 from nmoe.rdep import sums
 from nmoe.rdep.exchange import Exchange
 from nmoe.rdep.layer import Layer
@@ -73,17 +75,29 @@ class Ranks:
         if self.world > 1:
             dist.destroy_process_group()
 
+    def owners(self, shard: Shard) -> Sequence[int]:
+        """The ranks that hold the same parameters, in the order of their shares."""
+        return self._replicas if shard.segment.group == "expert" else self._everyone
+
     def add_everywhere(self, tensor: Tensor) -> None:
         """Replaces FP32 tensor[n·sums.ROW] by its sum over all ranks."""
         self._sums.add(tensor, self._everyone)
 
-    def add_replicas(self, tensor: Tensor) -> None:
-        """The same over the ranks that hold the experts of this one."""
-        self._sums.add(tensor, self._replicas)
+    def gather_everywhere(self, tensor: Tensor) -> None:
+        """Replaces each rank's equal part of tensor, whole rows of sums.ROW · 4 bytes, by that rank's."""
+        self._sums.all_gather(tensor, self._everyone)
 
-    def add_group(self, tensor: Tensor) -> None:
-        """The same over the ranks of this one's group."""
-        self._sums.add(tensor, self._group)
+    def add_gradients(self, shards: Sequence[Shard], counted: Tensor) -> None:
+        """Replaces `counted` by its sum over all ranks, and this rank's share of each gradient by its sum over the
+        owners. The rest of the gradients is of no use afterwards."""
+        self._sums.add(counted, self._everyone)
+        for shard in shards:
+            self._sums.reduce_scatter(shard.grad, self.owners(shard))
+
+    def gather_weights(self, shards: Sequence[Shard]) -> None:
+        """Replaces each owner's share of the weights by that owner's."""
+        for shard in shards:
+            self._sums.all_gather(shard.weights, self.owners(shard))
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -98,6 +112,14 @@ class Ranks:
             self.arrive()
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def union(self, names: list[str]) -> list[str]:
+        """Those of all ranks, in the order of the ranks, each once."""
+        found: list[list[str]] = [names] * self.world
+        if self.world > 1:
+            self.arrive()
+            dist.all_gather_object(found, names)
+        return list(dict.fromkeys(name for some in found for name in some))
 
     def arrive(self) -> None:
         """Call it before a collective of gloo or NCCL: who has come to fewer is late."""

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nmoe import binding, model
+from nmoe import binding, model, norm
 from nmoe.accumulate import Accumulator
+from nmoe.checkpoint_parts import Part
 from nmoe.codegen.launch import device_of
 from nmoe.config import Config
 from nmoe.data.loader import Batch
 from nmoe.errors import UserError
 from nmoe.executor import Executor, allocate
-from nmoe.model import group_of
 from nmoe.optim import AdamW, lr_factor
 from nmoe.parameters import Parameters
 from nmoe.plan import micro_batch
@@ -56,10 +56,11 @@ def high_precision(config: Config) -> Config:
 
 def checkpoint_state(
     parameters: Parameters, optimizer: AdamW, state: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor | Part]:
     """Everything that the next step depends on beside the step's number: masters, moments and routing biases. Each
-    expert has tensors of its own, so that any number of ranks may share them out."""
-    masters = {f"master.{name}": t for name, t in parameters.pieces(parameters.master).items()}
+    expert has tensors of its own, and masters and moments are flat, so that any number of ranks may share them out."""
+    shares = [shard.master for shard in parameters.shards]
+    masters = {f"master.{name}": part for name, part in parameters.parts(shares).items()}
     return masters | optimizer.state() | {n: t for n, t in state.items() if n.endswith(".router_bias")}
 
 
@@ -88,7 +89,9 @@ class Step:
         launcher, device = None, torch.device("cpu")
         if config.target.device != "cpu":
             launcher, device = binding.launcher(config, self.schedules, say), device_of(config.target.device)
-        self.parameters = Parameters(self.schedule.graph, device, self.ranks.share)
+        self.parameters = Parameters(
+            self.schedule.graph, device, rank=self.ranks.rank, world=self.ranks.world, group=self.ranks.group
+        )
         self.optimizer = AdamW(self.parameters, config.optim)
         if launcher is not None:
             self.optimizer.bind(launcher, config.target.device)
@@ -98,11 +101,14 @@ class Step:
         sums = _rows(sum(sizes)).to(device)
         parts = sums.split([*sizes, len(sums) - sum(sizes)])
         self.tensors |= {n: part[: self.tensors[n].numel()] for n, part in zip(counted, parts, strict=False)}
-        self._replicated = (self.parameters.grad[: self.parameters.experts], sums)
-        self._experts = self.parameters.grad[self.parameters.experts :]
+        self._counted = sums
         # A GPU adds its micro-batches in place, for it has no room for partial sums, and those of all ranks at the end.
         self._in_tree = device.type == "cpu"
-        self._sums = Accumulator((self.parameters.grad, sums), self.micro_batches if self._in_tree else 1)
+        self._sums = Accumulator(
+            (*(shard.own_grad for shard in self.parameters.shards), sums),
+            self.micro_batches if self._in_tree else 1,
+            cleared=(self.parameters.grad, sums),
+        )
         arena, moved = self.ranks.place(max(s.arena_bytes for s in self.schedules), device, launcher)
         self.executors = [Executor(s, self.tensors, arena, launcher, moved) for s in self.schedules]
         self._losses = {n: t for n, t in self.tensors.items() if n.startswith("loss.")}
@@ -136,17 +142,17 @@ class Step:
                     self._add_up()
         with self._range("optimizer"):
             losses = {name.removeprefix("loss."): float(t) for name, t in self._losses.items()}
-            norms = self._grad_norms()
-            norm = math.sqrt(math.fsum(value * value for value in norms.values()))
-            if not all(map(math.isfinite, (norm, *losses.values()))):
-                raise self._non_finite(step, losses, norm, norms)
+            grad_norm = self._grad_norm()
+            if not all(map(math.isfinite, (grad_norm, *losses.values()))):
+                raise self._non_finite(step, losses, grad_norm)
             factor = lr_factor(self.config.optim, (step + 1) * self._tokens_per_step, self._total)
-            self.optimizer.step(factor, norm)
+            self.optimizer.step(factor, grad_norm)
+            self.ranks.gather_weights(self.parameters.shards)
             self._balance_experts()
         loads, biases = ({n: t.cpu() for n, t in x.items()} for x in (self._loads, self._biases))
-        return Result(losses, norm, factor, loads, biases)
+        return Result(losses, grad_norm, factor, loads, biases)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, torch.Tensor | Part]:
         """What a checkpoint holds, by name."""
         return checkpoint_state(self.parameters, self.optimizer, self.tensors)
 
@@ -154,6 +160,7 @@ class Step:
         """Call after the tensors of `state` were overwritten with those of a run that has done `step` steps."""
         self.optimizer.steps = step
         self.parameters.refresh()
+        self.ranks.gather_weights(self.parameters.shards)
 
     def _feed(self, batch: Batch, rows: slice) -> None:
         arrays: dict[str, np.ndarray] = {model.TOKENS: batch.tokens, model.POSITIONS: batch.positions}
@@ -164,28 +171,15 @@ class Step:
     def _add_up(self) -> None:
         """Adds a micro-batch's gradients, losses and loads to those of the other ranks and of the step's others. Each
         gradient is of the loss over the global batch, so that sums need no scale."""
-        for tensor in self._replicated:
-            self.ranks.add_everywhere(tensor)
-        self.ranks.add_replicas(self._experts)
+        self.ranks.add_gradients(self.parameters.shards, self._counted)
         self._sums.add()
 
-    def _grad_norms(self) -> dict[str, float]:
-        """The norm of each parameter's gradient, and of each expert's, on whichever rank it lies. The same on all."""
-        pieces = self.parameters.pieces(self.parameters.grad)
-        values = torch.stack([torch.linalg.vector_norm(piece) for piece in pieces.values()])
-        norms = dict(zip(pieces, values.tolist(), strict=True))
-        if self.ranks.group == 1:
-            return norms
-        experts = [
-            f"{name}.{i}"
-            for name, grad in self.parameters.grads.items()
-            if group_of(name) == "expert"
-            for i in range(len(grad) * self.ranks.group)
-        ]
-        table = _rows(len(experts))
-        table[: len(experts)] = torch.tensor([norms.get(name, 0.0) for name in experts])
-        self.ranks.add_group(table)  # one rank of the group has each, the others 0
-        return norms | dict(zip(experts, table.tolist(), strict=False))
+    def _grad_norm(self) -> float:
+        """Over all ranks, the same on each: every element is in one rank's share."""
+        bins = torch.zeros(self.ranks.world, norm.BINS, dtype=torch.float64)
+        bins[self.ranks.rank] = norm.squares(shard.own_grad for shard in self.parameters.shards)
+        self.ranks.gather_everywhere(bins.view(-1))
+        return norm.norm(bins)
 
     def _balance_experts(self) -> None:
         """Auxiliary-loss-free balancing (arXiv 2408.15664 alg. 1): overloaded experts lose, idle ones gain."""
@@ -194,13 +188,12 @@ class Step:
             load = self._loads[layer]
             bias.add_(torch.sign(load.mean() - load), alpha=rate)
 
-    def _non_finite(
-        self, step: int, losses: dict[str, float], norm: float, norms: dict[str, float]
-    ) -> NonFinite:
-        bad = [name for name, value in norms.items() if not math.isfinite(value)]
+    def _non_finite(self, step: int, losses: dict[str, float], grad_norm: float) -> NonFinite:
+        parts = self.parameters.parts([shard.own_grad for shard in self.parameters.shards])
+        bad = self.ranks.union([name for name, part in parts.items() if not part.tensor.isfinite().all()])
         where = f"; non-finite gradients in {len(bad)} parameters, first {bad[0]}" if bad else ""
         shown = ", ".join(f"{name} {value}" for name, value in losses.items())
         return NonFinite(
-            f"step {step + 1}: loss {shown}, gradient norm {norm}{where}. Nothing was updated. Resume from the last "
-            "checkpoint with a lower [optim] lr or a higher [schedule] precision"
+            f"step {step + 1}: loss {shown}, gradient norm {grad_norm}{where}. Nothing was updated. Resume from the "
+            "last checkpoint with a lower [optim] lr or a higher [schedule] precision"
         )

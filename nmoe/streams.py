@@ -9,20 +9,21 @@ from functools import partial
 import torch
 
 from nmoe.schedule import Call
-from nmoe.schedule.lower import MAIN
+from nmoe.schedule.overlap import COMM, MAIN
 
 
 class Streams:
     """`MAIN` is the stream that is current when a phase runs, the schedule's others belong to this object. They start
-    after what was on it before the phase, and it goes on after them. Without a CUDA device, or with calls on MAIN
-    only, nothing is done."""
+    after what was on it before the phase, and it goes on after them. Where a multiprocessor becomes free, transfers go
+    first. Without a CUDA device, or with calls on MAIN only, nothing is done."""
 
     def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
         self._calls = calls
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._ended: dict[int, torch.cuda.Event] = {}  # of the calls that others wait for
         if device.type == "cuda":
-            self._streams = {s: torch.cuda.Stream(device) for s in {c.stream for c in calls} - {MAIN}}
+            used = {c.stream for c in calls} - {MAIN}
+            self._streams = {s: torch.cuda.Stream(device, priority=-(s == COMM)) for s in used}
             self._ended = {index: torch.cuda.Event() for call in calls for index in call.waits}
 
     @contextmanager

@@ -212,13 +212,12 @@ def _load_pretrained(config: Config, step: Step) -> None:
 
     params, biases = hf.load(config, Path(config.checkpoint.init_from))
     for name, value in params.items():
-        master = step.parameters.masters[name]
         if group_of(name) == "expert":
-            value = value[step.ranks.share * len(master) :][: len(master)]
-        master.copy_(value)
+            held = len(step.parameters.weights[name])
+            value = value[step.ranks.share * held :][:held]
+        step.parameters.assign(name, value)
     for name, value in biases.items():
         step.tensors[name].copy_(value)
-    step.parameters.refresh()
 
 
 @contextmanager

@@ -154,11 +154,12 @@ def random_weights(config: Config, seed: int = 0) -> tuple[dict[str, Tensor], di
     parameters = Parameters(graph)
     parameters.initialise(seed, config.model.init_std)
     generator = torch.Generator().manual_seed(seed)
-    for weight in parameters.masters.values():
+    masters = parameters.masters()
+    for weight in masters.values():
         if weight.dim() == 1:
             weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
     biases = [t for t in graph.of_kind("state") if t.name.endswith("router_bias")]
-    return parameters.masters, {
+    return masters, {
         t.name: torch.randn([int(d) for d in t.shape], generator=generator) * 0.1 for t in biases
     }
 

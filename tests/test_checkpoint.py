@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmoe.checkpoint import Checkpointer
+from nmoe.checkpoint_parts import Part, local
 from nmoe.errors import CheckpointError
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -392,6 +393,7 @@ def test_every_checkpoint_damaged(tmp_path: Path) -> None:
             {"step": None, "head": torch.zeros(2), "embed": torch.zeros(64)},
             "embed is [8, 8] float32, expected [64] float32; missing head; unexpected step",
         ),
+        ({"embed": Part(torch.zeros(8), 56, 64)}, "embed is [8, 8] float32, expected [64] float32"),
         (
             {f"head.{i:02d}": torch.zeros(2) for i in range(25)},
             "; ".join(f"missing head.{i:02d}" for i in range(20)) + "; and 5 more",
@@ -399,15 +401,15 @@ def test_every_checkpoint_damaged(tmp_path: Path) -> None:
     ],
 )
 def test_tensors_that_do_not_fit(
-    tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+    tmp_path: Path, change: dict[str, torch.Tensor | Part | None], message: str
 ) -> None:
     save(tmp_path, 1)
     tensors = {name: tensor for name, tensor in (state(7) | change).items() if tensor is not None}
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    before = {name: local(tensor).clone() for name, tensor in tensors.items()}
     with Checkpointer(tmp_path, 1) as checkpointer, pytest.raises(CheckpointError) as error:
         checkpointer.load(tensors)
     assert str(error.value) == f"{tmp_path}/step_00000001 does not fit the model: {message}"
-    assert same(tensors, before)
+    assert same({name: local(tensor) for name, tensor in tensors.items()}, before)
 
 
 def test_the_meta_is_checked_before_the_tensors(tmp_path: Path) -> None:
@@ -502,15 +504,20 @@ def test_disk_full(tmp_path: Path, bytes: int) -> None:
 
 def _rank(rank: int, dir: Path, results: Connection) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(dir / "store"), 2), rank=rank, world_size=2)
-    own = {"replica": torch.arange(4.0), f"experts.{rank}": torch.full((3,), rank + 1.0)}
+    own: dict[str, torch.Tensor | Part] = {
+        "replica": torch.arange(4.0),
+        f"experts.{rank}": torch.full((3,), rank + 1.0),
+        "shared": Part(torch.arange(5.0)[2 * rank :][: 2 + rank], 2 * rank, 5),
+    }
     with Checkpointer(dir / "run", 2, rank=rank, world=2, on_warning=lambda text: None) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step, own, {"step": step}, wait=True)
         if rank == 0:
             flip(dir / "run" / "step_00000002" / "__1_0.distcp")
-        into = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+        into = {name: torch.zeros_like(local(tensor)) for name, tensor in own.items()}
+        into |= {"shared": Part(torch.zeros(4 - 3 * rank), 4 * rank, 5)}  # cut elsewhere
         results.send(checkpointer.load(into))
-        results.send({name: tensor.tolist() for name, tensor in into.items()})
+        results.send({name: local(tensor).tolist() for name, tensor in into.items()})
         into = own | ({"other": torch.zeros(1)} if rank == 1 else {})
         try:
             checkpointer.load(into)
@@ -539,7 +546,11 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert process.exitcode == 0
     for rank, (receiver, _) in enumerate(pipes):
         assert receiver.recv() == (1, {"step": 1}), "step 2 is damaged"
-        assert receiver.recv() == {"replica": [0.0, 1.0, 2.0, 3.0], f"experts.{rank}": [rank + 1.0] * 3}
+        assert receiver.recv() == {
+            "replica": [0.0, 1.0, 2.0, 3.0],
+            f"experts.{rank}": [rank + 1.0] * 3,
+            "shared": [[0.0, 1.0, 2.0, 3.0], [4.0]][rank],
+        }
         assert receiver.recv() == f"{tmp_path}/run/step_00000001 does not fit the model: missing other"
         assert receiver.recv().startswith(
             f"{tmp_path}/run/step_00000003: checkpoint cannot be written: [Errno 17]"

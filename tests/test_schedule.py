@@ -14,10 +14,10 @@ from tiny import tiny_config
 
 from nmoe.config import Config, LayerGroup, load
 from nmoe.ops import OPS
-from nmoe.schedule import Schedule, lower, memory
+from nmoe.schedule import Call, Schedule, lower, memory
 from nmoe.schedule.explain import explain, scaled
-from nmoe.schedule.lower import MAIN
 from nmoe.schedule.memory import ALIGNMENT, Lifetime
+from nmoe.schedule.overlap import COMM, MAIN, SIDE
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 RECOMPUTE = ("none", "selective", "full")
@@ -34,12 +34,9 @@ def lowered(config: Config, **options) -> Schedule:
 # ---- races ----
 
 
-def races(schedule: Schedule) -> list[str]:
-    """Whatever two calls do in an undefined order that matters. Only the order of a stream and `waits` order calls; a
-    phase ends when all streams have.
-
-    Independent of the planner's clock: the calls that surely ended before each call, as a bit set.
-    """
+def ended_before(schedule: Schedule) -> list[int]:
+    """The calls that surely ended before each call, as a bit set. Only the order of a stream and `waits` order calls; a
+    phase ends when all streams have. Independent of the planner's clock."""
     before: list[int] = []
     latest: dict[int, int] = {}
     for i, call in enumerate(schedule.calls):
@@ -48,13 +45,24 @@ def races(schedule: Schedule) -> list[str]:
             known |= before[earlier] | 1 << earlier
         before.append(known)
         latest[call.stream] = i
-    phases: dict[str, int] = defaultdict(int)
-    for i, call in enumerate(schedule.calls):
-        phases[call.phase] |= 1 << i
+    phases = of_phases(schedule)
     for i, call in enumerate(schedule.calls):
         if call.phase == "micro":
             before[i] |= phases["init"] | phases["step"]
+    return before
 
+
+def of_phases(schedule: Schedule) -> dict[str, int]:
+    """The calls of each phase, as a bit set."""
+    phases: dict[str, int] = defaultdict(int)
+    for i, call in enumerate(schedule.calls):
+        phases[call.phase] |= 1 << i
+    return phases
+
+
+def races(schedule: Schedule) -> list[str]:
+    """Whatever two calls do in an undefined order that matters."""
+    before, phases = ended_before(schedule), of_phases(schedule)
     found = []
     writers: dict[str, list[int]] = defaultdict(list)
     users: dict[str, int] = defaultdict(int)  # of each tensor, as a bit set
@@ -145,15 +153,46 @@ def test_no_races_in_random_models(config, ranks):
     assert memory.overlaps(schedule.lifetimes, schedule.offsets) == []
 
 
+def transfer_before(schedule: Schedule, index: int) -> Call:
+    return next(call for call in reversed(schedule.calls[:index]) if call.stream == COMM)
+
+
 def test_every_wait_is_needed():
+    """To order what reads after what writes, or to start the shared expert together with a transfer."""
     schedule = lowered(distributed(tiny_config(), ranks=4))
     waiting = [(i, wait) for i, call in enumerate(schedule.calls) for wait in call.waits]
-    assert len(waiting) > 20
+    together = 0
     for i, wait in waiting:
         calls = list(schedule.calls)
         calls[i] = replace(calls[i], waits=tuple(w for w in calls[i].waits if w != wait))
         found = races(replace(schedule, calls=tuple(calls)))
-        assert any(f"{calls[i].name} reads" in race and calls[wait].name in race for race in found)
+        if any(f"{calls[i].name} reads" in race and calls[wait].name in race for race in found):
+            continue
+        assert calls[i].stream == SIDE
+        assert set(calls[wait].outputs) & set(transfer_before(schedule, i).inputs)
+        together += 1
+    assert len(waiting) - together > 20 and together
+
+
+@pytest.mark.parametrize("precision", ["bf16", "mxfp8"])
+def test_work_lies_beside_transfers(precision):
+    """Half of the shared expert, and of its gradients, beside rows on their way out, half beside those back."""
+    schedule = lowered(distributed(tiny_config(schedule={"precision": precision})))
+    before = ended_before(schedule)
+    transfers = [i for i, call in enumerate(schedule.calls) if call.stream == COMM]
+    beside: dict[str, set[str]] = defaultdict(set)
+    for i, call in enumerate(schedule.calls):
+        apart = [t for t in transfers if not before[i] >> t & 1 and not before[t] >> i & 1 and t != i]
+        assert call.beside == bool(apart and call.stream != COMM and call.phase == "micro"), call.name
+        for t in apart:
+            beside[schedule.calls[t].name].add(call.name)
+    layers = [name.removesuffix(".dispatch") for name in beside if name.endswith(".moe.dispatch")]
+    assert layers
+    for path in layers:
+        assert f"{path}.shared.gate_up.gemm" in beside[f"{path}.dispatch"] - beside[f"{path}.plan"]
+        assert f"{path}.shared.down.gemm" in beside[f"{path}.combine"]
+        assert f"{path}.shared.down.gemm.wgrad" in beside[f"{path}.combine.bwd"]
+        assert f"{path}.shared.gate_up.gemm.wgrad" in beside[f"{path}.dispatch.bwd"]
 
 
 def test_sharing_bytes_at_once_is_a_race():

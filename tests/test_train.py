@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from nmoe.checkpoint_parts import local
 from nmoe.config import Checkpoint, Config, Data, Metrics, Run, Source
 from nmoe.data.prep import prepare
 from nmoe.errors import CheckpointError, UserError
@@ -122,7 +123,7 @@ def saved(config: Config) -> dict[str, torch.Tensor]:
     tensors = Step(config).state()
     with Checkpointer(Path(config.checkpoint.dir) / config.run.name, 2) as checkpoints:
         assert checkpoints.load(tensors) is not None
-    return tensors
+    return {name: local(tensor) for name, tensor in tensors.items()}
 
 
 def status(config: Config) -> tuple[str, dict]:
@@ -365,7 +366,7 @@ def test_an_exported_run_starts_another(config, tmp_path):
 
     step = Step(trained)
     for name, tensor in saved(trained).items():
-        step.state()[name].copy_(tensor)
+        local(step.state()[name]).copy_(tensor)
     step.restore(12)
     batch = Loader(trained.data, seed=3, seq_len=32, batch_size=4, vocab_size=288, depth=1).batch(0)
     assert step.run(0, batch).losses["main"] == rows(start, "loss")[0, "loss"]

@@ -7,7 +7,8 @@ from itertools import accumulate
 
 from nmoe.ops import Cost, nbytes
 from nmoe.schedule import memory
-from nmoe.schedule.lower import COMM, MAIN, SIDE, Call, Schedule
+from nmoe.schedule.lower import Call, Schedule
+from nmoe.schedule.overlap import COMM, MAIN, SIDE
 
 STREAMS = {MAIN: "main", COMM: "comm", SIDE: "side"}
 HEADER = ("#", "stream", "kernel", "ops", "FLOPs", "bytes", "live", "largest output")

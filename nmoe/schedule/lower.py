@@ -12,11 +12,10 @@ from nmoe.graph import Graph, Op, Phase, Spec, check
 from nmoe.ops import OPS, Cost, nbytes
 from nmoe.schedule import memory, passes
 from nmoe.schedule.fuse import fuse, internal, readers
+from nmoe.schedule.overlap import COMM, MAIN, SIDE, TRANSFERS, assign_streams, late, reorder
 
 ATOMS = ("sm_100a",)  # targets whose tensor cores read scale factors; the others dequantize from rows
 GATHERS = ("sm_100a",)  # targets whose GEMMs load rows by their tokens
-MAIN, COMM, SIDE = 0, 1, 2  # compute; rows between ranks; the shared expert, while rows travel
-TRANSFERS = ("moe_plan", "dispatch", "combine")  # all on one stream: their order is that of the protocol
 
 Workspace = tuple[Spec, ...]
 
@@ -38,11 +37,13 @@ def no_kernel(graph: Graph, ops: tuple[Op, ...], fused: frozenset[str]) -> Works
 @dataclass(frozen=True, slots=True)
 class Call:
     """One kernel: an op with its epilogues, and its workspace. Or, with `workspace` None, ops that run their reference
-    one after the other. Waits for the calls `waits` on other streams."""
+    one after the other. Waits for the calls `waits` on other streams; `beside`: a transfer between ranks may run at
+    the same time."""
 
     ops: tuple[Op, ...]
     stream: int = MAIN
     waits: tuple[int, ...] = ()
+    beside: bool = False
     workspace: Workspace | None = None
 
     @property
@@ -185,42 +186,15 @@ def place(
             return None
         return kernels(graph, ops, internal(graph, uses, ops))
 
-    groups = fuse(graph, lambda ops: target == "cpu" or workspace(ops) is not None)
+    transfers = [op for op in graph.ops if overlap and op.kind in TRANSFERS]
+    moved = frozenset(name for op in transfers for name in op.outputs if name is not None)
+    groups = fuse(graph, lambda ops: not late(ops, moved) and (target == "cpu" or workspace(ops) is not None))
     calls = [Call(group, workspace=workspace(group)) for group in groups]
     kernel_calls = (call for call in calls if call.workspace is not None)
     fused = frozenset().union(*(internal(graph, uses, call.ops) for call in kernel_calls))
-    return _plan_memory(graph, target, dims, assign_streams(calls, overlap), fused)
-
-
-def assign_streams(calls: list[Call], overlap: bool) -> tuple[Call, ...]:
-    """With more than one rank, rows travel on COMM and the shared expert runs on SIDE meanwhile.
-
-    A call waits for the calls of other streams that make what it reads, where no earlier wait implies it.
-    """
-    placed: list[Call] = []
-    made_by: dict[str, int] = {}
-    ended: list[
-        dict[int, int]
-    ] = []  # for each call: stream → the last of its calls that ended before, or itself
-    heads: dict[int, dict[int, int]] = {MAIN: {}, COMM: {}, SIDE: {}}
-    for index, call in enumerate(calls):
-        stream = MAIN
-        if overlap and call.phase == "micro":
-            if any(op.kind in TRANSFERS for op in call.ops):
-                stream = COMM
-            elif ".moe.shared." in call.name:
-                stream = SIDE
-        known, waits = dict(heads[stream]), []
-        for producer in sorted({made_by[name] for name in call.inputs if name in made_by}, reverse=True):
-            if producer > known.get(placed[producer].stream, -1) and placed[producer].stream != stream:
-                waits.append(producer)
-                for other, last in ended[producer].items():
-                    known[other] = max(known.get(other, -1), last)
-        heads[stream] = known | {stream: index}
-        ended.append(heads[stream])
-        placed.append(replace(call, stream=stream, waits=tuple(sorted(waits))))
-        made_by.update(dict.fromkeys(call.outputs, index))
-    return tuple(placed)
+    return _plan_memory(
+        graph, target, dims, assign_streams(reorder(calls)) if overlap else tuple(calls), fused
+    )
 
 
 def _clock(calls: tuple[Call, ...]) -> tuple[list[int], list[int]]:

@@ -50,10 +50,10 @@ class RankLauncher(EmulatedLauncher):
         super().__init__()
         self.device, self._functions, self._turns = first.device, first._functions, turns
 
-    def bind(self, problem, config, target, arguments):
+    def bind(self, problem, config, target, arguments, spare=0):
         transfer = isinstance(problem, RdepProblem)
         launch = super().bind(
-            problem, emulated_ranks.config(problem) if transfer else config, target, arguments
+            problem, emulated_ranks.config(problem) if transfer else config, target, arguments, spare
         )
 
         def run() -> None:

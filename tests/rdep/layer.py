@@ -89,10 +89,12 @@ def _step(p: Problem, exchange: Exchange, step: int) -> dict[str, Any]:
 
 
 def _check_sums(p: Problem, exchange: Exchange, step: int) -> None:
-    """Sums over all ranks, then, where that halves them, over every second one, then over all again."""
+    """Sums over all ranks, then, where that halves them, over every second one, then over all again; and each rank's
+    slice of such sums, gathered in BF16."""
     t = exchange.transport
     terms = [p.randn(f"term {step} {rank}", 3 * sums.ROW) for rank in range(t.ranks)]
-    add = sums.Sums(exchange.transfers, slice=1).add
+    every = sums.Sums(exchange.transfers, slice=1)
+    add = every.add
     groups = 1 + (t.ranks % 2 == 0)
     everyone, others = range(t.ranks), range(t.rank % groups, t.ranks, groups)
     for members in (everyone, others, everyone):
@@ -100,6 +102,17 @@ def _check_sums(p: Problem, exchange: Exchange, step: int) -> None:
         add(found, members)
         if not torch.equal(found, sums.tree_sum([terms[rank] for rank in members])):
             raise AssertionError(f"rank {t.rank} has another sum over ranks {list(members)}")
+    for members in (everyone, others):
+        size, at = 2 * sums.ROW, members.index(t.rank)
+        terms = [p.randn(f"slices {step} {rank}", size * len(members)) for rank in range(t.ranks)]
+        whole = sums.tree_sum([terms[rank] for rank in members])
+        found, own = terms[t.rank].clone(), slice(at * size, (at + 1) * size)
+        every.reduce_scatter(found, members)
+        rounded = torch.full_like(found, torch.nan, dtype=torch.bfloat16)
+        rounded[own] = found[own]
+        every.all_gather(rounded, members)
+        if not (torch.equal(found[own], whole[own]) and torch.equal(rounded, whole.bfloat16())):
+            raise AssertionError(f"rank {t.rank} has other slices of ranks {list(members)}")
 
 
 def joined(results: list[list[dict[str, Any]]]) -> list[dict[str, Tensor]]:

@@ -42,7 +42,7 @@ def test_micro_batches_shared_out_among_ranks(turns, ranks):
     """Each turn is summed over the ranks, then the turns are."""
     values = terms(turns * ranks, seed=turns)
     total, other = torch.full((8,), torch.nan), torch.full((1,), torch.nan)
-    sums = Accumulator((total, other), turns)
+    sums = Accumulator((total, other), turns, cleared=(total, other))
     for _ in range(2):  # and once more, with what the first left behind
         sums.begin()
         for turn in range(turns):

@@ -22,6 +22,7 @@ import torch
 from processes import CONTEXT, Group
 
 from nmoe.checkpoint import Checkpointer
+from nmoe.checkpoint_parts import local
 from nmoe.config import Checkpoint, Data, Metrics, Rdep, Run, Source
 from nmoe.data.prep import prepare
 from nmoe.errors import UserError
@@ -146,7 +147,7 @@ def trajectory(config, rank=0):
     tensors = Step(replace(config, rdep=Rdep())).state()
     with Checkpointer(Path(config.checkpoint.dir) / "run", 1) as checkpoints:
         assert checkpoints.load(tensors) is not None
-    return values, tensors
+    return values, {name: local(tensor) for name, tensor in tensors.items()}
 
 
 def assert_same(found, expected):
@@ -175,6 +176,18 @@ def test_losses_and_weights_are_the_bits_of_one_rank(config, alone, world, ranks
     assert not any(lines[1:]), "only rank 0 speaks"
     assert_same(trajectory(run), alone)
     assert trajectory(run, world - 1)[0] == alone[0], "each rank has metrics of its own"
+
+
+def test_rounded_weights_of_other_ranks_are_the_bits_of_ones_own(config):
+    """Working copies in BF16, dense ones gathered among all ranks and experts among two."""
+    found = []
+    for world, ranks in ((1, 1), (4, 2)):
+        run = config(
+            ranks, schedule={"precision": "bf16"}, model={"mtp_depth": 0}, train={"steps": 3, "batch_size": 4}
+        )
+        finish(start(run, world), world)
+        found.append(trajectory(run))
+    assert_same(*found)
 
 
 def test_resumed_on_other_numbers_of_ranks(config, alone):
@@ -307,7 +320,8 @@ def _overflow(key, rank, world, config, port):
     run = Step.run
 
     def watched(self, index, batch):
-        states[:] = [{name: tensor.clone() for name, tensor in self.state().items()}, self.state()]
+        state = {name: local(tensor) for name, tensor in self.state().items()}
+        states[:] = [{name: tensor.clone() for name, tensor in state.items()}, state]
         return run(self, index, batch)
 
     Step.run = watched

@@ -1,0 +1,98 @@
+"""What runs while rows travel between ranks: the order and the streams of a schedule's calls.
+
+    COMM   plan ─▶ dispatch ─┐            ┌▶ combine ─┐       ┌▶ dispatch of dy ─┐            ┌▶ combine of dx ─┐
+    SIDE        └▶ gate, up ─│────────────│▶ down ────│  …   ─┤▶ down's ─────────│────────────│▶ gate's, up's ──│
+    MAIN   router            └▶ experts ──┘           └▶      │  gradients       └▶ experts' ─┘  gradients      └▶ …
+
+The shared expert is cut at its activation. Without transfers there is one stream, MAIN, in the order of the graph.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nmoe.graph import Op
+
+if TYPE_CHECKING:
+    from nmoe.schedule.lower import Call
+
+MAIN, COMM, SIDE = 0, 1, 2  # compute; rows between ranks; the shared expert, while rows travel
+TRANSFERS = ("moe_plan", "dispatch", "combine")  # all on one stream: their order is that of the protocol
+ACTIVATION = {"forward": "swiglu", "backward": "swiglu_bwd"}
+_SHARED = ".shared."
+
+
+def stream_of(ops: Sequence[Op]) -> int:
+    """Where a kernel of these ops runs when rows travel between ranks."""
+    if ops[0].phase != "micro":
+        return MAIN
+    if any(op.kind in TRANSFERS for op in ops):
+        return COMM
+    return SIDE if f".moe{_SHARED}" in ops[0].name else MAIN
+
+
+def late(ops: Sequence[Op], moved: Collection[str]) -> bool:
+    """Whether a kernel of these ops would keep the shared expert waiting for rows, of which `moved` are made."""
+    return stream_of(ops) == SIDE and any(name in moved for op in ops for name in op.inputs)
+
+
+def reorder(calls: Sequence[Call]) -> list[Call]:
+    """Puts the shared expert of a layer behind its transfers: up to the activation, or its gradient, behind the first
+    dispatch of the pass, what follows behind the combine."""
+    halves: dict[tuple[str, str, str], list[Call]] = defaultdict(list)
+    acted: set[tuple[str, str]] = set()
+    for call in calls:
+        if stream_of(call.ops) == SIDE:
+            layer, stage = call.name.split(_SHARED)[0], call.ops[0].stage
+            halves[layer, stage, "combine" if (layer, stage) in acted else "dispatch"].append(call)
+            if any(op.kind == ACTIVATION[stage] for op in call.ops):
+                acted.add((layer, stage))
+    found: list[Call] = []
+    for call in calls:
+        if stream_of(call.ops) != SIDE:
+            found.append(call)
+            layer, op = call.name.split(".moe.")[0] + ".moe", call.ops[0]
+            found += halves.pop((layer, op.stage, op.kind), [])
+    return found
+
+
+def assign_streams(calls: Sequence[Call]) -> tuple[Call, ...]:
+    """Rows travel on COMM, and the shared expert runs on SIDE, from when the transfer before it begins.
+
+    A call waits for the calls of other streams that make what it reads, where no earlier wait implies it. It is
+    `beside` a transfer when neither surely ends before the other begins.
+    """
+    placed: list[Call] = []
+    made_by: dict[str, int] = {}
+    ended: list[
+        dict[int, int]
+    ] = []  # for each call: stream → the last of its calls that ended before, or itself
+    heads: dict[int, dict[int, int]] = {MAIN: {}, COMM: {}, SIDE: {}}
+    sent: set[int] = set()  # what the last transfer waited for
+    for index, call in enumerate(calls):
+        stream = stream_of(call.ops)
+        needed = {made_by[name] for name in call.inputs if name in made_by}
+        if stream == COMM:
+            sent = needed
+        elif stream == SIDE:
+            needed |= sent
+        known, waits = dict(heads[stream]), []
+        for producer in sorted(needed, reverse=True):
+            if producer > known.get(placed[producer].stream, -1) and placed[producer].stream != stream:
+                waits.append(producer)
+                for other, last in ended[producer].items():
+                    known[other] = max(known.get(other, -1), last)
+        heads[stream] = known | {stream: index}
+        ended.append(heads[stream])
+        placed.append(replace(call, stream=stream, waits=tuple(sorted(waits))))
+        made_by.update(dict.fromkeys(call.outputs, index))
+    transfers = [i for i, call in enumerate(placed) if call.stream == COMM]
+    for index, call in enumerate(placed):
+        after = bisect_right(transfers, ended[index].get(COMM, -1))
+        if call.phase == "micro" and call.stream != COMM and after < len(transfers):
+            placed[index] = replace(call, beside=ended[transfers[after]].get(call.stream, -1) < index)
+    return tuple(placed)
