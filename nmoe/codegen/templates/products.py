@@ -101,8 +101,8 @@ class Fragments(Fixed):
 
 class Products(Fixed):
     """`a_across`, `b_across`: is m, n contiguous in memory, not k; n is in C. Each FP32 operand has `parts`;
-    products of parts are left out where they are below what the next part would add. `splits` parts of the depth give C a
-    third mode, one result each."""
+    products of parts are left out where they are below what the next part would add. `splits` parts of the depth
+    give C a third mode, one result each."""
 
     def __init__(
         self, tile: tuple[int, int], a_across: bool, b_across: bool, parts: int, splits: int = 1
