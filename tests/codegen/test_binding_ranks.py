@@ -49,10 +49,10 @@ class RankLauncher(EmulatedLauncher):
         super().__init__()
         self.device, self._functions, self._turns = first.device, first._functions, turns
 
-    def bind(self, problem, config, target, arguments, spare=0):
+    def bind(self, problem, config, target, arguments):
         transfer = isinstance(problem, RdepProblem)
         launch = super().bind(
-            problem, emulated_ranks.config(problem) if transfer else config, target, arguments, spare
+            problem, emulated_ranks.config(problem) if transfer else config, target, arguments
         )
 
         def run() -> None:
