@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 MAIN, COMM, SIDE = 0, 1, 2  # compute; rows between ranks; the shared expert, while rows travel
 TRANSFERS = ("moe_plan", "dispatch", "combine")  # all on one stream: their order is that of the protocol
-ACTIVATION = {"forward": "swiglu", "backward": "swiglu_bwd"}
-_SHARED = ".shared."
+ACTIVATION = {"forward": "swiglu", "again": "swiglu", "backward": "swiglu_bwd"}
 
 
 def stream_of(ops: Sequence[Op]) -> int:
@@ -31,7 +30,7 @@ def stream_of(ops: Sequence[Op]) -> int:
         return MAIN
     if any(op.kind in TRANSFERS for op in ops):
         return COMM
-    return SIDE if f".moe{_SHARED}" in ops[0].name else MAIN
+    return SIDE if ".moe.shared." in ops[0].name else MAIN
 
 
 def late(ops: Sequence[Op], moved: Collection[str]) -> bool:
@@ -40,23 +39,48 @@ def late(ops: Sequence[Op], moved: Collection[str]) -> bool:
 
 
 def reorder(calls: Sequence[Call]) -> list[Call]:
-    """Puts the shared expert of a layer behind its transfers: up to the activation, or its gradient, behind the first
-    dispatch of the pass, what follows behind the combine."""
-    halves: dict[tuple[str, str, str], list[Call]] = defaultdict(list)
+    """Puts the shared expert of a layer behind its transfers: up to the activation, or its gradient, behind the
+    dispatch of the pass, what follows behind the combine; what others need before, or what needs what is made later, as
+    near to that as it can be. Forward, recomputation and backward are passes of their own."""
+    made_by = {name: index for index, call in enumerate(calls) for name in call.outputs}
+    makers = [
+        {made_by[name] for name in call.inputs if name in made_by} - {i} for i, call in enumerate(calls)
+    ]
+    side = [stream_of(call.ops) == SIDE for call in calls]
+    halves: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     acted: set[tuple[str, str]] = set()
-    for call in calls:
-        if stream_of(call.ops) == SIDE:
-            layer, stage = call.name.split(_SHARED)[0], call.ops[0].stage
-            halves[layer, stage, "combine" if (layer, stage) in acted else "dispatch"].append(call)
-            if any(op.kind == ACTIVATION[stage] for op in call.ops):
-                acted.add((layer, stage))
-    found: list[Call] = []
-    for call in calls:
-        if stream_of(call.ops) != SIDE:
-            found.append(call)
-            layer, op = call.name.split(".moe.")[0] + ".moe", call.ops[0]
-            found += halves.pop((layer, op.stage, op.kind), [])
-    return found
+    for index, call in enumerate(calls):
+        if side[index]:
+            layer, run = _layer_and_pass(call)
+            halves[layer, run, "combine" if (layer, run) in acted else "dispatch"].append(index)
+            if any(op.kind == ACTIVATION[run] for op in call.ops):
+                acted.add((layer, run))
+    order: dict[int, None] = {}  # a set that keeps its order
+
+    def ready(index: int) -> bool:
+        """Whether all that the shared expert needs for a call is made, but by itself."""
+        return all(maker in order or (side[maker] and ready(maker)) for maker in makers[index])
+
+    def put(index: int) -> None:
+        """A call, behind those of the shared expert that it needs."""
+        for maker in sorted(makers[index] - order.keys()):
+            put(maker)
+        order[index] = None
+
+    for index, call in enumerate(calls):
+        if not side[index]:
+            put(index)
+            half = halves.get((*_layer_and_pass(call), call.ops[0].kind), [])
+            for each in half if all(map(ready, half)) else ():
+                put(each)
+    for index in range(len(calls)):
+        put(index)
+    return [calls[index] for index in order]
+
+
+def _layer_and_pass(call: Call) -> tuple[str, str]:
+    name = call.name
+    return name.split(".moe.")[0], "again" if name.endswith(".again") else call.ops[0].stage
 
 
 def assign_streams(calls: Sequence[Call]) -> tuple[Call, ...]:
