@@ -112,7 +112,7 @@ def group_of(group: Group, target: str, seed: int) -> list[Rank]:
     else:
         at, size = offsets(buffers)
         arena = device.empty((group.ranks * size,), torch.uint8)
-        ARENA |= {"base": arena.pointer, "size": size}
+        ARENA.update(base=arena.pointer, size=size)
         heaps = [
             {n: _part(arena, rank * size + at[n], b) for n, b in buffers.items()}
             for rank in range(group.ranks)
