@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,11 @@ def main() -> None:
     if args.action == "build":
         build(home / "kernels")
         return
-    results = provenance() | {"losses": losses(home), "ends": together(stopped, killed)}
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+    results = provenance()
+    for part, run in {"losses": partial(losses, home), "ends": partial(together, stopped, killed)}.items():
+        results[part] = run()
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1))
 
 
 def build(root: Path) -> None:

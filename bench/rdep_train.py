@@ -52,6 +52,7 @@ from nmoe.config import Config, load
 from nmoe.data.loader import Batch
 from nmoe.executor import Executor, allocate
 from nmoe.graph import Graph, Op
+from nmoe.model import group_of
 from nmoe.parameters import Parameters
 from nmoe.plan import plan
 from nmoe.ranks import Ranks
@@ -374,16 +375,16 @@ def timed(name: str, rank: int, say: Callable[[Any], None]) -> None:
 
 
 def digest(step: Step) -> str:
-    p = step.parameters
-    flat = [p.master[: p.experts], *step._biases.values()]
-    return hashlib.sha256(torch.cat([t.cpu().view(-1) for t in flat]).numpy().tobytes()).hexdigest()[:16]
+    shared = [t for name, t in step.parameters.weights.items() if group_of(name) != "expert"]
+    flat = torch.cat([t.float().cpu().view(-1) for t in (*shared, *step._biases.values())])
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
 
 
 def overlap(step: Step, rank: int, say: Callable[[Any], None]) -> None:
     """A micro-batch as it is, in one stream, and without its rows' transfers (which costs the last two their sense,
     not their time)."""
     executor, schedule = step.executors[0], step.schedule
-    calls = tuple(replace(call, stream=MAIN, waits=(), beside=False) for call in schedule.calls)
+    calls = tuple(replace(call, stream=MAIN, waits=()) for call in schedule.calls)
     launcher = CudaLauncher(Cache(binding.default_root()))
     moved = executor._implementations
     still = dict(moved) | dict.fromkeys(("dispatch", "combine"), lambda op, ins, outs: lambda: None)

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 Bound = Callable[[], None]
 Argument: TypeAlias = "torch.Tensor | float | int"
 
-SPARE = 32  # multiprocessors that a persistent kernel leaves to a transfer beside it: `move` takes no more
 
 SYMBOLS = {extent: symbol for symbol, extent in EXTENTS.items()}
 
@@ -50,11 +49,8 @@ class Launcher(Protocol):
 
     root: Path | None
 
-    def bind(
-        self, problem: Problem, config: Any, target: str, arguments: Sequence[Argument], spare: int = 0
-    ) -> Bound:
-        """A launch of the kernel on these operands, which neither allocates nor waits for the device. A persistent
-        kernel leaves `spare` multiprocessors to others."""
+    def bind(self, problem: Problem, config: Any, target: str, arguments: Sequence[Argument]) -> Bound:
+        """A launch of the kernel on these operands, which neither allocates nor waits for the device."""
 
 
 def kernels(target: str, root: Path | None = None) -> Kernels:
@@ -162,8 +158,7 @@ def bind(
             f"{len(tensors)} tensors"
         )
     _check_shapes(call, problem, [o for o in operands if o.shape], tensors)
-    spare = SPARE if call.beside else 0
-    return launcher.bind(problem, config, schedule.target, [*tensors, *scalars], spare)
+    return launcher.bind(problem, config, schedule.target, [*tensors, *scalars])
 
 
 def _check_shapes(

@@ -86,12 +86,7 @@ class CudaLauncher:
         self._kernels: dict[str, Kernel | Functions | Linked] = {}
 
     def bind(
-        self,
-        problem: Problem,
-        config: Any,
-        target: str,
-        arguments: Sequence[torch.Tensor | float | int],
-        spare: int = 0,
+        self, problem: Problem, config: Any, target: str, arguments: Sequence[torch.Tensor | float | int]
     ) -> Callable[[], None]:
         """A launch on the stream that is then current. Raises LaunchError when the cache lacks the kernel."""
         kernel = self._kernel(problem, config, target)
@@ -105,7 +100,7 @@ class CudaLauncher:
 
         device = device_of(target)
         sms = torch.cuda.get_device_properties(device).multi_processor_count
-        clusters = problem.clusters(config, sms - spare)
+        clusters = problem.clusters(config, sms)
         views = [
             tvm_ffi.from_dlpack(a.view(torch.float8_e4m3fn) if o.format == "e4m3" else torch.atleast_1d(a))
             if isinstance(a, torch.Tensor)

@@ -37,13 +37,11 @@ def no_kernel(graph: Graph, ops: tuple[Op, ...], fused: frozenset[str]) -> Works
 @dataclass(frozen=True, slots=True)
 class Call:
     """One kernel: an op with its epilogues, and its workspace. Or, with `workspace` None, ops that run their reference
-    one after the other. Waits for the calls `waits` on other streams; `beside`: a transfer between ranks may run at
-    the same time."""
+    one after the other. Waits for the calls `waits` on other streams."""
 
     ops: tuple[Op, ...]
     stream: int = MAIN
     waits: tuple[int, ...] = ()
-    beside: bool = False
     workspace: Workspace | None = None
 
     @property

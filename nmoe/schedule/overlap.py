@@ -9,7 +9,6 @@ The shared expert is cut at its activation. Without transfers there is one strea
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -63,8 +62,7 @@ def reorder(calls: Sequence[Call]) -> list[Call]:
 def assign_streams(calls: Sequence[Call]) -> tuple[Call, ...]:
     """Rows travel on COMM, and the shared expert runs on SIDE, from when the transfer before it begins.
 
-    A call waits for the calls of other streams that make what it reads, where no earlier wait implies it. It is
-    `beside` a transfer when neither surely ends before the other begins.
+    A call waits for the calls of other streams that make what it reads, where no earlier wait implies it.
     """
     placed: list[Call] = []
     made_by: dict[str, int] = {}
@@ -90,9 +88,4 @@ def assign_streams(calls: Sequence[Call]) -> tuple[Call, ...]:
         ended.append(heads[stream])
         placed.append(replace(call, stream=stream, waits=tuple(sorted(waits))))
         made_by.update(dict.fromkeys(call.outputs, index))
-    transfers = [i for i, call in enumerate(placed) if call.stream == COMM]
-    for index, call in enumerate(placed):
-        after = bisect_right(transfers, ended[index].get(COMM, -1))
-        if call.phase == "micro" and call.stream != COMM and after < len(transfers):
-            placed[index] = replace(call, beside=ended[transfers[after]].get(call.stream, -1) < index)
     return tuple(placed)

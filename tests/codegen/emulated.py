@@ -38,9 +38,7 @@ class EmulatedLauncher:
         """What outlives a step, zeroed."""
         return {t.name: self.memory(schedule.spec(t.name), 0) for t in schedule.graph.of_kind(*kinds)}
 
-    def bind(
-        self, problem: Problem, config: Any, target: str, arguments: Sequence[Argument], spare: int = 0
-    ) -> Bound:
+    def bind(self, problem: Problem, config: Any, target: str, arguments: Sequence[Argument]) -> Bound:
         if problem.language == "triton":
             named = {o.name: a for o, a in zip(problem.operands(config), arguments, strict=True)}
 

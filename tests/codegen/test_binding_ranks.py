@@ -49,10 +49,10 @@ class RankLauncher(EmulatedLauncher):
         super().__init__()
         self.device, self._functions, self._turns = first.device, first._functions, turns
 
-    def bind(self, problem, config, target, arguments, spare=0):
+    def bind(self, problem, config, target, arguments):
         transfer = isinstance(problem, RdepProblem)
         launch = super().bind(
-            problem, emulated_ranks.config(problem) if transfer else config, target, arguments, spare
+            problem, emulated_ranks.config(problem) if transfer else config, target, arguments
         )
 
         def run() -> None:
@@ -185,7 +185,7 @@ def test_a_layer_on_two_ranks_is_that_of_one(gpus: int) -> None:
     launchers = [RankLauncher(launcher, turns) for _ in range(RANKS)]
     _, _, size = heaps(group, schedule.arena_bytes)
     symmetric = launcher.memory(Spec((RANKS * size,), "u8"), 0xFF)
-    emulated_ranks.ARENA |= {"base": symmetric.data_ptr(), "size": size}
+    emulated_ranks.ARENA.update(base=symmetric.data_ptr(), size=size)
     memories = [Memory(launchers[r], group, r, schedule.arena_bytes, symmetric) for r in range(RANKS)]
     executors = []
     for rank, memory in enumerate(memories):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,21 +32,27 @@ def work(folder: str, key: str, rank: int, world: int):
     shm = Shm(f"{key}-{rank // LOCAL}", rank % LOCAL, LOCAL, {})
     ranks = Ranks(shm, LOCAL, Several(shm))
 
-    def meet(start):
+    def run(collectives):
         ranks.arrive()
-        start().wait()
+        for collective in collectives:
+            collective(async_op=True).wait()
 
-    ranks._sums = Gathered(meet)
-    sums = [term(rank) for _ in range(3)]
-    for add, tensor in zip((ranks.add_everywhere, ranks.add_group, ranks.add_replicas), sums, strict=True):
-        add(tensor)
+    ranks._sums = Gathered(run)
+    total, every = term(rank), torch.zeros(world, 2 * ROW)
+    every[rank] = total
+    ranks.add_everywhere(total)
+    ranks.gather_everywhere(every)
+    sums = total, every
     found = ranks.any(rank == 2), ranks.any(False)
+    seen = Path(folder, "seen")
     if rank == 3:
-        time.sleep(0.5)
+        while not seen.exists():
+            time.sleep(0.01)
         return (ranks.rank, ranks.world), sums, found, "left"
     if rank == 2:
         ranks.arrive()
         late = ranks._peers.late(), str(ranks.missing())
+        seen.touch()
         while not ranks._peers.dead():
             time.sleep(0.01)
         return (ranks.rank, ranks.world), sums, found, (late, str(ranks.missing()))
@@ -60,10 +67,8 @@ def test_sums_and_who_is_missing() -> None:
         assert not isinstance(result, Exception), result
         who, sums, found, _ = result
         assert who == (rank, WORLD) and found == (True, False)
-        first = rank // LOCAL * LOCAL
-        members = (range(WORLD), range(first, first + LOCAL), range(rank % LOCAL, WORLD, LOCAL))
-        for got, among in zip(sums, members, strict=True):
-            assert torch.equal(got, tree_sum([terms[member] for member in among]))
+        total, every = sums
+        assert torch.equal(total, tree_sum(terms)) and torch.equal(every, torch.stack(terms))
     assert results[0][3].startswith("one of 4 has died or is stuck"), "it cannot see another host's"
     (late, stuck), dead = results[2][3]
     assert (
