@@ -99,6 +99,7 @@ CASES = [  # (problem, config or None for the chosen one)
     (RowProblem("rms_norm", TOKENS, 1056, copies=copies("", "8r")), None),
     (RowProblem("rms_norm", TOKENS, 1056, keeps_body=False, copies=copies("", "8c")), None),
     (RowProblem("rms_norm", TOKENS, 288, keeps_body=False, copies=copies("", "4r", "4ch")), None),
+    (RowProblem("load", TOKENS, 416, keeps_body=False, copies=copies("", "4r")), RowConfig(32, 2, 1, 7, 4)),
     (RowProblem("rms_norm_bwd", TOKENS, 1056, 0, 1, False, True, copies=copies("", "8c", "8r")), None),
     (RowProblem("rms_norm_bwd", TOKENS, 520), RowConfig(32, 2, 1, 8, 4)),
     (RowProblem("swiglu", ROWS, 416, keeps_body=False, weighted=True, segments=3, copies=copies("", "8c")), None),

@@ -271,15 +271,17 @@ class Nvfp4(Fixed):
     @cute.jit
     def measure(self, values, group: Int32) -> None:  # type: ignore[no-untyped-def]
         """Raises amax[group] to the tile's largest magnitude."""
+        lane = self.tile.lane
         found = cute.arch.warp_redux_sync(self.largest(values), "max")
         cute.arch.sync_threads()
-        if self.tile.lane == 0:
+        if lane == 0:
             self.warps[self.tile.thread // 32] = found
         cute.arch.sync_threads()
-        if self.tile.thread == 0:
-            for warp in cutlass.range_constexpr(1, self.config.threads // 32):
-                found = cutlass.max(found, self.warps[warp])
-            cute.arch.atomic_max(cute.recast_ptr(self.amax.iterator, dtype=Int32) + group, found)
+        if self.tile.thread < 32:
+            found = self.warps[lane] if lane < self.config.threads // 32 else Int32(0)
+            found = cute.arch.warp_redux_sync(found, "max")
+            if lane == 0:
+                cute.arch.atomic_max(cute.recast_ptr(self.amax.iterator, dtype=Int32) + group, found)
 
     @cute.jit
     def square(self, values, scale: Float32):  # type: ignore[no-untyped-def]
