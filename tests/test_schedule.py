@@ -194,6 +194,16 @@ def test_work_lies_beside_transfers(precision):
         assert f"{path}.shared.gate_up.gemm.wgrad" in beside[f"{path}.dispatch.bwd"]
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_nothing_is_read_before_it_is_made(recompute):
+    """With recomputation a backward pass has two dispatches, and the multi-token module's gradients begin in it."""
+    config = distributed(tiny_config(model={"mtp_depth": 1}, schedule={"recompute": recompute}))
+    schedule = lowered(config)
+    made_by = {name: i for i, call in enumerate(schedule.calls) for name in call.outputs}
+    for i, call in enumerate(schedule.calls):
+        assert all(made_by.get(name, -1) < i or name in call.outputs for name in call.inputs), call.name
+
+
 def test_sharing_bytes_at_once_is_a_race():
     schedule = lowered(distributed(tiny_config()))
     attention = next(op for op in schedule.graph.ops if op.kind == "attention")

@@ -44,7 +44,7 @@ def reorder(calls: Sequence[Call]) -> list[Call]:
     near to that as it can be. Forward, recomputation and backward are passes of their own."""
     made_by = {name: index for index, call in enumerate(calls) for name in call.outputs}
     makers = [
-        {made_by[name] for name in call.inputs if name in made_by} - {i} for i, call in enumerate(calls)
+        {made_by[name] for name in call.inputs if made_by.get(name, i) < i} for i, call in enumerate(calls)
     ]
     side = [stream_of(call.ops) == SIDE for call in calls]
     halves: dict[tuple[str, str, str], list[int]] = defaultdict(list)
