@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from nmoe.codegen import compiler as kernel_compiler
 from nmoe.codegen import verify
@@ -72,6 +73,25 @@ def name(problem: GemmProblem) -> str:
 @pytest.mark.parametrize("problem", PROBLEMS, ids=name)
 def test_grouped_gemms_are_right_under_every_schedule(problem: GemmProblem, target: str) -> None:
     run(problem, target, 1 if problem.epilogue == "store" else 2)
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
+def test_two_workers_give_the_bits_of_one(target: str) -> None:
+    from nmoe.codegen.emulator import Device, Options, bind
+
+    problem = GemmProblem("fprop", 3, 400, 136, "swiglu")
+    config = next(c for c in problem.configs(target) if c.cluster == 2)
+    function = bind(kernel_compiler.trace(problem, config, target))
+    tensors = oracle.case(problem, config, 1, COUNTS[0][:3], 64)
+    found = []
+    for threads in (1, 2):
+        device = Device(Options(threads=threads))
+        held = [device.tensor(tensors[o.name].clone()) for o in problem.operands(config)]
+        function(device, *held, 5, 0)
+        found.append([t.torch.view(torch.uint8) for t in held])
+        assert device.reports[-1].counters["mma_ops"] > 0
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 @pytest.mark.usefixtures("emulator")
