@@ -5,13 +5,9 @@ from __future__ import annotations
 import cutlass
 from cutlass import Int32, Int64, Uint8, cute
 from cutlass.cute import AddressSpace
+from emulated_ranks import ARENA
 
 from nmoe.codegen.templates.fixed import Fixed
-
-ARENA = {
-    "base": 0,
-    "size": 0,
-}  # where the first heap begins, and the bytes of one: constants of what is traced next
 
 
 class Nvshmem(Fixed):

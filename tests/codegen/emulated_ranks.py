@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
-import emulated_nvshmem
 import torch
 
 from nmoe.codegen import compiler
@@ -20,6 +19,9 @@ from nmoe.codegen.rails import linked
 from nmoe.codegen.rdep import COLUMNS, REPORT, STATE, MoveProblem, RdepConfig, RdepProblem
 from nmoe.rdep.device import Exchange, Group, Routing, offsets
 from nmoe.rdep.transport import Buffer
+
+# Of several hosts, where the first one's heap begins and the bytes of each: constants of what is traced next.
+ARENA = {"base": 0, "size": 0}
 
 
 def config(problem: RdepProblem) -> RdepConfig:
@@ -85,7 +87,7 @@ class Rank:
 
     def run(self, problem: RdepProblem, *arguments: Any) -> None:
         """A launch, at once."""
-        arena = tuple(emulated_nvshmem.ARENA.values()) if linked(problem) else ()
+        arena = tuple(ARENA.values()) if linked(problem) else ()
         function(problem, self.target, arena)(self.device, *arguments, config(problem).blocks, 0)
 
     def column(self, name: str) -> DeviceTensor:
@@ -110,7 +112,7 @@ def group_of(group: Group, target: str, seed: int) -> list[Rank]:
     else:
         at, size = offsets(buffers)
         arena = device.empty((group.ranks * size,), torch.uint8)
-        emulated_nvshmem.ARENA |= {"base": arena.pointer, "size": size}
+        ARENA |= {"base": arena.pointer, "size": size}
         heaps = [
             {n: _part(arena, rank * size + at[n], b) for n, b in buffers.items()}
             for rank in range(group.ranks)

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
-import emulated_nvshmem
 import emulated_ranks
 import pytest
 import torch
@@ -186,7 +185,7 @@ def test_a_layer_on_two_ranks_is_that_of_one(gpus: int) -> None:
     launchers = [RankLauncher(launcher, turns) for _ in range(RANKS)]
     _, _, size = heaps(group, schedule.arena_bytes)
     symmetric = launcher.memory(Spec((RANKS * size,), "u8"), 0xFF)
-    emulated_nvshmem.ARENA |= {"base": symmetric.data_ptr(), "size": size}
+    emulated_ranks.ARENA |= {"base": symmetric.data_ptr(), "size": size}
     memories = [Memory(launchers[r], group, r, schedule.arena_bytes, symmetric) for r in range(RANKS)]
     executors = []
     for rank, memory in enumerate(memories):

@@ -1,11 +1,13 @@
-"""What the machine code of every kernel of every shipped config holds, in all three precisions on both architectures.
+"""Every kernel of every shipped config, in all three precisions on both architectures: what its machine code holds, and
+how its family does on the emulator under five warp schedules.
 
-Half an hour of compiling the first time (`pytest -m slow tests/codegen/test_shipped.py`); objects are kept in pytest's
-cache under keys of their own, so that a second run compiles what has changed.
+Each is half an hour of two cores the first time (`pytest -m slow tests/codegen/test_shipped.py`). Objects and verdicts
+are kept in pytest's cache under keys of their own, so that a second run builds and judges what has changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,17 +16,21 @@ from typing import Any
 
 import pytest
 
+from nmoe import autotune
 from nmoe.binding import lowered, needed
-from nmoe.codegen import report
+from nmoe.codegen import compiler, families, report, verify
 from nmoe.codegen.attention import AttentionProblem
-from nmoe.codegen.build import Build, build
+from nmoe.codegen.build import build
 from nmoe.codegen.gemm import GemmConfig, GemmProblem
 from nmoe.codegen.hardware import HARDWARE
+from nmoe.codegen.problem import Config, Problem
+from nmoe.codegen.spec import KernelSpec
 from nmoe.config import Target, load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MMA = {"bf16": "UTCHMMA", "mxfp8": "UTCQMMA", "nvfp4": "UTCOMMA"}
 DEPTH = {"bf16": 16, "mxfp8": 32, "nvfp4": 64}  # of one product on sm_100a
+SCHEDULES = range(1, 6)  # of warps
 ELEMENTS = {"bf16": 2.0, "mxfp8": 1.0, "nvfp4": 0.5}  # bytes
 
 
@@ -33,21 +39,62 @@ def target(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def built(request: pytest.FixtureRequest, tmp_path: Path, name: str, precision: str, target: str) -> Build:
-    config = load(CONFIGS / f"{name}.toml")
+@pytest.fixture(params=["bf16", "mxfp8", "nvfp4"])
+def precision(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["quickstart", "moonlet", "moonlight", "dsv2", "dsv3"])
+def wanted(request: pytest.FixtureRequest, tmp_path: Path, precision: str, target: str) -> list[KernelSpec]:
+    """An empty cache chooses the configs: no tuning of this machine's."""
+    config = load(CONFIGS / f"{request.param}.toml")
     config = replace(config, target=Target(target), schedule=replace(config.schedule, precision=precision))
-    cache = request.config.cache
-    assert cache is not None
-    # An empty cache chooses the configs: no tuning of this machine's.
-    return build(list(needed(config, [lowered(config, root=tmp_path)])), cache.mkdir("kernels"))
+    return list(needed(config, [lowered(config, root=tmp_path)]))
+
+
+@pytest.fixture
+def kept(request: pytest.FixtureRequest) -> pytest.Cache:
+    assert request.config.cache is not None
+    return request.config.cache
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("emulator")
+def test_every_family_runs_under_five_schedules(
+    wanted: list[KernelSpec], kept: pytest.Cache, tmp_path: Path, target: str
+) -> None:
+    wrong = []
+    for spec in wanted:
+        problem = families.match(spec)
+        assert not isinstance(problem, str), problem
+        family, config = problem.small(), autotune.choose(problem, target, tmp_path)[0]
+        place = f"verdicts/{verdict_key(family, config, target)}"
+        if not kept.get(place, "").startswith("ok"):
+            kept.set(place, verify.verify_family(family, config, target, SCHEDULES))
+        if not (verdict := kept.get(place, "")).startswith("ok"):
+            wrong.append(f"{spec.name} {family}, {config}: {verdict}")
+    assert not wrong, "\n".join(wrong)
+
+
+def verdict_key(family: Problem, config: Config, target: str) -> str:
+    """The kernel's, and the sources of whatever judges it: the oracle, the formats and the emulator."""
+    digest = hashlib.sha256(compiler.problem_key(family, config, target).encode())
+    oracle = verify.ORACLES[family.family].__name__.split(".")[-1]
+    judges = [compiler.PACKAGE / f"codegen/verify/{name}.py" for name in ("__init__", "base", "gemm", oracle)]
+    for folder in ("codegen/emulator", "formats"):
+        paths = compiler.PACKAGE.joinpath(folder).rglob("*")
+        judges += sorted(path for path in paths if path.suffix in (".py", ".c", ".h", ".def"))
+    for path in judges:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("precision", ["bf16", "mxfp8", "nvfp4"])
-@pytest.mark.parametrize("name", ["quickstart", "moonlet", "moonlight", "dsv2", "dsv3"])
-def test_every_kernel_of_the_shipped_configs(built: Build, target: str) -> None:
+def test_every_kernel_of_the_shipped_configs(
+    wanted: list[KernelSpec], kept: pytest.Cache, target: str
+) -> None:
+    built = build(wanted, kept.mkdir("kernels"))
     assert built.complete, [*built.failed.values(), *built.missing.values()]
     if report.tool("nvdisasm") is None:
         pytest.skip("no disassembler")
