@@ -12,8 +12,8 @@ def differentiate(forward: Graph) -> Graph:
     """The forward graph followed by its backward ops.
 
     An op is differentiated when the gradient of one of its outputs is known, or when it accumulates a loss (a state
-    tensor named `loss.*`), whose seed is one. Contributions to one tensor are summed in the order in which the
-    reverse pass meets them. Gradients of parameters accumulate in `<param>.grad`.
+    tensor named `loss.*`), whose seed is one. Contributions to one tensor are summed from the last that the reverse
+    pass meets, whose kernel can add the others. Gradients of parameters accumulate in `<param>.grad`.
     """
     g = forward.copy()
     g.stage = "backward"
@@ -24,9 +24,9 @@ def differentiate(forward: Graph) -> Graph:
             return None
         parts = contributions[name]
         while len(parts) > 1:
-            a, b = parts[:2]
+            *_, a, b = parts
             (total,) = g.emit("add", f"{name}.sum.{len(parts)}", [a, b])
-            parts[:2] = [total]
+            parts[-2:] = [total]
         return parts[0]
 
     for op in reversed(forward.ops):

@@ -263,12 +263,16 @@ class RouterProblem(ScoredProblem):
 
 @dataclass(frozen=True)
 class RouterBwdProblem(ScoredProblem):
-    """dweights[T, topk], x, w, indices, logits, addend? → dx; dw is added to. An addend, of `addends` at most one, is
-    added to dx, which is rounded before and after."""
+    """dweights[T, topk], x, w, indices, logits, addends → dx; dw is added to. `addends` tensors are added to dx, each
+    sum rounded."""
 
     addends: int = 0
 
     family: ClassVar[str] = "router_bwd"
+
+    @property
+    def addend_names(self) -> tuple[str, ...]:
+        return tuple(f"addend{i}" for i in range(self.addends))
 
     @property
     def splits(self) -> int:
@@ -284,7 +288,8 @@ class RouterBwdProblem(ScoredProblem):
     def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
         choices, row, matrix = (TOKENS, self.topk), (TOKENS, self.hidden), (self.experts, self.hidden)
         dx, dw = Operand("dx", "bf16", row), Operand("dw", "f32", matrix)
-        results = (Operand("addend", "bf16", row), dw, dx) if self.addends else (dx, dw)
+        addends = (Operand(name, "bf16", row) for name in self.addend_names)
+        results = (*addends, dw, dx) if self.addends else (dx, dw)
         return (Operand("dweights", "f32", choices), Operand("x", "bf16", (TOKENS, self.hidden)),
                 Operand("w", "f32", matrix), Operand("indices", "i32", choices),
                 Operand("logits", "f32", (TOKENS, self.experts)), *results,
@@ -323,8 +328,8 @@ def match(spec: KernelSpec) -> RoutingProblem | row_kernels.RowProblem | str:
     if anchor.kind == "dispatch" and {part.kind for part in spec.parts[1:]} == {"quantize"}:
         return row_kernels.match(spec)  # rows are gathered into tiles, which copies down the columns need
     addends = len(spec.parts) - 1
-    most = {"combine": addends, "router_bwd": 1}.get(anchor.kind, 0)
-    if addends > most or any(part.kind != "add" for part in spec.parts[1:]):
+    sums = anchor.kind in ("combine", "router_bwd") and all(part.kind == "add" for part in spec.parts[1:])
+    if addends and not sums:
         return f"no template for {' + '.join(map(str, spec.parts))} yet"
     problem: RoutingProblem
     if anchor.kind == "moe_plan":

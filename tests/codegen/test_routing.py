@@ -45,7 +45,7 @@ PROBLEMS = [
     RouterProblem(36, 5, 72, **SOFTMAX, groups=4, topk_groups=2, biased=False),
     RouterProblem(32, 2, 3136, **SIGMOID, groups=1, topk_groups=1, biased=False),
     RouterBwdProblem(40, 6, 72, **SIGMOID),
-    RouterBwdProblem(68, 5, 136, **{**SOFTMAX, "balance": True}, addends=1),
+    RouterBwdProblem(68, 5, 136, **{**SOFTMAX, "balance": True}, addends=2),
     DispatchProblem(5, 3, 0, True),
 ]
 CASES = [(1, 150, 0.0), (2, 1, 0.0), (3, 39, 5.0)]  # schedule, tokens, skew: all tokens on the first experts
@@ -65,7 +65,7 @@ def test_moonlets_routing_has_templates(target: str) -> None:
     assert {families.match(spec) for spec in routing_specs("moonlet", "bf16", target)} == {
         *(hopper if target == "sm_90a" else blackwell),
         RouterProblem(64, 6, 2048, **scored, groups=1, topk_groups=1, biased=True),
-        RouterBwdProblem(64, 6, 2048, **scored),
+        RouterBwdProblem(64, 6, 2048, **scored, addends=2),
         PlanProblem(64, 6, 128),
         CombineProblem(64, 6, 2048, True),
         CombineProblem(64, 6, 2048, False),

@@ -8,7 +8,7 @@ router's products.
     slice s + 1:  global ─▶ registers ─────────────────────────────▶ BF16 parts in stage (s + 1) % 2
     slice s:      stage s % 2 ─▶ ldmatrix ─▶ products of parts ─▶ + sums  │
     ────────────────────────────────────────────────────────────────── barrier ──▶ next slice
-    end:          sums ─▶ shared memory ─▶ whole rows of the tile, + addend ─▶ C
+    end:          sums ─▶ shared memory ─▶ whole rows of the tile, + addends ─▶ C
 
 Tensor cores truncate where FP32 rounds: with three parts their chain of additions is a slice long, and slices are added
 in FP32.
@@ -112,16 +112,16 @@ class Products(Fixed):
         self.pieces = self.rows * self.columns // PIECE // THREADS
 
     @cute.jit
-    def launch(self, a: cute.Tensor, b: cute.Tensor, c: cute.Tensor, stream, addend=None) -> None:  # type: ignore[no-untyped-def]
-        """`addend` [m, n], rounded like C, is added to what C would be without it."""
+    def launch(self, a: cute.Tensor, b: cute.Tensor, c: cute.Tensor, stream, addends=()) -> None:  # type: ignore[no-untyped-def]
+        """`addends` [m, n], in BF16 like C, are added to it one by one."""
         grid = [cute.ceil_div(c.shape[1], self.columns), cute.ceil_div(c.shape[0], self.rows), self.splits]
-        self.multiply(a, b, c, addend).launch(
+        self.multiply(a, b, c, addends).launch(
             grid=grid, block=[THREADS, 1, 1], min_blocks_per_mp=2,
             preferred_smem_carveout=100, stream=stream,
         )  # fmt: skip
 
     @cute.kernel
-    def multiply(self, a: cute.Tensor, b: cute.Tensor, c: cute.Tensor, addend):  # type: ignore[no-untyped-def]
+    def multiply(self, a: cute.Tensor, b: cute.Tensor, c: cute.Tensor, addends):  # type: ignore[no-untyped-def]
         tile_n, tile_m, split = cute.arch.block_idx()
         memory = SmemAllocator().allocate(PRODUCT_SHARED, 1024)
         stages_a = self._stages(memory, a, self.rows, self.a_across)
@@ -169,15 +169,17 @@ class Products(Fixed):
             load_b.store(stage)
             cute.arch.sync_threads()
 
-        added = cute.make_rmem_tensor((PIECE, self.pieces), BFloat16)
-        if cutlass.const_expr(addend is not None):
+        added = []  # all of them under way at once
+        for addend in addends:
+            held = cute.make_rmem_tensor((PIECE, self.pieces), BFloat16)
             for i in cutlass.range_constexpr(self.pieces):
                 m, n = self._place(i)
                 m += tile_m * self.rows
                 n += tile_n * self.columns
                 if m < c.shape[0] and n < c.shape[1]:
                     line = cute.zipped_divide(addend[m, None], (PIECE,))
-                    cute.autovec_copy(line[None, n // PIECE], added[None, i])
+                    cute.autovec_copy(line[None, n // PIECE], held[None, i])
+            added.append(held)
         layout = cute.make_layout((self.rows, self.columns), stride=(self.columns + 8, 1))
         tile = cute.make_tensor(cute.recast_ptr(memory, dtype=Float32), layout)
         cute.autovec_copy(sums, mma.get_slice(cute.arch.thread_idx()[0]).partition_C(tile))
@@ -189,8 +191,8 @@ class Products(Fixed):
             cute.autovec_copy(cute.zipped_divide(tile[row, None], (PIECE,))[None, column // PIECE], found)
             piece = cute.make_rmem_tensor((PIECE,), c.element_type)
             piece.store(found.load().to(c.element_type))
-            if cutlass.const_expr(addend is not None):
-                piece.store((piece.load().to(Float32) + added[None, i].load().to(Float32)).to(c.element_type))
+            for held in added:
+                piece.store((piece.load().to(Float32) + held[None, i].load().to(Float32)).to(c.element_type))
             if m < c.shape[0] and n < c.shape[1]:
                 line = cute.zipped_divide(c[m, None, split], (PIECE,))
                 cute.autovec_copy(piece, line[None, n // PIECE])

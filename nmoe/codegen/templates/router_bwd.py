@@ -1,7 +1,7 @@
 """The router's gradient: from the weights' and the auxiliary losses' through the scores to x and w.
 
     dlogits    part of the tokens; warp ─▶ token: dL/dlogits ─▶ workspace
-    multiply   dx = dlogits · w, plus the addend if there is one    products.py
+    multiply   dx = dlogits · w, plus the addends                  products.py
     multiply   partial[split] = dlogitsᵀ · x of a part of the tokens
     add        dw += Σ over the splits, in order
 
@@ -55,7 +55,8 @@ class RouterBwd(Fixed):
 
         Products(PRODUCT_WIDE, False, True, 2).launch(
             d, view(named["w"], (hidden, experts), (1, hidden)),
-            view(named["dx"], (tokens, hidden, 1), (hidden, 1, 0)), stream, named.get("addend"),
+            view(named["dx"], (tokens, hidden, 1), (hidden, 1, 0)), stream,
+            [named[name] for name in problem.addend_names],
         )  # fmt: skip
         Products(PRODUCT_WIDE, True, True, 3, splits).launch(
             view(d, (experts, tokens), (1, experts)), view(named["x"], (hidden, tokens), (1, hidden)),

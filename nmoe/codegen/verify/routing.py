@@ -306,8 +306,8 @@ def _(problem: RouterBwdProblem, before: Tensors, after: Tensors) -> dict[str, f
     )  # both operands' rest, their second parts
     bound = error @ w.abs() + two * (size @ w.abs())
     bound = bound + STORE * (want.abs() + bound)
-    if problem.addends:
-        want = want + before["addend"].double()
+    for name in problem.addend_names:
+        want = want + before[name].double()
         bound = bound + STORE * (want.abs() + bound)
     found = _within("dx", after["dx"], want, bound)
     want = before["dw"].double() + d.T @ x
