@@ -12,8 +12,8 @@ back for a while, of which the last two thirds count, and they take turns for se
 each round begins, says what the tensor cores reach in the same regime. Medians over the rounds.
 
 What is compared: router, experts, combine. Ours accumulates weight gradients in FP32 and its forward stores what the
-backward needs; SonicMoE's gradients are BF16, its router is BF16, its forward alone stores nothing, its results are
-first compared with torch's. torch's routing is given, its gradients are BF16.
+backward needs; SonicMoE's gradients are BF16, its router is BF16, its forward alone stores nothing unless it is
+training's, its results are first compared with torch's. torch's routing is given, its gradients are BF16.
 """
 
 from __future__ import annotations
@@ -78,15 +78,17 @@ class Rounds:
         self.calls: dict[str, Call] = {"cuBLAS": cublas(), "ours": lambda: runner.executor.run("micro")}
         self.stages = {op.name: op.stage for op in runner.schedule.graph.ops}
 
-    def add(self, name: str, make: Callable[[], tuple[Call, Call]]) -> None:
-        """A peer's forward + backward and forward, called once; or why there is none."""
+    def add(self, name: str, make: Callable[[], tuple[Call, ...]]) -> None:
+        """A peer's forward, forward + backward and, where it is another, the forward of training, called once; or why
+        there is none."""
         begin = time.perf_counter()
         try:
-            forward, both = make()
-            both()
-            forward()
+            forward, *others = make()
+            for call in (*others, forward):
+                call()
             torch.cuda.synchronize()
-            self.calls |= {name: both, f"{name}, forward": forward}
+            named = zip((name, f"{name}, training's forward"), others, strict=False)
+            self.calls |= dict(named) | {f"{name}, forward": forward}
             print(f"{name} compiled and tuned in {time.perf_counter() - begin:.0f} s", flush=True)
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:600]}", flush=True)
@@ -139,13 +141,13 @@ def run(folder: Path, shape: Shape, count: int, seconds: float) -> dict[str, Any
     runner = loaded(folder, shape)
     rounds = Rounds(shape, runner, seconds)
 
-    def peer() -> tuple[Call, Call]:
+    def peer() -> tuple[Call, ...]:
         layer = sonic.Layer(
             folder / "quack", shape.tokens, shape.hidden, shape.inter, shape.experts, shape.topk
         )
         apart = layer.check()
         print(f"SonicMoE is {', '.join(f'{n} {e:.1e}' for n, e in apart.items())} from torch", flush=True)
-        return layer.forward, layer.both
+        return layer.forward, layer.both, layer.training_forward
 
     rounds.add("SonicMoE", peer)
     rounds.add("torch", lambda: torch_layer(shape, runner))

@@ -178,6 +178,10 @@ class Layer:
         with torch.no_grad():
             self.run(True)
 
+    def training_forward(self) -> None:
+        """Stores what backward reads."""
+        self.run(False)
+
     def both(self) -> None:
         for leaf in self.leaves:
             leaf.grad = None
