@@ -6,8 +6,8 @@
 Parts: `right` and `quantized` (integers, rows and sums equal to nmoe.rdep.plan and one rank, bit for bit; BF16 rows,
 and bytes with scales), `replay` (1,000 replays of a captured step with skewed routing and random delays), `stopped` (a
 rank is stopped; the other must say so), a shape's name (bandwidth against a peer copy and against NCCL's all-to-all
-with the permutes that it needs). Only when named: `hosts`, `hosts replay`, `hosts stopped`, as if each GPU were a host
-of its own, between which rows go by NVSHMEM's puts, from the version that the kernels are linked with.
+with the permutes that it needs; `32k` with four times the tokens). Only when named: `hosts …`, as if each GPU were a
+host of its own, between which rows go by NVSHMEM's puts, from the version that the kernels are linked with.
 Times are medians over replays of a captured graph, of the slower rank.
 """
 
@@ -32,7 +32,7 @@ from timing import provenance
 from nmoe.codegen import compiler
 from nmoe.codegen.cache import Cache
 from nmoe.codegen.launch import CudaLauncher
-from nmoe.codegen.rdep import COLUMNS, RdepConfig, RdepProblem
+from nmoe.codegen.rdep import RdepConfig, RdepProblem
 from nmoe.rdep import plan as slots
 from nmoe.rdep.device import Exchange, Group, Routing
 from nmoe.rdep.sizes import worst_case
@@ -47,7 +47,9 @@ PARTS = (
     "hosts",
     "hosts replay",
     "hosts stopped",
+    "hosts moonlight",
     "moonlight",
+    "moonlight 32k",
     "dsv3",
 )
 LIMIT = 60.0  # seconds that a part may take
@@ -62,17 +64,25 @@ def group(experts: int, tokens: int, topk: int, width: int, quantized: bool, gpu
 
 SMALL = {"right": group(16, 1000, 3, 512, False), "quantized": group(64, 700, 6, 1024, True),
          "hosts": group(16, 1024, 3, 512, False, 1)}  # fmt: skip
-SHAPES = {"moonlight": group(64, 8192, 6, 2048, False), "dsv3": group(256, 8192, 8, 7168, False)}
+SHAPES = {
+    "moonlight": group(64, 8192, 6, 2048, False),
+    "moonlight 32k": group(64, 32768, 6, 2048, False),
+    "dsv3": group(256, 8192, 8, 7168, False),
+    "hosts moonlight": group(64, 8192, 6, 2048, False, 1),
+}
 
 
 def work(parts: Sequence[str]) -> list[tuple[RdepProblem, RdepConfig]]:
     found: dict[tuple[RdepProblem, RdepConfig], None] = {}
+    hosts = any("hosts" in part for part in parts)
     for name, small in SMALL.items():
-        if name == "hosts" and not any("hosts" in part for part in parts):
+        if hosts or "hosts" not in name:
+            found |= dict.fromkeys(
+                (problem, problem.configs(TARGET)[0]) for problem in small.problems().values()
+            )
+    for name, shape in SHAPES.items():
+        if "hosts" in name and not hosts:
             continue
-        for problem in small.problems().values():
-            found[problem, problem.configs(TARGET)[0]] = None
-    for shape in SHAPES.values():
         for step, problem in shape.problems().items():
             timed = step in ("send_rows", "send_returns")
             configs = problem.configs(TARGET) if timed else problem.configs(TARGET)[:1]
@@ -479,16 +489,14 @@ def speed(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> Non
 
     from cuda.bindings import runtime
 
-    size = min(int(wire), shape.slots()["data"].bytes)
-    to, source = (
-        int(heap.addresses[1 - rank, COLUMNS.index("data")]),
-        torch.empty(size, dtype=torch.uint8, device="cuda"),
-    )
+    size = int(wire)
+    source, to = (torch.empty(size, dtype=torch.uint8, device=f"cuda:{i}") for i in (rank, 1 - rank))
+    to.copy_(source)  # lets the GPUs address each other
 
     def copy() -> None:
         stream = torch.cuda.current_stream().cuda_stream
         (error,) = runtime.cudaMemcpyAsync(
-            to, source.data_ptr(), size, runtime.cudaMemcpyKind.cudaMemcpyDefault, stream
+            to.data_ptr(), source.data_ptr(), size, runtime.cudaMemcpyKind.cudaMemcpyDefault, stream
         )
         assert not int(error), error
 
