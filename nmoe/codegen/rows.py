@@ -278,9 +278,10 @@ class RowProblem(Problem):
 
     def _shared_bytes(self, config: RowConfig, buffers: int) -> int:
         held = 2 * buffers * len(self.held_names) * config.rows * config.columns
-        sums = 4 * config.rows * (config.warps_across + 2 * self.tiles(config) + 1) if self.statistic else 0
+        chunks = self.tiles(config)
+        sums = 2 * config.warps_across + (2 * chunks + 1 if chunks > 1 else 0)
         gradient = 4 * config.columns if self.body == "rms_norm_bwd" else 0
-        found = held + sums + gradient
+        found = held + 4 * config.rows * sums * self.statistic + gradient
         for copy in self.copies:
             turns = 1 if copy.axis else self.turns(config)
             found += turns * config.rows * config.columns // BLOCK[copy.format]

@@ -137,6 +137,15 @@ def member(tensor: cute.Tensor, entry: Int32) -> cute.Tensor:
     )
 
 
+@cute.jit
+def sum_of(parts: cute.Tensor, row: Int32, parity: Int32) -> Float32:
+    """Of parts[row, :, parity], in their order."""
+    total = Float32(0.0)
+    for i in cutlass.range_constexpr(parts.shape[1]):
+        total += parts[row, i, parity]
+    return total
+
+
 class Tile(Fixed):
     """A thread block's work on one tile of rows."""
 
@@ -164,9 +173,10 @@ class Tile(Fixed):
         ) * config.vectors
         self.column = (self.warp_across * config.lanes + lane % config.lanes) * VECTOR
         if self.problem.statistic:
-            self.partial = self._shared(smem, config.rows, config.warps_across)
-            self.totals = self._shared(smem, config.rows, self.chunks, 2)
-            self.statistic = self._shared(smem, config.rows)
+            self.partial = self._shared(smem, config.rows, config.warps_across, 2)
+            if self.chunks > 1:
+                self.totals = self._shared(smem, config.rows, self.chunks, 2)
+                self.statistic = self._shared(smem, config.rows)
             size = (VECTOR, config.threads, config.vectors, len(self.problem.held_names), self.buffers)
             whole = smem.allocate_tensor(BFloat16, cute.make_layout(size), 16)
             self.held = whole[None, thread, None, None, None]
@@ -229,39 +239,46 @@ class Tile(Fixed):
                 total += cute.arch.shuffle_sync_bfly(total, distance)
                 distance *= 2
             if self.lane % config.lanes == 0:
-                self.partial[self.row + i, self.warp_across] = total
+                self.partial[self.row + i, self.warp_across, parity] = total
         cute.arch.sync_threads()
+        if cutlass.const_expr(self.chunks == 1):
+            statistics = []
+            for i in cutlass.range_constexpr(config.vectors):
+                statistics.append(self.statistic_of(self.partial, self.row + i, parity))
+                if self.column == 0:
+                    self.keep(first + self.row + i, statistics[i])
+            return statistics
         if self.thread < config.rows:
-            total = Float32(0.0)
-            for warp in cutlass.range_constexpr(config.warps_across):
-                total += self.partial[self.thread, warp]
-            self.share(total, parity)
-        if cutlass.const_expr(self.chunks > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            self.share(sum_of(self.partial, self.thread, parity), parity)
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
         if self.thread < config.rows:
-            total = Float32(0.0)
-            for chunk in cutlass.range_constexpr(self.chunks):
-                total += self.totals[self.thread, chunk, parity]
-            statistic = self.body.statistic(total, self.named.get("eps"))
+            statistic = self.statistic_of(self.totals, self.thread, parity)
             self.statistic[self.thread] = statistic
-            if cutlass.const_expr(self.problem.body == "rms_norm" and not self.measures):
-                if (self.chunk == 0) & (first + self.thread < self.exists):
-                    self.named["rstd"][first + self.thread] = statistic
+            if self.chunk == 0:
+                self.keep(first + self.thread, statistic)
         cute.arch.sync_threads()
         return [self.statistic[self.row + i] for i in range(config.vectors)]
+
+    @cute.jit
+    def statistic_of(self, parts: cute.Tensor, row: Int32, parity: Int32) -> Float32:
+        return self.body.statistic(sum_of(parts, row, parity), self.named.get("eps"))
+
+    @cute.jit
+    def keep(self, row: Int32, statistic: Float32) -> None:
+        """Stores what a norm's backward reads of a row."""
+        if cutlass.const_expr(self.problem.body == "rms_norm" and not self.measures):
+            if row < self.exists:
+                self.named["rstd"][row] = statistic
 
     @cute.jit
     def share(self, total: Float32, parity: Int32) -> None:
         """Stores the total of a row of this thread block, which the thread's number is, in the cluster's blocks. Those
         of the step before may still be read."""
-        if cutlass.const_expr(self.chunks == 1):
-            self.totals[self.thread, 0, parity] = total
-        else:
-            for block in cutlass.range_constexpr(self.chunks):
-                place = self.totals.iterator + self.totals.layout((self.thread, self.chunk, parity))
-                there = cute.arch.map_dsmem_ptr(place, block).toint()
-                cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[there, total])
+        for block in cutlass.range_constexpr(self.chunks):
+            place = self.totals.iterator + self.totals.layout((self.thread, self.chunk, parity))
+            there = cute.arch.map_dsmem_ptr(place, block).toint()
+            cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[there, total])
 
     @cute.jit
     def join(self) -> None:
