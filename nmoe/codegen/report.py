@@ -49,7 +49,7 @@ def resources(artifacts: Sequence[Sequence[bytes]], target: str) -> list[dict[st
     """Of the cubins of each artifact {"kernels": {name: {registers, stack, local}}, "sass": {kind: {opcode: count}}};
     empty without the tools. `target`: that of all."""
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
-    if cuobjdump is None or nvdisasm is None:
+    if cuobjdump is None or nvdisasm is None or not artifacts:
         return [{} for _ in artifacts]
     codes = [b"".join(map(_code, cubins)) for cubins in artifacts]
     # One file of instructions, so that nvdisasm starts once: a line each, in their order.

@@ -279,7 +279,7 @@ class RowProblem(Problem):
     def _shared_bytes(self, config: RowConfig, buffers: int) -> int:
         held = 2 * buffers * len(self.held_names) * config.rows * config.columns
         chunks = self.tiles(config)
-        sums = 2 * config.warps_across + (2 * chunks + 1 if chunks > 1 else 0)
+        sums = 2 * config.warps_across + (2 * chunks + 5 if chunks > 1 else 0)
         gradient = 4 * config.columns if self.body == "rms_norm_bwd" else 0
         found = held + 4 * config.rows * sums * self.statistic + gradient
         for copy in self.copies:

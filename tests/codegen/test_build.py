@@ -14,6 +14,7 @@ import pytest
 from nmoe.autotune import cost
 from nmoe.codegen import compiler, report
 from nmoe.codegen.build import Build, build, emit, format_build
+from nmoe.codegen.cache import Cache
 from nmoe.codegen.gemm import Epilogue, GemmProblem, Role
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.rows import Copy, RowProblem
@@ -155,6 +156,19 @@ def test_a_failing_kernel_fails_alone(
     result = build(wgrad, tmp_path, workers=1)
     assert list(result.failed) == wgrad
     assert "kernels are linked with gcc, found none: apt-get install gcc" in result.failed[wgrad[0]]
+
+
+def test_where_every_kernel_fails_the_error_is_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> dict[str, bytes]:
+        raise compiler.CompilerError("no device code")
+
+    monkeypatch.setattr(compiler, "check_toolchain", lambda: None)
+    monkeypatch.setattr(compiler, "generate", fail)
+    problem = RowProblem("load", -1, 64)
+    with pytest.raises(compiler.CompilerError, match="no device code"):
+        compiler.compile_problem(problem, problem.configs("sm_90a")[0], "sm_90a", Cache(tmp_path))
 
 
 @pytest.mark.usefixtures("compiler")

@@ -55,7 +55,7 @@ class Rows(Fixed):
         self.turns = problem.turns(config)
         self.buffers = problem.buffers(config, self.target)
         self.sums = problem.body == "rms_norm_bwd"
-        if problem.columns and (self.sums or problem.two_passes):
+        if problem.columns and (problem.statistic or problem.two_passes):
             self.ptxas = "--register-usage-level=0"  # by default it spills to have more loads under way
         self.together = TOGETHER if problem.columns and not problem.statistic else 1
         # What the resident thread blocks need of shared memory, in per cent; the rest of it is cache.
@@ -177,6 +177,7 @@ class Tile(Fixed):
             if self.chunks > 1:
                 self.totals = self._shared(smem, config.rows, self.chunks, 2)
                 self.statistic = self._shared(smem, config.rows)
+                self.arrived = smem.allocate_array(Int64, 2)
             size = (VECTOR, config.threads, config.vectors, len(self.problem.held_names), self.buffers)
             whole = smem.allocate_tensor(BFloat16, cute.make_layout(size), 16)
             self.held = whole[None, thread, None, None, None]
@@ -195,13 +196,13 @@ class Tile(Fixed):
         if cutlass.const_expr(self.buffers > 1):
             self.fetch(number * self.turns * rows, before * self.turns % 2)
         for turn in cutlass.range(self.turns, unroll=1):
-            first, parity = (number * self.turns + turn) * rows, (before * self.turns + turn) % 2
+            first, step = (number * self.turns + turn) * rows, before * self.turns + turn
             if cutlass.const_expr(self.buffers > 1):
                 if turn < self.turns - 1:
-                    self.fetch(first + rows, 1 - parity)
+                    self.fetch(first + rows, (step + 1) % 2)
                 else:
                     cute.arch.cp_async_commit_group()
-            self.step(first, turn, parity)
+            self.step(first, turn, step)
 
     def spot(self, first: Int32) -> Spot:
         column = self.chunk * self.config.columns + self.column
@@ -214,22 +215,22 @@ class Tile(Fixed):
         cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def step(self, first: Int32, turn: Int32, parity: Int32) -> None:
-        """The rows of a turn, from `first` on. `parity` alternates from one call to the next."""
+    def step(self, first: Int32, turn: Int32, step: Int32) -> None:
+        """The rows of a turn, from `first` on; `step` counts these calls."""
         spot = self.spot(first)
         if cutlass.const_expr(self.problem.statistic):
             if cutlass.const_expr(self.buffers == 1):
                 self.fetch(first, Int32(0))
             cute.arch.cp_async_wait_group(self.buffers - 1)
-            found = self.body.load(spot, self.held[None, None, None, parity % self.buffers])
-            self.finish(found, first, turn, self.statistics(found, first, parity))
+            found = self.body.load(spot, self.held[None, None, None, step % self.buffers])
+            self.finish(found, first, turn, self.statistics(found, first, step))
         else:
             self.finish(self.body.load(spot), first, turn, [None] * self.config.vectors)
 
     @cute.jit
-    def statistics(self, found, first: Int32, parity: Int32):  # type: ignore[no-untyped-def]
+    def statistics(self, found, first: Int32, step: Int32):  # type: ignore[no-untyped-def]
         """Of each of the thread's rows, from sums in a fixed order: over lanes, then warps, then thread blocks."""
-        config = self.config
+        config, parity = self.config, step % 2
         if cutlass.const_expr(self.sums):
             self.collect(found)
         for i in cutlass.range_constexpr(config.vectors):
@@ -248,15 +249,14 @@ class Tile(Fixed):
                 if self.column == 0:
                     self.keep(first + self.row + i, statistics[i])
             return statistics
-        if self.thread < config.rows:
-            self.share(sum_of(self.partial, self.thread, parity), parity)
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
-        if self.thread < config.rows:
-            statistic = self.statistic_of(self.totals, self.thread, parity)
-            self.statistic[self.thread] = statistic
-            if self.chunk == 0:
-                self.keep(first + self.thread, statistic)
+        if self.thread < 32:
+            self.share(parity)
+            cute.arch.mbarrier_wait(self.arrived + parity, step // 2 % 2)
+            if self.thread < config.rows:
+                statistic = self.statistic_of(self.totals, self.thread, parity)
+                self.statistic[self.thread] = statistic
+                if self.chunk == 0:
+                    self.keep(first + self.thread, statistic)
         cute.arch.sync_threads()
         return [self.statistic[self.row + i] for i in range(config.vectors)]
 
@@ -272,18 +272,32 @@ class Tile(Fixed):
                 self.named["rstd"][row] = statistic
 
     @cute.jit
-    def share(self, total: Float32, parity: Int32) -> None:
-        """Stores the total of a row of this thread block, which the thread's number is, in the cluster's blocks. Those
-        of the step before may still be read."""
-        for block in cutlass.range_constexpr(self.chunks):
-            place = self.totals.iterator + self.totals.layout((self.thread, self.chunk, parity))
-            there = cute.arch.map_dsmem_ptr(place, block).toint()
-            cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[there, total])
+    def share(self, parity: Int32) -> None:
+        """A warp sends the totals of the thread block's rows, one a lane, to all blocks of the cluster. It arrives at
+        their barriers, too: what it had two steps ago it has read."""
+        arrived, lane = self.arrived + parity, self.thread
+        cute.arch.sync_warp()
+        if lane == self.chunk:
+            cute.arch.mbarrier_arrive_and_expect_tx(arrived, 4 * self.config.rows * self.chunks)
+        elif lane < self.chunks:
+            cute.arch.mbarrier_arrive(arrived, lane)
+        if lane < self.config.rows:
+            total = sum_of(self.partial, lane, parity)
+            place = self.totals.iterator + self.totals.layout((lane, self.chunk, parity))
+            for block in cutlass.range_constexpr(self.chunks):
+                there, barrier = (cute.arch.map_dsmem_ptr(p, block).toint() for p in (place, arrived))
+                cute.arch.inline_ptx(
+                    "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [{$r0}], {$r1}, [{$r2}];",
+                    read_only_args=[there, total, barrier],
+                )
 
     @cute.jit
     def join(self) -> None:
-        """Waits until all thread blocks of the cluster run: their shared memory is there."""
+        """Waits until all thread blocks of the cluster run: their shared memory and barriers are there."""
         if cutlass.const_expr(self.chunks > 1):
+            if self.thread < 2:
+                cute.arch.mbarrier_init(self.arrived + self.thread, self.chunks)
+            cute.arch.mbarrier_init_fence()
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
 
