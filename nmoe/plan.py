@@ -16,9 +16,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from nmoe import devices, predict
+from nmoe.codegen.rails import RailProblem
+from nmoe.codegen.transfers import transfers_of
 from nmoe.config import Config
 from nmoe.devices import Device
 from nmoe.errors import UserError
+from nmoe.graph import Spec
 from nmoe.model import group_of
 from nmoe.ops import nbytes, numel
 from nmoe.predict import Wire
@@ -70,6 +73,7 @@ class Plan:
     bytes: float
     wires: Mapping[str, Wire]
     seconds: Mapping[str, float]
+    rail_bytes: int  # between hosts, not in `memory`
     checkpoint_bytes: int  # over all ranks
 
     @property
@@ -148,6 +152,7 @@ def plan(config: Config, world: int = 1, device: Device | None = None) -> Plan:
             SYNC: sync.seconds(device),
             "optimizer": touched / (device.bandwidth * device.attained["memory"]),
         },
+        rail_bytes=_rail_bytes(config, schedule, device.node),
         checkpoint_bytes=_checkpoint_bytes(config, schedule),
     )
 
@@ -235,8 +240,8 @@ def memory_plan(config: Config, world: int, schedule: Schedule) -> dict[str, int
 
 def _rdep_bytes(config: Config, schedule: Schedule) -> int:
     """What peers write to beside the arena, shared by all layers: returned rows of either direction with a gradient of
-    the router weight; counts of every rank; received rows and received output gradients, which must be distinct, with
-    metadata. On a GPU rows that are not quantized arrive in the arena."""
+    the router weight; counts of every rank; on a CPU received rows and received output gradients, which must be
+    distinct, with metadata. On a GPU they arrive in the arena."""
     moe, ranks, dims = config.moe, config.rdep.ranks, schedule.dims
     if moe is None or ranks == 1:
         return 0
@@ -244,16 +249,23 @@ def _rdep_bytes(config: Config, schedule: Schedule) -> int:
     returned = 0.0
     payload = predict.payload_bytes(schedule)
     for op in schedule.graph.ops:
-        if op.kind == "dispatch" and not op.name.endswith(".again"):
-            rows = schedule.graph.tensors[str(op.outputs[0])]
-            whole = predict.row_bytes(rows.format, int(rows.shape[1]))
-            if payload[op.name] < whole or schedule.target == "cpu":
-                received[op.stage] = max(received[op.stage], payload[op.name])
+        if op.kind == "dispatch" and not op.name.endswith(".again") and schedule.target == "cpu":
+            received[op.stage] = max(received[op.stage], payload[op.name])
         elif op.kind == "combine":
             returned = max(returned, payload[op.name])
     row = sum(received.values())
     arrived = dims["R"] * (row + ROW_META_BYTES) if row else 0.0
     return round(arrived + dims["T"] * moe.topk * returned + ranks * moe.experts * 4)
+
+
+def _rail_bytes(config: Config, schedule: Schedule, node: int) -> int:
+    """What rows pass through between hosts of `node` GPUs, shared by all layers: rails.py holds rows of either channel
+    for the worst case, of which those that describe themselves need the most."""
+    if config.rdep.ranks <= node:
+        return 0
+    rails = [p for p in transfers_of(schedule, node) if isinstance(p, RailProblem) and p.describes]
+    boxes = [box for rail in rails for name in ("staged", "landed") for box in rail.mailboxes(name)]
+    return sum(nbytes(Spec(box.shape, box.format)) for box in boxes)
 
 
 def _sync(config: Config, world: int, node: int, schedule: Schedule) -> Wire:
@@ -418,6 +430,11 @@ def format_plan(plan: Plan) -> str:
         "",
         f"memory of a rank: {amount(plan.memory_bytes, 'B')} of {amount(usable, 'B')} usable",
         *(f"  {amount(size, 'B'):>12}  {name}" for name, size in plan.memory.items() if size),
+        *(
+            f"  {amount(size, 'B'):>12}  more for rails between hosts of {device.node}, not counted (docs/plan.md)"
+            for size in [plan.rail_bytes]
+            if size
+        ),
         "  largest:",
         *(f"  {amount(size, 'B'):>12}  {name}" for name, size in plan.largest),
         "",

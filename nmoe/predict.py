@@ -169,26 +169,16 @@ def wires(config: Config, schedule: Schedule, node: int) -> list[Wire]:
 
 
 def payload_bytes(schedule: Schedule) -> dict[str, float]:
-    """Bytes of a row that travels, by the op that moves it.
-
-    Rows are quantized before they leave when all that reads them are the GEMMs' copies in one format. Returned rows
-    travel as they are, with the gradient of their router weight in backward.
-    """
-    graph = schedule.graph
-    readers: dict[str | None, list[Op]] = {}
-    for op in graph.ops:
-        for name in op.inputs:
-            readers.setdefault(name, []).append(op)
+    """Bytes of a row that travels, by the op that moves it: in the format of the residual stream, with the gradient of
+    its router weight where it returns in backward."""
 
     def payload(op: Op) -> float:
         name = op.outputs[0] if op.kind == "dispatch" else op.inputs[0]
-        rows = graph.tensors[name or ""]
-        if op.kind == "combine":
-            return row_bytes(rows.format, int(rows.shape[1])) + (4 if op.inputs[1] is not None else 0)
-        formats = {r.attrs["format"] if r.kind == "quantize" else rows.format for r in readers[name]}
-        return row_bytes(formats.pop() if len(formats) == 1 else rows.format, int(rows.shape[1]))
+        rows = schedule.graph.tensors[name or ""]
+        valued = op.kind == "combine" and op.inputs[1] is not None
+        return row_bytes(rows.format, int(rows.shape[1])) + (4 if valued else 0)
 
-    return {op.name: payload(op) for op in graph.ops if op.kind in ("dispatch", "combine")}
+    return {op.name: payload(op) for op in schedule.graph.ops if op.kind in ("dispatch", "combine")}
 
 
 def carrier(call: Call) -> Op | None:
