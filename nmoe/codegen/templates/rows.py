@@ -294,7 +294,7 @@ class Tile(Fixed):
     @cute.jit
     def join(self) -> None:
         """Waits until all thread blocks of the cluster run: their shared memory and barriers are there."""
-        if cutlass.const_expr(self.chunks > 1):
+        if cutlass.const_expr(self.problem.statistic and self.chunks > 1):
             if self.thread < 2:
                 cute.arch.mbarrier_init(self.arrived + self.thread, self.chunks)
             cute.arch.mbarrier_init_fence()
