@@ -42,10 +42,7 @@ def reorder(calls: Sequence[Call]) -> list[Call]:
     """Puts the shared expert of a layer behind its transfers: up to the activation, or its gradient, behind the
     dispatch of the pass, what follows behind the combine; what others need before, or what needs what is made later, as
     near to that as it can be. Forward, recomputation and backward are passes of their own."""
-    made_by = {name: index for index, call in enumerate(calls) for name in call.outputs}
-    makers = [
-        {made_by[name] for name in call.inputs if made_by.get(name, i) < i} for i, call in enumerate(calls)
-    ]
+    makers = _makers(calls)
     side = [stream_of(call.ops) == SIDE for call in calls]
     halves: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     acted: set[tuple[str, str]] = set()
@@ -89,15 +86,13 @@ def assign_streams(calls: Sequence[Call]) -> tuple[Call, ...]:
     A call waits for the calls of other streams that make what it reads, where no earlier wait implies it.
     """
     placed: list[Call] = []
-    made_by: dict[str, int] = {}
     ended: list[
         dict[int, int]
     ] = []  # for each call: stream → the last of its calls that ended before, or itself
     heads: dict[int, dict[int, int]] = {MAIN: {}, COMM: {}, SIDE: {}}
     sent: set[int] = set()  # what the last transfer waited for
-    for index, call in enumerate(calls):
+    for index, (call, needed) in enumerate(zip(calls, _makers(calls), strict=True)):
         stream = stream_of(call.ops)
-        needed = {made_by[name] for name in call.inputs if name in made_by}
         if stream == COMM:
             sent = needed
         elif stream == SIDE:
@@ -111,5 +106,14 @@ def assign_streams(calls: Sequence[Call]) -> tuple[Call, ...]:
         heads[stream] = known | {stream: index}
         ended.append(heads[stream])
         placed.append(replace(call, stream=stream, waits=tuple(sorted(waits))))
-        made_by.update(dict.fromkeys(call.outputs, index))
     return tuple(placed)
+
+
+def _makers(calls: Sequence[Call]) -> list[set[int]]:
+    """For each call, the calls before it that made, last, what it reads."""
+    made_by: dict[str, int] = {}
+    makers = []
+    for index, call in enumerate(calls):
+        makers.append({made_by[name] for name in call.inputs if name in made_by})
+        made_by.update(dict.fromkeys(call.outputs, index))
+    return makers
