@@ -135,17 +135,11 @@ class Executor:
             label: self._plain(offset + part.offset, part.shape, DTYPES[part.format])
             for label, part in parts(spec).items()
         }
-        maker = self._quantizers[name]
-        segments, hadamard = self.operand(maker.inputs[1]), maker.attrs["hadamard"]
-        return formats.from_buffers(
-            maker.attrs["format"],
-            spec.shape,
-            maker.attrs["axis"],
-            buffers,
-            segments=segments,
-            hadamard=hadamard,
-            atoms=spec.atoms,
-        )
+        assert spec.axis is not None
+        how: dict[str, Any] = {"atoms": spec.atoms}
+        if maker := self._quantizers.get(name):  # not of rows that are dispatched so
+            how |= {"segments": self.operand(maker.inputs[1]), "hadamard": maker.attrs["hadamard"]}
+        return formats.from_buffers(spec.format, spec.shape, spec.axis, buffers, **how)  # type: ignore[arg-type]
 
     def _plain(self, offset: int, shape: tuple, dtype: torch.dtype) -> torch.Tensor:
         return self.arena[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)

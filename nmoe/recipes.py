@@ -14,6 +14,7 @@ NVFP4 recipe of arXiv 2509.25149 §4 (TransformerEngine's NVFP4BlockScaling).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,6 +62,21 @@ NVFP4: Recipe = {
 }
 
 RECIPES: dict[Precision, Recipe] = {"fp32": {}, "bf16": {}, "mxfp8": MXFP8, "nvfp4": NVFP4}
+
+
+PAYLOAD = 512  # elements of MXFP8 whose scale factors fill the 16 bytes that bulk copies move at least
+
+
+def payload(operands: Sequence[QuantizeSpec], width: int) -> QuantizeSpec | None:
+    """As what rows of `width` elements travel to GEMMs that take them as `operands`; None: in BF16.
+
+    In MXFP8, where all do. The copy along the rows is the one that the GEMM would have of BF16 rows; one along the
+    columns is rounded twice, which moves it by some 1e-6 of its norm (docs/rdep.md, "What travels"). NVFP4 rows have a
+    scale of all the rows of an expert, which nobody knows before they have arrived.
+    """
+    along = [how for how in operands if how.axis == 1]
+    quantized = along and width % PAYLOAD == 0 and all(how.format == "mxfp8" for how in operands)
+    return along[0] if quantized else None
 
 
 def operand(precision: Precision, pass_: Pass, slot: Slot) -> QuantizeSpec | None:

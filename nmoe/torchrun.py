@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nmoe import model
-from nmoe.config import Config
+from nmoe.config import Config, layers
 from nmoe.errors import UserError
 from nmoe.gpu_ranks import BACKEND, GpuRanks, prepare
 from nmoe.plan import micro_batch
@@ -69,6 +69,7 @@ def symmetric(config: Config, sequences: int, world: int) -> dict[str, Buffer]:
     if moe and config.rdep.ranks > 1:
         dtype = torch.float32 if config.schedule.precision == "fp32" else torch.bfloat16
         buffers |= exchange.buffers(
-            config.rdep.ranks, moe.experts, dims["T"], moe.topk, config.model.hidden_size, dims["R"], dtype
-        )
+            config.rdep.ranks, moe.experts, dims["T"], moe.topk, config.model.hidden_size, dims["R"], dtype,
+            quantized=any("mxfp8" in layer.precision for layer in layers(config)),
+        )  # fmt: skip
     return buffers

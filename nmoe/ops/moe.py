@@ -16,6 +16,16 @@ from nmoe.rdep.sizes import CapacityError, worst_case
 if TYPE_CHECKING:
     import torch
 
+
+def buffers(rows: Any) -> list[torch.Tensor]:
+    """What a row lies in: a tensor, or of a Quantized the elements and their scale factors; of None nothing."""
+    from nmoe.formats import Quantized
+
+    if rows is None:
+        return []
+    return [rows.data, rows.scale] if isinstance(rows, Quantized) else [rows]
+
+
 EPSILON = 1e-20  # keeps the normalisation of all-zero scores finite (as DeepSeek-V3)
 
 
@@ -309,15 +319,16 @@ class MoePlan(OpDef):
 class Dispatch(OpDef):
     """Puts each token's row, and its router weight, into the slots of its experts.
 
-    x[T, d]?, weights[T, k]?, slots, row_source, offsets → rows[R, d], row_weight[R]. Padding rows are zero; rows from
-    offsets[E] on are left as they are. attrs["ranks"], absent on one, share the experts.
+    x[T, d]?, weights[T, k]?, slots, row_source, offsets → rows[R, d], row_weight[R]; x may be quantized along its rows,
+    with one scale for all, as MXFP8 is. Padding rows are zero; rows from offsets[E] on are left as they are.
+    attrs["ranks"], absent on one, share the experts.
     """
 
     kind = "dispatch"
     outputs = ("rows", "row_weight")
 
     def infer(self, attrs: Attrs, x: Spec | None, weights: Spec | None, *plan: Spec) -> dict[str, Spec]:
-        rows = {} if x is None else {"rows": Spec(("R", x.shape[1]), x.format)}
+        rows = {} if x is None else {"rows": Spec(("R", x.shape[1]), x.format, x.axis)}
         return rows if weights is None else rows | {"row_weight": Spec(("R",), weights.format)}
 
     def gradient(self, g: Graph, op: Op, douts: tuple[Name, ...]) -> tuple[Name, ...]:
@@ -341,9 +352,9 @@ class Dispatch(OpDef):
         torch.clamp(row_source[:n], min=0, out=source)
         torch.floor_divide(source, topk, out=token)
         torch.lt(row_source[:n], 0, out=padding)
-        if x is not None:
-            rows = outs[0][:n]
-            torch.index_select(x, 0, token, out=rows)
+        for of_tokens, of_rows in zip(buffers(x), buffers(outs[0]), strict=True):
+            rows = of_rows[:n]
+            torch.index_select(of_tokens, 0, token, out=rows)
             if n > slots.numel():  # there is padding
                 rows.masked_fill_(padding.unsqueeze(-1), 0)
         if weights is not None:

@@ -12,9 +12,11 @@ from nmoe.ops.base import Attrs, Cost, OpDef, Specs, memory_bytes, numel, regist
 class Quantize(OpDef):
     """x[..., M, K], offsets int32[E+1]?, counter int64[1]? → q in attrs["format"], blocked along attrs["axis"].
 
-    `offsets` makes row segments that have their own NVFP4 global scale and stay apart; `counter`, which a step
-    increments, seeds stochastic rounding together with attrs["seed"]. attrs["atoms"] has kernels lay the scale factors
-    out as block-scaled MMA reads them; the reference makes rows.
+    x may be rows in MXFP8, as they travel between ranks: what is quantized are the numbers that they stand for, so that
+    a copy along the same axis stands for the same numbers. `offsets` makes row segments that have their own NVFP4
+    global scale and stay apart; `counter`, which a step increments, seeds stochastic rounding together with
+    attrs["seed"]. attrs["atoms"] has kernels lay the scale factors out as block-scaled MMA reads them; the reference
+    makes rows.
     """
 
     kind = "quantize"
@@ -32,9 +34,13 @@ class Quantize(OpDef):
         return Cost(4.0 * numel(ins[0].shape), reads * memory_bytes(ins[0]) + memory_bytes(outs[0]))
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
+        import torch
+
         from nmoe import formats
 
         x, offsets, counter = ins
+        if isinstance(x, formats.Quantized):
+            x = formats.dequantize(x, torch.bfloat16)
         formats.quantize(
             x,
             attrs["format"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from nmoe.rdep.plan import Plan
 from nmoe.rdep.protocol import PROTOCOL, Protocol
 from nmoe.rdep.transfer import Transfers
 from nmoe.rdep.transport import Buffer, Transport
+from nmoe.storage import BLOCK
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,17 @@ class Routing:
 
 
 def buffers(
-    ranks: int, experts: int, tokens: int, topk: int, width: int, capacity: int, dtype: torch.dtype
-) -> dict[str, Buffer]:
-    """What a transport must hold for layers of these sizes; all layers share it. `tokens`: of the fullest rank."""
+    ranks: int, experts: int, tokens: int, topk: int, width: int, capacity: int, dtype: torch.dtype,
+    quantized: bool = False,
+) -> dict[str, Buffer]:  # fmt: skip
+    """What a transport must hold for layers of these sizes; all layers share it. `tokens`: of the fullest rank;
+    `quantized`: rows may come in MXFP8, too."""
     choices = tokens * topk
-    return {
+    codes = {
+        "rows.codes": Buffer((capacity, width), torch.uint8),
+        "rows.scale": Buffer((capacity, width // BLOCK["mxfp8"]), torch.uint8),
+    }
+    return (codes if quantized else {}) | {
         "counts": Buffer((ranks, experts), torch.int64),
         "rows.choice": Buffer((capacity,), torch.int64),
         "rows.data": Buffer((capacity, width), dtype),
@@ -71,18 +78,21 @@ class Exchange:
         return made, routing
 
     def dispatch(
-        self, routing: Routing, x: Tensor, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """x[T, d], weights FP32[T, k]? → rows[total, d], row weights FP32[total]; zero on padding."""
-        rows = x.new_empty(len(routing.source), x.shape[1])
+        self, routing: Routing, x: Sequence[Tensor], weights: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """x[T, d], or elements and scale factors of MXFP8, weights FP32[T, k]? → likewise rows[total, d], row weights
+        FP32[total]; zero on padding."""
+        names = ("rows.data",) if len(x) == 1 else ("rows.codes", "rows.scale")
+        rows = [part.new_empty(len(routing.source), part.shape[1]) for part in x]
         payload: dict[str, Callable[[Tensor], Tensor]] = {
-            "rows.data": lambda choice: x[choice // routing.topk]
+            name: lambda choice, part=part: part[choice // routing.topk]  # type: ignore[misc]
+            for name, part in zip(names, x, strict=True)
         }
-        into, row_weight = {"rows.data": rows}, None
+        into, row_weight = dict(zip(names, rows, strict=True)), None
         if weights is not None:
             flat = weights.reshape(-1)
             payload["rows.weight"] = lambda choice: flat[choice]
-            into["rows.weight"] = row_weight = flat.new_empty(len(rows))
+            into["rows.weight"] = row_weight = flat.new_empty(len(routing.source))
         self._send(routing, payload, into)
         for tensor in into.values():
             tensor[routing.source < 0] = 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nmoe.graph import Op
+from nmoe.ops.moe import buffers
 from nmoe.rdep.exchange import Exchange, Routing
 
 
@@ -48,10 +49,11 @@ class Layer:
 
     def _dispatch(self, op: Op, ins: list[Any], outs: list[Any]) -> None:
         x, weights, *plan = ins
-        rows, row_weight = self._exchange.dispatch(_routing(*plan), x, weights)
-        outs[0][: len(rows)].copy_(rows)
+        rows, row_weight = self._exchange.dispatch(_routing(*plan), buffers(x), weights)
+        for part, arrived in zip(buffers(outs[0]), rows, strict=True):
+            part[: len(arrived)].copy_(arrived)
         if row_weight is not None:
-            outs[1][: len(rows)].copy_(row_weight)
+            outs[1][: len(row_weight)].copy_(row_weight)
 
     def _combine(self, op: Op, ins: list[Any], outs: list[Any]) -> None:
         rows, values, *plan = ins

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from nmoe import recipes
-from nmoe.graph import Graph, Name, Op
+from nmoe.graph import Graph, Name, Op, Phase, Spec, Stage
 from nmoe.model import COUNTER
 from nmoe.ops import OPS
 from nmoe.ops.base import OpDef
 from nmoe.ops.gemm import CONTRACTED
+from nmoe.schedule.fuse import readers
 
 Recompute = Literal["none", "selective", "full"]
+
+
+class _Wanted(NamedTuple):
+    """A quantized copy; of rows whose segments begin at `offsets`."""
+
+    how: recipes.QuantizeSpec
+    offsets: Name
+    atoms: bool
 
 
 def merge_loss(graph: Graph) -> Graph:
@@ -64,48 +73,68 @@ def quantize_operands(graph: Graph, atoms: bool = False) -> Graph:
 
     A copy is made right where the tensor is produced, once for all its users, so that it can be fused into the
     producer; a parameter's copies are made once an optimizer step. `atoms`: scale factors lie as block-scaled MMA
-    reads them.
+    reads them, but those of rows that are dispatched: rows that every GEMM takes in MXFP8 are quantized before, and
+    other copies are made of what has arrived.
     """
     g = graph.copy()
     g.ops = []
-    wanted: dict[
-        str, dict[str, tuple[recipes.QuantizeSpec, Name]]
-    ] = {}  # tensor → copy's suffix → (how, offsets)
-    users: dict[tuple[str, int], str] = {}  # (op, operand) → copy's name
+    wanted: dict[str, dict[str, _Wanted]] = {}  # tensor → copy's suffix → how
+    users: dict[tuple[str, int], str] = {}  # (op, operand) → what it reads instead
+    read = readers(graph)
+
+    def want(name: str, how: recipes.QuantizeSpec, offsets: Name = None, atoms: bool = atoms) -> str:
+        suffix = f"{how.format}.{'row' if how.axis else 'col'}{'.sr' if how.rounding == 'stochastic' else ''}"
+        found = wanted.setdefault(name, {})
+        if suffix in found and found[suffix].atoms != atoms:
+            suffix += ".sent"
+        found[suffix] = _Wanted(how, offsets, atoms)
+        return f"{name}.{suffix}.q"
+
+    operands: dict[str, list[tuple[tuple[str, int], recipes.QuantizeSpec, Name]]] = {}
     for op in graph.ops:
         if op.kind not in ("gemm", "grouped_gemm") or not op.attrs["precision"]:
             continue
         role = op.attrs["role"]
-        operands: tuple[recipes.Slot, recipes.Slot] = ("A", "B")
-        for slot, operand in enumerate(operands):
+        slots: tuple[recipes.Slot, recipes.Slot] = ("A", "B")
+        for slot, operand in enumerate(slots):
             name = op.inputs[slot]
             how = recipes.operand(op.attrs["precision"][role], role, operand)
             if how is None or name is None:
                 continue
             assert how.axis == CONTRACTED[role][slot]
             is_rows = op.kind == "grouped_gemm" and graph.tensors[name].kind != "param"
-            suffix = (
-                f"{how.format}.{'row' if how.axis else 'col'}{'.sr' if how.rounding == 'stochastic' else ''}"
-            )
-            wanted.setdefault(name, {})[suffix] = (how, op.inputs[2] if is_rows else None)
-            users[op.name, slot] = f"{name}.{suffix}"
+            operands.setdefault(name, []).append(((op.name, slot), how, op.inputs[2] if is_rows else None))
+    sent: dict[str, recipes.QuantizeSpec] = {}  # rows that travel quantized
+    for op in graph.ops:
+        rows = op.outputs[0] if op.kind == "dispatch" else None
+        if rows is None or len(operands.get(rows, ())) < read[rows]:
+            continue
+        shape = graph.shape(rows)
+        if how := recipes.payload([how for _, how, _ in operands[rows]], shape[1]):
+            sent[rows] = how
+            g.tensors[rows] = replace(g.tensors[rows], spec=Spec(shape, how.format, how.axis))
+    for name, uses in operands.items():
+        for user, how, offsets in uses:
+            travels = name in sent and how == sent[name] and not atoms
+            users[user] = name if travels else want(name, how, offsets)
+    for op in graph.ops:
+        if op.kind == "dispatch" and (rows := op.outputs[0]) in sent:
+            users[op.name, 0] = want(op.inputs[0] or "", sent[rows], atoms=False)
 
-    def copies(name: str, phase: str, stage: str) -> None:
-        for suffix, (how, offsets) in wanted.pop(name, {}).items():
+    def copies(name: str, phase: Phase, stage: Stage) -> None:
+        for suffix, (how, offsets, atoms) in wanted.pop(name, {}).items():
             attrs = {"format": how.format, "axis": how.axis, "rounding": how.rounding, "hadamard": how.hadamard,
                      "square": how.square, "atoms": atoms,
                      "seed": zlib.crc32(f"{name}.{suffix}".encode()) << 31}  # an int64  # fmt: skip
-            g.stage = stage  # type: ignore[assignment]
+            g.stage = stage
             counter = COUNTER if how.rounding == "stochastic" else None
-            g.emit("quantize", f"{name}.{suffix}", [name, offsets, counter], attrs, phase=phase)  # type: ignore[arg-type]
+            g.emit("quantize", f"{name}.{suffix}", [name, offsets, counter], attrs, phase=phase)
 
     for name in list(wanted):
         if graph.tensors[name].kind == "param":
             copies(name, "step", "forward")
     for op in graph.ops:
-        inputs = tuple(
-            f"{users[op.name, i]}.q" if (op.name, i) in users else x for i, x in enumerate(op.inputs)
-        )
+        inputs = tuple(users.get((op.name, i), x) for i, x in enumerate(op.inputs))
         g.ops.append(replace(op, inputs=inputs))
         for output in op.outputs:
             if output is not None:

@@ -62,7 +62,7 @@ def _step(p: Problem, exchange: Exchange, step: int) -> dict[str, Any]:
     weights = p.randn(f"weights {step}", p.tokens, p.topk)[mine]
 
     plan, routing = exchange.plan(p.indices(step)[mine], p.experts, p.align)
-    rows, scale = exchange.dispatch(routing, x, weights)
+    (rows,), scale = exchange.dispatch(routing, [x], weights)
     assert scale is not None
     segments = list(pairwise(plan.offsets[rank].tolist()))
     h, a, out = (torch.zeros_like(rows) for _ in range(3))
@@ -72,8 +72,8 @@ def _step(p: Problem, exchange: Exchange, step: int) -> dict[str, Any]:
         out[start:end] = a[start:end] @ w2[e]
     y, _ = exchange.combine(routing, out)
 
-    again, _ = exchange.dispatch(routing, x)  # as recomputation does
-    dout, _ = exchange.dispatch(routing, dy)
+    (again,), _ = exchange.dispatch(routing, [x])  # as recomputation does
+    (dout,), _ = exchange.dispatch(routing, [dy])
     dw1, dw2, drows = torch.zeros_like(w1), torch.zeros_like(w2), torch.zeros_like(rows)
     dscale = torch.zeros_like(scale)
     for e, (start, end) in enumerate(segments):

@@ -66,7 +66,7 @@ def test_one_rank_is_the_ops_of_the_layer_graph(problem):
     plan = [planned[name] for name in ("slots", "row_source", "offsets")]
     sent = run_op("dispatch", [x, weights, *plan], {}, rows=capacity, rows_of=[3]).outputs
     _, routing = exchange.plan(indices, p.experts, p.align)
-    rows, row_weight = exchange.dispatch(routing, x, weights)
+    (rows,), row_weight = exchange.dispatch(routing, [x], weights)
     assert torch.equal(rows, sent["rows"][: len(rows)]) and torch.equal(
         row_weight, sent["row_weight"][: len(rows)]
     )
