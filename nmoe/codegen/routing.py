@@ -325,7 +325,8 @@ def match(spec: KernelSpec) -> RoutingProblem | row_kernels.RowProblem | str:
     ins, outs = list(spec.inputs), list(spec.outputs)
     if anchor.kind in ("moe_plan", "dispatch", "combine") and attrs.get("ranks", 1) > 1:
         return f"{anchor.kind} of {attrs['ranks']} ranks is several kernels of RDEP (codegen/rdep.py)"
-    if anchor.kind == "dispatch" and {part.kind for part in spec.parts[1:]} == {"quantize"}:
+    quantized = {part.kind for part in spec.parts[1:]} == {"quantize"} or ins[0].format == "mxfp8"
+    if anchor.kind == "dispatch" and quantized:
         return row_kernels.match(spec)  # rows are gathered into tiles, which copies down the columns need
     addends = len(spec.parts) - 1
     sums = anchor.kind in ("combine", "router_bwd") and all(part.kind == "add" for part in spec.parts[1:])

@@ -63,9 +63,10 @@ class RowProblem(Problem):
     the last of them is quantized into `copies`. With `segments`, rows from offsets[segments] on are zero and, in NVFP4,
     each segment has an amax of its own.
 
-    `weighted`: router weights, SwiGLU's, or those that dispatch brings to its rows; `topk`: choices of its tokens.
-    `at`: where concat's second operand and split's second result start. `heads`, `rotary`, `inverse`: rope turns the
-    last `rotary` columns of each head. `vocabulary`: rows of the embedding.
+    `source`: the format of x, which quantize and dispatch also take in MXFP8, quantized along its rows; what dispatch
+    stores is in it, too. `weighted`: router weights, SwiGLU's, or those that dispatch brings to its rows; `topk`:
+    choices of its tokens. `at`: where concat's second operand and split's second result start. `heads`, `rotary`,
+    `inverse`: rope turns the last `rotary` columns of each head. `vocabulary`: rows of the embedding.
     """
 
     body: Body
@@ -78,6 +79,7 @@ class RowProblem(Problem):
     copies: tuple[Copy, ...] = ()
     segments: int = 0
     weighted: bool = False
+    source: Literal["bf16", "mxfp8"] = "bf16"
     at: int = 0
     heads: int = 0
     rotary: int = 0
@@ -89,6 +91,7 @@ class RowProblem(Problem):
 
     def __str__(self) -> str:
         parts = [self.body] * (self.body != "load") + ["add"] * self.addends
+        parts = [f"{self.source}/row"] * (self.source != "bf16") + parts
         return " + ".join(parts + [f"{c.format}/{c.name}" for c in self.copies]) + f" {self.width}"
 
     @property
@@ -128,22 +131,22 @@ class RowProblem(Problem):
         lead = (self.batch,) if self.batch else ()
         rows, width = self.rows, self.width
         result = (*lead, rows, width)
-        x = Operand("x", "bf16", result)
+        x, tokens = (self._stored("x", shape) for shape in (result, (TOKENS, width)))
         weight = Operand("w", "f32", (width,))
         table = (POSITIONS, self.rotary // 2)
         bodies: dict[Body, tuple[Operand, ...]] = {
-            "load": (x,),
-            "split": (x,),
+            "load": x,
+            "split": x,
             "swiglu": (
                 Operand("x", "bf16", (*lead, rows, 2 * width)),
                 *((Operand("s", "f32", (rows,)),) if self.weighted else ()),
             ),
-            "rms_norm": (x, weight),
-            "rms_norm_bwd": (Operand("dy", "bf16", result), x, weight, Operand("rstd", "f32", (rows,))),
-            "rope": (x, Operand("positions", "i32", (rows,)), *(Operand(n, "f32", table) for n in ("cos", "sin"))),
+            "rms_norm": (*x, weight),
+            "rms_norm_bwd": (Operand("dy", "bf16", result), *x, weight, Operand("rstd", "f32", (rows,))),
+            "rope": (*x, Operand("positions", "i32", (rows,)), *(Operand(n, "f32", table) for n in ("cos", "sin"))),
             "concat": (Operand("a", "bf16", (rows, self.at)), Operand("b", "bf16", (rows, width - self.at))),
             "dispatch": (
-                Operand("x", "bf16", (TOKENS, width)),
+                *tokens,
                 *((Operand("weights", "f32", (TOKENS, self.topk)),) if self.weighted else ()),
                 Operand("slots", "i32", (TOKENS, self.topk)),
                 Operand("row_source", "i32", (rows,)),
@@ -155,17 +158,23 @@ class RowProblem(Problem):
         counter = (Operand("counter", "i64", (1,)),) if self.stochastic else ()
         return (*bodies[self.body], *addends, *offsets, *counter)
 
+    def _stored(self, name: str, shape: tuple[int, ...]) -> tuple[Operand, ...]:
+        """Operands that hold a tensor in the format of x."""
+        if self.source == "bf16":
+            return (Operand(name, "bf16", shape),)
+        return quantized(name, self.source, shape, 1, (), False)
+
     def _outputs(self) -> tuple[Operand, ...]:
         lead = (self.batch,) if self.batch else ()
         result = (*lead, self.rows, self.width)
-        found = []
+        found: list[Operand] = []
         if self.body == "split":
             return (
                 Operand("a", "bf16", (self.rows, self.at)),
                 Operand("b", "bf16", (self.rows, self.width - self.at)),
             )
         if self.keeps_body:
-            found.append(Operand("y", "bf16", result))
+            found += self._stored("y", result)
         if self.body == "rms_norm":
             found.append(Operand("rstd", "f32", (self.rows,)))
         if self.body == "dispatch" and self.weighted:
@@ -389,12 +398,14 @@ def match(spec: KernelSpec) -> RowProblem | str:
         return "no Hadamard transform along rows"
     first, attrs = values[_first(anchor.inputs)], dict(anchor.attrs)
     *lead, rows, width = (first if body == "split" else values[last]).shape
-    ends = [values[i] for part in quantizes for i in part.inputs[1:2] if i is not None]
+    plan = anchor.inputs[4:] if body == "dispatch" else ()
+    ends = [values[i] for i in (*plan, *(i for part in quantizes for i in part.inputs[1:2])) if i is not None]
     problem = RowProblem(
         body, EXTENTS[rows] if isinstance(rows, str) else rows, int(width), int(lead[0]) if lead else 0, len(adds),
         keeps_body=made, keeps_sum=bool(adds) and values[last].stored, copies=copies,
         segments=int(ends[0].shape[0]) - 1 if ends else 0,
         weighted=body in ("swiglu", "dispatch") and anchor.inputs[1:2] not in ((), (None,)),
+        source="mxfp8" if body in ("load", "dispatch") and not adds and first.format == "mxfp8" else "bf16",
         at=int((values[last] if body == "split" else first).shape[1]) if body in ("split", "concat") else 0,
         heads=attrs.get("heads", 0), rotary=attrs.get("dim", 0), inverse=attrs.get("inverse", False),
         vocabulary=int(values[1].shape[0]) if body == "embedding" else 0,

@@ -63,6 +63,9 @@ def _joins(group: list[Op], op: Op, uses: Counter[str]) -> bool:
         return False
     if op.kind not in EPILOGUES.get(first.kind, ()):
         return False
+    axis = op.attrs.get("axis")
+    if axis is not None and any(other.attrs.get("axis") == axis for other in group):
+        return False  # a kernel makes one copy along an axis: not that which travels beside that which stays
     if first.kind == "quantize":
         return op.inputs[0] == first.inputs[0]
     made = {out for member in group for out in member.outputs if out is not None}

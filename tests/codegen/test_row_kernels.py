@@ -110,6 +110,11 @@ CASES = [  # (problem, config or None for the chosen one)
     (RowProblem("embedding", TOKENS, 2056, vocabulary=50), None),
     (RowProblem("dispatch", ROWS, 416, 0, 0, False, False, copies("", "8r", "8c"), 3, True, topk=3), None),
     (RowProblem("dispatch", ROWS, 288, 0, 0, True, False, copies("", "4r", "4ch"), 3, topk=2), None),
+    (RowProblem("load", ROWS, 416, 0, 0, False, False, copies("", "8c"), 3, source="mxfp8"), None),
+    (RowProblem("load", ROWS, 416, 0, 0, False, False, copies("", "8r", "8c"), 3, source="mxfp8"), None),
+    (RowProblem("dispatch", ROWS, 416, 0, 0, True, False, copies("", "8c"), 3, True, "mxfp8", topk=3), None),
+    (RowProblem("dispatch", ROWS, 416, 0, 0, False, False, copies("", "8r", "8c"), 3, source="mxfp8", topk=3), None),
+    (RowProblem("dispatch", ROWS, 416, segments=3, source="mxfp8", topk=2), None),
 ]  # fmt: skip
 
 

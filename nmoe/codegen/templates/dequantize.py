@@ -14,6 +14,7 @@ from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, cute
 from nmoe.codegen.gemm import GemmProblem
 from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.quantize import as_float
+from nmoe.codegen.templates.quantize import scale as ue8m0
 from nmoe.storage import BLOCK
 
 THREADS = 256
@@ -72,25 +73,14 @@ class Dequantize(Fixed):
             if cutlass.const_expr(self.across):
                 down = (Int64(matrix) * length + column) * (lines // size) + line // size
                 for i in cutlass.range_constexpr(CHUNK):
-                    values[i] = values[i] * _ue8m0((scale + (down + i * (lines // size))).load())
+                    values[i] = values[i] * ue8m0(Int32((scale + (down + i * (lines // size))).load()))
             else:
                 code = (scale + first // size).load()
-                factor = _ue8m0(code) if cutlass.const_expr(self.precision == "mxfp8") else _e4m3(code)
+                factor = ue8m0(Int32(code)) if cutlass.const_expr(self.precision == "mxfp8") else _e4m3(code)
                 values.store(values.load() * factor)
             rounded = cute.make_rmem_tensor(CHUNK, BFloat16)
             rounded.store(values.load().to(BFloat16))
             cute.autovec_copy(rounded, cute.make_tensor((wide + first).align(16), cute.make_layout(CHUNK)))
-
-
-@cute.jit
-def _ue8m0(code) -> Float32:  # type: ignore[no-untyped-def]
-    """2^(code − 127); NaN for 255."""
-    bits = Int32(code) << 23
-    if code == 0:
-        bits = Int32(0x40_0000)
-    if code == 255:
-        bits = Int32(0x7FC0_0000)
-    return as_float(bits)
 
 
 def _e4m3(code) -> Float32:  # type: ignore[no-untyped-def]

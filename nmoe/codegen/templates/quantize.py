@@ -52,6 +52,17 @@ def inverse(code: Int32) -> Float32:
 
 
 @cute.jit
+def scale(code: Int32) -> Float32:
+    """2^(code − 127), exactly; NaN for 255."""
+    bits = code << 23
+    if code == 0:
+        bits = Int32(0x40_0000)
+    if code == 255:
+        bits = Int32(0x7FC0_0000)
+    return as_float(bits)
+
+
+@cute.jit
 def block(values: cute.Tensor) -> Int32:
     """Scales a block of 32 FP32 registers in place, ready to be rounded to E4M3; returns its scale's code."""
     largest = Int32(0)

@@ -30,13 +30,14 @@ from __future__ import annotations
 from typing import Any
 
 import cutlass
-from cutlass import BFloat16, Float32, Int32, Int64, cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, cute
 from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import VECTOR
 from nmoe.codegen.rows import RESERVED, STRIPES, RowConfig, RowProblem
 from nmoe.codegen.templates.fixed import Fixed
+from nmoe.codegen.templates.quantize import MXFP8_BLOCK
 from nmoe.codegen.templates.rows_body import RowBody, Spot, line, vector
 from nmoe.codegen.templates.rows_copy import copies
 from nmoe.storage import ATOM_ROWS
@@ -309,7 +310,7 @@ class Tile(Fixed):
         for i in cutlass.range_constexpr(self.config.vectors):
             result[None, i].store(self.body.value(found, i, statistics[i]).to(BFloat16))
         if cutlass.const_expr(problem.keeps_body and not self.measures):
-            self.store(result, self.named["y"], spot)
+            self.keep_body(found, result)
         if cutlass.const_expr(problem.body == "split"):
             self.split(result, spot)
         if cutlass.const_expr(problem.body == "dispatch" and problem.weighted and not self.measures):
@@ -332,6 +333,19 @@ class Tile(Fixed):
                     copy.measure(result, group)
                 else:
                     copy.write(result, spot, first, turn, self.chunk, group, self.entry)
+
+    @cute.jit
+    def keep_body(self, found, result) -> None:  # type: ignore[no-untyped-def]
+        """What dispatch moves in MXFP8 it stores as it came."""
+        spot = found.spot
+        if cutlass.const_expr(self.problem.source == "bf16"):
+            self.store(result, self.named["y"], spot)
+        else:
+            self.store(found.rows["codes"], self.named["y"], spot)
+            scale, block = self.named["y_scale"], spot.column // MXFP8_BLOCK
+            for i in cutlass.range_constexpr(self.config.vectors):
+                if spot.alive[i] & (spot.column % MXFP8_BLOCK == 0):
+                    scale[spot.row + i, block] = found.scales[i].to(Uint8)
 
     @cute.jit
     def group(self, first: Int32) -> Int32:

@@ -6,12 +6,12 @@ Every result is rounded to BF16, as the op stores it, before anything further is
 from __future__ import annotations
 
 import cutlass
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, cute
+from cutlass import BFloat16, Boolean, Float8E4M3FN, Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync
 
 from nmoe.codegen.problem import VECTOR
 from nmoe.codegen.rows import RowProblem
-from nmoe.codegen.templates import activation
+from nmoe.codegen.templates import activation, quantize
 from nmoe.codegen.templates.fixed import Fixed
 
 
@@ -62,7 +62,7 @@ def gather(held: cute.Tensor, sources: list[cute.Tensor], spot: Spot, wanted=Non
         for i in cutlass.range_constexpr(spot.vectors):
             cute.autovec_copy(sources[i], held[None, i])
     else:
-        held.fill(0.0)
+        held.fill(held.element_type(0))
         for i in cutlass.range_constexpr(spot.vectors):
             if alive[i]:
                 cute.autovec_copy(sources[i], held[None, i])
@@ -92,11 +92,26 @@ class Loaded(Fixed):
         self.choices: list[
             Int32
         ] = []  # dispatch: which choice of which token each row is, negative for padding
+        self.scales: list[Int32] = []  # each row's code of the block of an MXFP8 x, 0 where the row is padding
         self.rstd: list[Float32] = []  # rms_norm_bwd: each row's
         self.rotates = False  # rope: are these rotary columns?
 
     def row(self, name: str, tensor: cute.Tensor, shift: int = 0) -> None:
         self.put(name, lines(tensor, self.spot, shift))
+
+    def take(self, rows: list[Int32], tensor: cute.Tensor, scale: cute.Tensor, wanted: list[Boolean] | None) -> None:
+        """x of rows in MXFP8, exactly in BF16; the elements stay at hand as "codes"."""
+        column = self.spot.column
+        self.put("codes", [vector(tensor, row, column) for row in rows], wanted)
+        x = cute.make_rmem_tensor((VECTOR, len(rows)), BFloat16)
+        for i, row in enumerate(rows):
+            code = Int32(scale[row, column // quantize.MXFP8_BLOCK])
+            if wanted is not None:
+                code = code * Int32(wanted[i])
+            elements = cute.recast_tensor(self.rows["codes"][None, i], Float8E4M3FN).load().to(Float32)
+            x[None, i].store((elements * quantize.scale(code)).to(BFloat16))
+            self.scales.append(code)
+        self.rows["x"] = x
 
     def put(self, name: str, sources: list[cute.Tensor], wanted: list[Boolean] | None = None) -> None:
         """`wanted`: which rows are not zero, of those that there are."""
@@ -142,14 +157,10 @@ class RowBody(Fixed):
             found.put("x", [vector(named["table"], token, spot.column) for token in tokens])
         elif kind == "dispatch":
             found.choices = [named["row_source"][row] for row in spot.source]
-            found.put(
-                "x",
-                [
-                    vector(named["x"], cutlass.max(c, 0) // self.problem.topk, spot.column)
-                    for c in found.choices
-                ],
-                [c >= 0 for c in found.choices],
-            )
+            tokens = [cutlass.max(c, 0) // self.problem.topk for c in found.choices]
+            self._rows(found, tokens, [c >= 0 for c in found.choices])
+        elif self.problem.source == "mxfp8":
+            self._rows(found, spot.source, None)
         elif kind == "concat":
             self._either(found)
         else:
@@ -162,6 +173,14 @@ class RowBody(Fixed):
         if kind == "rope":
             self._table(found)
         return found
+
+    def _rows(self, found: Loaded, rows: list[Int32], wanted: list[Boolean] | None) -> None:
+        """Rows of x in either format."""
+        x = self.named["x"]
+        if self.problem.source == "mxfp8":
+            found.take(rows, x, self.named["x_scale"], wanted)
+        else:
+            found.put("x", [vector(x, row, found.spot.column) for row in rows], wanted)
 
     @cute.jit
     def _either(self, found) -> None:  # type: ignore[no-untyped-def]

@@ -59,11 +59,14 @@ def case(problem: RowProblem, config: RowConfig, seed: int, rows: int = 0, devic
             made[name] = _offsets(problem, rows).to(device)
         else:
             x = torch.randn(shape, generator=gen, device=device)
-            if operand.format == "bf16":
+            if name == "x" or operand.format == "bf16":
                 x *= torch.exp2(torch.randint(-6, 7, (*shape[:-1], 1), generator=gen, device=device).float())
-            made[name] = (x.abs() + 0.1 if name == "rstd" else x).to(dtype)
+            made[name] = (x.abs() + 0.1 if name == "rstd" else x).to(torch.bfloat16 if name == "x" else dtype)
+    if problem.source == "mxfp8":
+        q = formats.quantize(made["x"], "mxfp8", 1)
+        made["x"], made["x_scale"] = q.data, q.scale
     if problem.segments and problem.body != "dispatch":
-        made["x"][int(made["offsets"][-1]) :] = float("nan")
+        made["x"][int(made["offsets"][-1]) :] = 0x7F if problem.source == "mxfp8" else float("nan")
     return made
 
 
@@ -125,7 +128,9 @@ def check(problem: RowProblem, before: Tensors, after: Tensors) -> dict[str, flo
         source = before["row_source"][:live].long()
         weights = before["weights"].flatten()[source.clamp(min=0)].double().masked_fill(source < 0, 0.0)
         compare("row_weight", weights, torch.zeros_like(weights))
-    if problem.keeps_body:
+    if problem.keeps_body and problem.source == "mxfp8":
+        worst["y"] = _moved(problem, before, after, live)
+    elif problem.keeps_body:
         compare("y", value, bound)
         value, bound = after["y"][..., :live, :].double(), torch.zeros_like(bound)
     for i in range(problem.addends):
@@ -146,6 +151,10 @@ def _body(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The body's value in float64 and how far the kernel's, in BF16, may be from it; 0 where it is exact."""
     kind = problem.body
+    if problem.source == "mxfp8":
+        data, scale = t["x"], t["x_scale"]
+        q = formats.from_buffers("mxfp8", tuple(data.shape), 1, {"data": data, "scale": scale})
+        t = t | {"x": formats.dequantize(q, torch.bfloat16)}
     if kind == "concat":
         value = torch.cat([t["a"], t["b"]], 1).double()
     elif kind == "embedding":
@@ -176,6 +185,16 @@ def _body(
     return value, torch.zeros_like(value)
 
 
+def _moved(problem: RowProblem, before: Tensors, after: Tensors, live: int | None) -> float:
+    """Raises Mismatch unless dispatched MXFP8 rows are, byte for byte, their tokens', and zero where there is none."""
+    source = before["row_source"][:live].long()
+    for of_tokens, of_rows in (("x", "y"), ("x_scale", "y_scale")):
+        want = before[of_tokens][source.clamp(min=0) // problem.topk].masked_fill((source < 0)[:, None], 0)
+        if wrong := int((after[of_rows][:live] != want).sum()):
+            raise Mismatch(f"{of_rows}: {wrong} of {want.numel()} bytes differ from the rows that were dispatched")
+    return 0.0
+
+
 def _rope(problem: RowProblem, t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     x = t["x"].double().unflatten(-1, (problem.heads, -1))
     cos, sin = (t[name][t["positions"].long()].double()[:, None] for name in ("cos", "sin"))
@@ -196,7 +215,7 @@ def _copy(
     problem: RowProblem, copy: Copy, value: torch.Tensor, bound: torch.Tensor, before: Tensors, after: Tensors
 ) -> float:
     """Raises Mismatch unless a copy is that of `value`, whose error is within `bound`."""
-    operands = (before[o.name] for o in problem._inputs() if o.format == "bf16")
+    operands = (before[o.name] for o in problem._inputs() if o.name == "x" or o.format == "bf16")
     rows = len(before["row_source"]) if problem.body == "dispatch" else next(operands).shape[-2]
     full = torch.zeros(*value.shape[:-2], rows, problem.width, dtype=torch.float64, device=value.device)
     full[..., : value.shape[-2], :] = value
