@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nmoe.binding import Launcher
+from nmoe.codegen.transfers import payloads
 from nmoe.config import Config
 from nmoe.errors import UserError
 from nmoe.executor import Implementations
@@ -34,6 +35,7 @@ from nmoe.rdep.shm import Shm
 from nmoe.rdep.sums import Sums, tree_sum
 from nmoe.rdep.symmetric import Heap
 from nmoe.rdep.transport import Buffer
+from nmoe.schedule import Schedule
 
 BACKEND = "cpu:gloo,cuda:nccl"
 PATIENCE = 1000  # looks, at least 0.05 s, between two at the other ranks
@@ -105,19 +107,22 @@ class GpuRanks(Ranks):
         ]
 
     def place(
-        self, arena_bytes: int, device: torch.device, launcher: Launcher | None
+        self, schedules: Sequence[Schedule], device: torch.device, launcher: Launcher | None
     ) -> tuple[Tensor, Implementations]:
         moe, target = self._config.moe, self._config.target.device
+        arena = Buffer((max(s.arena_bytes for s in schedules),), torch.uint8)
         if self.group == 1 or moe is None:
-            return torch.empty(arena_bytes, dtype=torch.uint8, device=device), {}
+            return torch.empty(arena.shape, dtype=arena.dtype, device=device), {}
         assert launcher is not None
         width, dims = self._config.model.hidden_size, self._dims
         align = row_align(self._config)
         gpus = ranks_of_host(self.group)
-        group = Group(
-            self.group, gpus, moe.experts, dims["T"], moe.topk, dims["R"], align, (2 * width,), width
-        )
-        buffers = group.mailboxes() | {"arena": Buffer((arena_bytes,), torch.uint8)}
+        widest, *others = payloads(schedules)
+        group = Group(self.group, gpus, moe.experts, dims["T"], moe.topk, dims["R"], align, widest, width)
+        buffers = {"arena": arena} | group.mailboxes()
+        for parts in others:
+            for name, buffer in group.sending(parts).mailboxes().items():
+                buffers[name] = max(buffers.get(name, buffer), buffer, key=lambda b: b.bytes)
         self._heap = Heap(buffers, self._group, gpus, timeout=self._config.rdep.timeout)
         layer = DeviceLayer(group, self._heap, launcher, target)
         self._names = layer.names

@@ -263,9 +263,13 @@ def _rail_bytes(config: Config, schedule: Schedule, node: int) -> int:
     for the worst case, of which those that describe themselves need the most."""
     if config.rdep.ranks <= node:
         return 0
-    rails = [p for p in transfers_of(schedule, node) if isinstance(p, RailProblem) and p.describes]
-    boxes = [box for rail in rails for name in ("staged", "landed") for box in rail.mailboxes(name)]
-    return sum(nbytes(Spec(box.shape, box.format)) for box in boxes)
+    boxes: dict[str, int] = {}  # where layers' rows differ in bytes, they share the largest
+    for rail in transfers_of(schedule, node):
+        if isinstance(rail, RailProblem) and rail.describes:
+            for box in (*rail.mailboxes("staged"), *rail.mailboxes("landed")):
+                name, size = f"{rail.channel} {box.name}", nbytes(Spec(box.shape, box.format))
+                boxes[name] = max(boxes.get(name, 0), size)
+    return sum(boxes.values())
 
 
 def _sync(config: Config, world: int, node: int, schedule: Schedule) -> Wire:

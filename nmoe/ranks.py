@@ -25,6 +25,7 @@ from nmoe.rdep.shm import Shm
 from nmoe.rdep.sums import Sums
 from nmoe.rdep.transfer import Transfers
 from nmoe.rdep.transport import Local, Missing, Part
+from nmoe.schedule import Schedule
 
 _Error = TypeVar("_Error", bound=BaseException)
 
@@ -60,10 +61,11 @@ class Ranks:
         self._sums = Sums(Transfers(transport))
 
     def place(
-        self, arena_bytes: int, device: torch.device, launcher: Launcher | None
+        self, schedules: Sequence[Schedule], device: torch.device, launcher: Launcher | None
     ) -> tuple[Tensor, Implementations]:
-        """An arena for this rank's executors, and what runs the ops that move expert rows. Call it once."""
-        arena = torch.empty(arena_bytes, dtype=torch.uint8, device=device)
+        """An arena for the executors of this rank's schedules, and what runs the ops that move expert rows. Call it
+        once."""
+        arena = torch.empty(max(s.arena_bytes for s in schedules), dtype=torch.uint8, device=device)
         if self.group == 1:
             return arena, {}
         return arena, Layer(Exchange(Part(self._transport, self._group))).implementations

@@ -109,7 +109,7 @@ class Step:
             self.micro_batches if self._in_tree else 1,
             cleared=(self.parameters.grad, sums),
         )
-        arena, moved = self.ranks.place(max(s.arena_bytes for s in self.schedules), device, launcher)
+        arena, moved = self.ranks.place(self.schedules, device, launcher)
         self.executors = [Executor(s, self.tensors, arena, launcher, moved) for s in self.schedules]
         self._losses = {n: t for n, t in self.tensors.items() if n.startswith("loss.")}
         self._loads = {n.removesuffix(".load"): t for n, t in self.tensors.items() if n.endswith(".load")}

@@ -65,6 +65,35 @@ def test_recipes_compute_the_three_products(precision, limit):
         assert limit / 10 < error < limit
 
 
+def test_rows_travel_in_mxfp8_where_every_gemm_takes_them_so(tiny):
+    """Forward's rows are an operand of fprop and wgrad, the gradients' of dgrad and wgrad."""
+
+    def formats(width=512, **schedule):
+        model = {"hidden_size": width}
+        schedule = {"precision": "mxfp8"} | schedule
+        graph = lower(tiny(model=model, schedule=schedule)).graph
+        dispatched = [op.outputs[0] for op in graph.ops if op.kind == "dispatch" and ".1.moe" in op.name]
+        return [graph.tensors[name].format for name in dispatched]
+
+    assert formats() == ["mxfp8", "mxfp8"]
+    assert formats(recompute="full") == ["mxfp8"] * 3
+    assert formats(fprop="bf16") == ["bf16", "mxfp8"]
+    assert formats(dgrad="nvfp4") == ["mxfp8", "bf16"]
+    assert formats(wgrad="bf16") == formats(precision="nvfp4") == formats(width=576) == ["bf16", "bf16"]
+
+
+def test_what_travels_changes_column_copies_alone(tiny):
+    """The row copy of rows in MXFP8 is the one that would have been made of BF16 rows; one down the columns stands for
+    numbers within 1e-4 of their norm."""
+    for seed in range(3):
+        rows = (randn(seed, 256, 512) * torch.exp2(randn(seed + 9, 256, 1).round() * 4)).bfloat16()
+        sent = quantize(rows, "mxfp8", 1)
+        arrived = dequantize(sent, torch.bfloat16)
+        assert torch.equal(dequantize(quantize(arrived, "mxfp8", 1)), dequantize(sent))
+        once, twice = (dequantize(quantize(x, "mxfp8", 0), torch.float64) for x in (rows, arrived))
+        assert float((once - twice).norm() / once.norm()) < 1e-4
+
+
 def test_which_gemms_of_a_model_are_quantized(tiny):
     graph = lower(tiny(schedule={"precision": "nvfp4"})).graph
     low, high = set(), set()

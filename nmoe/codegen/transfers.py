@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from nmoe.codegen.rails import RailCountsProblem, RailFlagProblem, RailProblem
@@ -14,7 +15,9 @@ from nmoe.codegen.rdep import (
     PlaceProblem,
     RdepProblem,
 )
+from nmoe.graph import ELEMENT_BYTES, QUANTIZED, Spec
 from nmoe.schedule import Schedule
+from nmoe.storage import storage
 
 
 def transfers(
@@ -50,17 +53,38 @@ def transfers(
     return found
 
 
+def row_parts(rows: Spec) -> tuple[int, ...]:
+    """Bytes of a dispatched row: of its elements or, quantized, of them and their scale factors."""
+    width = int(rows.shape[1])
+    if rows.format not in QUANTIZED:
+        return (width * ELEMENT_BYTES[rows.format],)
+    assert rows.axis == 1
+    return tuple(shape[1] for shape, _ in storage(rows.format, (1, width), rows.axis).values())
+
+
+def payloads(schedules: Sequence[Schedule]) -> list[tuple[int, ...]]:
+    """As what rows travel in the schedules of a run, the largest first."""
+    dispatched = (
+        schedule.graph.tensors[op.outputs[0] or ""].spec
+        for schedule in schedules
+        for op in schedule.graph.ops
+        if op.kind == "dispatch" and op.outputs[0] is not None
+    )
+    return sorted(set(map(row_parts, dispatched)), key=sum, reverse=True)
+
+
 def transfers_of(schedule: Schedule, gpus: int) -> list[RdepProblem]:
-    """What the layers of a schedule for several ranks launch, with `gpus` ranks on each host. Rows travel in BF16."""
+    """What the layers of a schedule for several ranks launch, with `gpus` ranks on each host."""
     found: dict[RdepProblem, None] = {}
     for op in schedule.graph.ops:
         if op.kind == "dispatch" and "ranks" in op.attrs:
-            (width,) = schedule.graph.shape(op.outputs[0])[1:]
+            rows = schedule.graph.tensors[op.outputs[0] or ""].spec
+            width = int(rows.shape[1])
             plan = next(o for o in schedule.graph.ops if o.kind == "moe_plan" and op.inputs[2] in o.outputs)
             (topk,) = schedule.graph.shape(plan.inputs[0])[1:]
             ranks, tokens, capacity = plan.attrs["ranks"], schedule.dims["T"], schedule.dims["R"]
             found |= dict.fromkeys(
                 transfers(ranks, gpus, plan.attrs["experts"], tokens, topk, capacity, plan.attrs["align"],
-                          (2 * width,), width).values()
+                          row_parts(rows), width).values()
             )  # fmt: skip
     return list(found)

@@ -9,8 +9,9 @@ The same calls drive the emulator in tests: all that this module knows of memory
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -47,6 +48,10 @@ class Group:
     @property
     def local(self) -> int:
         return self.experts // self.ranks
+
+    def sending(self, parts: tuple[int, ...]) -> Group:
+        """The group, when it dispatches rows of `parts`."""
+        return replace(self, parts=parts)
 
     def mailboxes(self) -> dict[str, Buffer]:
         """Symmetric memory that all layers share."""
@@ -177,7 +182,10 @@ class Exchange:
             self._run(step, layer, *given, *segments)
             return
         staged, landed = (
-            [self._heap[f"{rail.channel} {operand.name}"] for operand in rail.mailboxes(name)]
+            [
+                self._mailbox(f"{rail.channel} {operand.name}", operand.shape)
+                for operand in rail.mailboxes(name)
+            ]
             for name in ("staged", "landed")
         )
         self._run(f"{step} rail", layer, *given, *bound, *staged, *landed, *sizes)
@@ -185,6 +193,11 @@ class Exchange:
         self._run("await_rails", layer)
         self._run(f"{step} landed", layer, *landed, *segments)
         self._run("raise_rails", layer)
+
+    def _mailbox(self, name: str, shape: tuple[int, ...]) -> Any:
+        """A buffer of the heap, which may be larger, for wider rows."""
+        whole = self._heap[name]
+        return whole if tuple(whole.shape) == shape else whole.view(-1)[: math.prod(shape)].view(shape)
 
     def _run(self, step: str, layer: int, *arguments: Any) -> None:
         self._launch(self._problems[step], *arguments, self._addresses, self._state, self.rank, layer)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nmoe.codegen.rdep import STATE, RdepProblem
 from nmoe.graph import Op
+from nmoe.ops.moe import buffers
 from nmoe.rdep.device import Exchange, Group, Routing
 from nmoe.rdep.transport import Buffer
 
@@ -76,10 +77,13 @@ class DeviceLayer:
 
     def _dispatch(self, op: Op, ins: list[Any], outs: list[Any]) -> Bound:
         (x, weights, *plan), (rows, row_weight) = ins, outs
-        places = {"data": rows, "origin": plan[1]} | ({} if weights is None else {"value": row_weight})
-        exchange, number, launches = self._prepare(op, **places)
+        sent = [part.view(torch.uint8) for part in buffers(x)]
+        places = dict(zip(("data", "scale"), buffers(rows), strict=False)) | {"origin": plan[1]}
+        if weights is not None:
+            places["value"] = row_weight
+        exchange, number, launches = self._prepare(op, tuple(part.shape[1] for part in sent), **places)
         exchange.release_rows(number)
-        exchange.send_rows((x.view(torch.uint8),), weights, self._routing(op, plan), number)
+        exchange.send_rows(tuple(sent), weights, self._routing(op, plan), number)
         exchange.receive_rows(number)
         return partial(_all, launches)
 
@@ -99,8 +103,10 @@ class DeviceLayer:
         slots, _, offsets = plan
         return Routing(slots, None, offsets, self._ends[str(op.inputs[2])])
 
-    def _prepare(self, op: Op, **places: Tensor) -> tuple[Exchange, int, list[Callable[[], object]]]:
-        """An exchange that appends its launches to the list instead of making them."""
+    def _prepare(
+        self, op: Op, parts: tuple[int, ...] = (), **places: Tensor
+    ) -> tuple[Exchange, int, list[Callable[[], object]]]:
+        """An exchange that appends its launches to the list instead of making them. `parts`: of rows that it sends."""
         launches: list[Callable[[], object]] = []
         self.names.append(op.name)
 
@@ -110,7 +116,8 @@ class DeviceLayer:
 
         memory = self._memory
         table = memory.table(**places)
-        exchange = Exchange(self._group, memory.rank, table, memory.state, memory, record)
+        group = self._group.sending(parts) if parts else self._group
+        exchange = Exchange(group, memory.rank, table, memory.state, memory, record)
         return exchange, len(self.names) - 1, launches
 
 

@@ -16,9 +16,9 @@ from test_binding import config
 from test_model import initialise
 from torch import Tensor
 
-from nmoe import binding
+from nmoe import binding, recipes
 from nmoe.codegen.rdep import COLUMNS, REPORT, STATE, RdepProblem
-from nmoe.codegen.transfers import transfers_of
+from nmoe.codegen.transfers import payloads, transfers_of
 from nmoe.executor import Executor
 from nmoe.graph import Spec
 from nmoe.model import row_align
@@ -163,10 +163,23 @@ def feed(
 
 
 @pytest.mark.usefixtures("emulator", "wire")
-@pytest.mark.parametrize("gpus", [2, pytest.param(1, marks=pytest.mark.slow)], ids=["one host", "two hosts"])
-def test_a_layer_on_two_ranks_is_that_of_one(gpus: int) -> None:
-    target, base = "sm_90a", config("sm_90a")
+@pytest.mark.parametrize(
+    ("gpus", "precision", "target"),
+    [
+        pytest.param(2, "bf16", "sm_90a", id="one host"),
+        pytest.param(1, "bf16", "sm_90a", id="two hosts", marks=pytest.mark.slow),
+        pytest.param(2, "mxfp8", "sm_90a", id="rows in MXFP8"),
+        pytest.param(1, "mxfp8", "sm_90a", id="rows in MXFP8, two hosts", marks=pytest.mark.slow),
+        pytest.param(2, "mxfp8", "sm_100a", id="rows in MXFP8, atoms", marks=pytest.mark.slow),
+    ],
+)
+def test_a_layer_on_two_ranks_is_that_of_one(gpus: int, precision: str, target: str) -> None:
+    base = config(target)
     base = replace(base, train=replace(base.train, batch_size=4), moe=replace(base.moe, topk=3))
+    if precision == "mxfp8":
+        base = replace(base, model=replace(base.model, hidden_size=recipes.PAYLOAD),
+                       moe=replace(base.moe, intermediate_size=128),
+                       schedule=replace(base.schedule, precision="mxfp8"))  # fmt: skip
     shared = replace(base, rdep=replace(base.rdep, ranks=RANKS))
     alone = lower(base, sequences=4, kernels=kernels(target))
     schedule = lower(shared, sequences=2, kernels=kernels(target))
@@ -179,8 +192,17 @@ def test_a_layer_on_two_ranks_is_that_of_one(gpus: int) -> None:
     turns, dims, hidden = emulated_ranks.Turns(RANKS), schedule.dims, base.model.hidden_size
     align = row_align(shared)
     group = Group(
-        RANKS, gpus, base.moe.experts, dims["T"], base.moe.topk, dims["R"], align, (2 * hidden,), hidden
+        RANKS,
+        gpus,
+        base.moe.experts,
+        dims["T"],
+        base.moe.topk,
+        dims["R"],
+        align,
+        *payloads([schedule]),
+        hidden,
     )
+    assert group.parts == {"bf16": (2 * hidden,), "mxfp8": (hidden, hidden // 32)}[precision]
     assert set(transfers_of(schedule, gpus)) == set(group.problems().values())
     launchers = [RankLauncher(launcher, turns) for _ in range(RANKS)]
     _, _, size = heaps(group, schedule.arena_bytes)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from layer import Problem, equal, joined, run
 from weak import Weak
 
-from nmoe.rdep.exchange import Exchange
+from nmoe.rdep.exchange import Exchange, buffers
 from nmoe.rdep.plan import CapacityError
 from nmoe.rdep.protocol import PROTOCOL
+from nmoe.rdep.sizes import worst_case
 from nmoe.rdep.transport import Local
 
 PROBLEMS = st.builds(
@@ -75,6 +76,35 @@ def test_one_rank_is_the_ops_of_the_layer_graph(problem):
     ).outputs
     y, values = exchange.combine(routing, rows, row_weight)
     assert torch.equal(y, back["y"]) and torch.equal(values, back["values"])
+
+
+@given(PROBLEMS, st.sampled_from([1, 2, 4]), st.integers(0, 9999))
+@settings(max_examples=25, deadline=None)
+def test_rows_in_two_parts_arrive_as_they_are(problem, ranks, seed):
+    """Elements and scale factors of MXFP8, byte for byte, to every slot of each token; zero on padding."""
+    p, width = problem, 64
+    random = torch.Generator().manual_seed(seed)
+    parts = [
+        torch.randint(1, 256, (p.tokens, n), generator=random, dtype=torch.uint8)
+        for n in (width, width // 32)
+    ]
+    own = -(-p.tokens // ranks)
+    capacity = worst_case(ranks, own, p.topk, p.experts, p.align)
+    held = buffers(ranks, p.experts, own, p.topk, width, capacity, torch.bfloat16, quantized=True)
+
+    def work(exchange):
+        t = exchange.transport
+        mine = slice(p.tokens * t.rank // ranks, p.tokens * (t.rank + 1) // ranks)
+        _, routing = exchange.plan(p.indices(0)[mine], p.experts, p.align)
+        rows, _ = exchange.dispatch(routing, [part[mine] for part in parts])
+        return routing, rows
+
+    for routing, rows in Weak(ranks, held, seed).run(lambda transport: work(Exchange(transport))):
+        starts = torch.tensor([p.tokens * rank // ranks for rank in range(ranks)])
+        pads = routing.source < 0
+        token = starts[routing.source.clamp(min=0)] + routing.choice.clamp(min=0) // p.topk
+        for part, arrived in zip(parts, rows, strict=True):
+            assert torch.equal(arrived, part[token].masked_fill(pads[:, None], 0))
 
 
 @given(PROBLEMS, st.sampled_from([2, 4]), st.integers(0, 9999))

@@ -219,13 +219,17 @@ def test_100_runs_with_delays(config, alone):
         assert_same(trajectory(run), alone)
 
 
-def test_quantized_experts_differ_by_the_blocks_of_their_rows_alone(config):
+@pytest.mark.parametrize("hidden", [64, 512], ids=["BF16 rows", "MXFP8 rows"])
+def test_quantized_experts_differ_by_the_blocks_of_their_rows_alone(config, hidden):
     """Those of a column copy run over the rows of all ranks of the group: only weight gradients of experts differ."""
     found = []
     for ranks in (1, 2):
         run = config(
-            ranks, schedule={"precision": "mxfp8", "recompute": "none"}, train={"steps": 1, "batch_size": 2}
-        )
+            ranks, schedule={"precision": "mxfp8", "recompute": "none"}, train={"steps": 1, "batch_size": 2},
+            model={"vocab_size": 280, "mtp_depth": 1, "hidden_size": hidden},
+        )  # fmt: skip
+        rows = Step(replace(run, rdep=Rdep())).schedule.graph.tensors["layers.1.moe.dispatch.rows"]
+        assert rows.format == ("mxfp8" if hidden == 512 else "bf16")
         finish(start(run, 2), 2)
         found.append(trajectory(run))
     (first, second), (values, others) = zip(*found, strict=True)

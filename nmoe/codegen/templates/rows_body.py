@@ -92,14 +92,18 @@ class Loaded(Fixed):
         self.choices: list[
             Int32
         ] = []  # dispatch: which choice of which token each row is, negative for padding
-        self.scales: list[Int32] = []  # each row's code of the block of an MXFP8 x, 0 where the row is padding
+        self.scales: list[
+            Int32
+        ] = []  # each row's code of the block of an MXFP8 x, 0 where the row is padding
         self.rstd: list[Float32] = []  # rms_norm_bwd: each row's
         self.rotates = False  # rope: are these rotary columns?
 
     def row(self, name: str, tensor: cute.Tensor, shift: int = 0) -> None:
         self.put(name, lines(tensor, self.spot, shift))
 
-    def take(self, rows: list[Int32], tensor: cute.Tensor, scale: cute.Tensor, wanted: list[Boolean] | None) -> None:
+    def take(
+        self, rows: list[Int32], tensor: cute.Tensor, scale: cute.Tensor, wanted: list[Boolean] | None
+    ) -> None:
         """x of rows in MXFP8, exactly in BF16; the elements stay at hand as "codes"."""
         column = self.spot.column
         self.put("codes", [vector(tensor, row, column) for row in rows], wanted)

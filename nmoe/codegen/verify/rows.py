@@ -191,7 +191,9 @@ def _moved(problem: RowProblem, before: Tensors, after: Tensors, live: int | Non
     for of_tokens, of_rows in (("x", "y"), ("x_scale", "y_scale")):
         want = before[of_tokens][source.clamp(min=0) // problem.topk].masked_fill((source < 0)[:, None], 0)
         if wrong := int((after[of_rows][:live] != want).sum()):
-            raise Mismatch(f"{of_rows}: {wrong} of {want.numel()} bytes differ from the rows that were dispatched")
+            raise Mismatch(
+                f"{of_rows}: {wrong} of {want.numel()} bytes differ from the rows that were dispatched"
+            )
     return 0.0
 
 
