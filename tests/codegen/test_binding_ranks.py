@@ -3,7 +3,7 @@ as on GPUs, on the emulator: equal to one rank's layer bit for bit, forward and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +22,7 @@ from nmoe.codegen.transfers import payloads, transfers_of
 from nmoe.executor import Executor
 from nmoe.graph import Spec
 from nmoe.model import row_align
+from nmoe.ops.moe import buffers
 from nmoe.rdep.device import Group, offsets
 from nmoe.rdep.device_layer import DeviceLayer
 from nmoe.rdep.transport import Buffer
@@ -124,20 +125,28 @@ def given(schedule: Schedule) -> dict[str, list[str]]:
     return {f"{LAYER}.plan": [plan[0], *rows[:2]], f"{LAYER}.combine.bwd": [back[0]]}
 
 
+def parts(executor: Executor, names: Sequence[str]) -> dict[str, Tensor]:
+    """The buffers of tensors: of rows in MXFP8 their elements, and their scale factors as "name scale"."""
+    return {
+        f"{name} scale" if index else name: buffer
+        for name in names
+        for index, buffer in enumerate(buffers(executor.operand(name)))
+    }
+
+
 def run(executor: Executor, inject: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """A micro-batch; what the layer was given and what it made, by name. `inject` replaces what it is given."""
+    """A micro-batch; what the layer was given and what it made, by `parts`. `inject` replaces what it is given."""
     schedule, kept = executor.schedule, {}
     first, last = given(schedule), watched(schedule)
 
     @contextmanager
     def observe(name: str) -> Iterator[None]:
-        for tensor in first.get(name, ()):
+        for part, tensor in parts(executor, first.get(name, ())).items():
             if inject:
-                executor.operand(tensor).copy_(inject[tensor])
-            kept[tensor] = executor.operand(tensor).clone()
+                tensor.copy_(inject[part])
+            kept[part] = tensor.clone()
         yield
-        for tensor in last.get(name, ()):
-            kept[tensor] = executor.operand(tensor).clone()
+        kept.update({part: t.clone() for part, t in parts(executor, last.get(name, ())).items()})
 
     executor.observe = observe
     executor.run("step")
@@ -228,7 +237,7 @@ def test_a_layer_on_two_ranks_is_that_of_one(gpus: int, precision: str, target: 
     def both(name: str) -> Tensor:
         return torch.cat([found[name] for found in ranks])
 
-    inject = {name: both(name) for names in given(schedule).values() for name in names}
+    inject = {part: both(part) for names in given(schedule).values() for part in parts(executors[0], names)}
     feed(single, whole, 0, 1, torch.Generator().manual_seed(0))
     one = run(single, inject)
     made = [name for op, names in watched(schedule).items() for name in names if not op.endswith("plan")]
