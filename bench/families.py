@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,14 @@ SHIPPED, PRECISIONS = ("moonlet", "dsv2", "dsv3"), ("bf16", "mxfp8", "nvfp4")
 def members() -> Iterator[tuple[Problem, Config]]:
     """Each family's small member, in the config that the family's kernels are built in."""
     found: dict[tuple[Problem, Config], None] = {}
-    for name in SHIPPED:
+    for name, precision, ranks in product(SHIPPED, PRECISIONS, (1, 2)):
         config = load(CONFIGS / f"{name}.toml")
-        for precision in PRECISIONS:
-            one = replace(config, target=replace(config.target, device=TARGET), rdep=replace(config.rdep, ranks=1),
-                          schedule=replace(config.schedule, precision=precision))  # fmt: skip
-            for spec in specs(binding.lowered(one, sequences=1)):
-                problem = families.match(spec)
-                if isinstance(problem, Problem):
-                    found[problem.small(), autotune.choose(problem, TARGET)[0]] = None
+        one = replace(config, target=replace(config.target, device=TARGET), rdep=replace(config.rdep, ranks=ranks),
+                      schedule=replace(config.schedule, precision=precision))  # fmt: skip
+        for spec in specs(binding.lowered(one, sequences=1)):
+            problem = families.match(spec)
+            if isinstance(problem, Problem):
+                found[problem.small(), autotune.choose(problem, TARGET)[0]] = None
     yield from found
 
 

@@ -1,13 +1,14 @@
 """What it would do to the loss to dispatch rows as their MXFP8 copy: the quickstart on text, on the CPU.
 
     make quickstart                                 once, for the text
-    python bench/payload.py bf16 --json FILE        as it is: rows travel in BF16 and each copy is rounded once
+    python bench/payload.py bf16 --json FILE        rows travel in BF16 and each copy is rounded once
     python bench/payload.py mxfp8 --json FILE       rows and output gradients are rounded in blocks of 32 of a row
                                                     before they travel: row copies are the same bits, column copies
                                                     are rounded twice (docs/rdep.md, "What travels")
     python bench/payload.py copies                  how far such column copies are from those of BF16 rows
 
-Both train with the numerics of MXFP8, the same data and initial weights.
+Both train with the numerics of MXFP8, the same data and initial weights. The quickstart's rows, of 256 elements, are too
+short to travel in MXFP8 by themselves.
 """
 
 from __future__ import annotations
