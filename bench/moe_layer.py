@@ -111,7 +111,7 @@ class Enter(OpDef):
 
 
 class Leave(OpDef):
-    """Takes the layer's output; the output's gradient is the input "dy"."""
+    """Takes the layer's output, whose gradient enters as "dy.x"."""
 
     kind, outputs = "layer.leave", ("left",)
 
@@ -119,7 +119,8 @@ class Leave(OpDef):
         return {"left": Spec((1,), "f32")}
 
     def gradient(self, g: Graph, op: Any, douts: Any) -> tuple:
-        return ("dy",)
+        y = g.tensors[op.inputs[0]]
+        return g.emit("layer.enter", "dy", [], {"hidden": y.shape[1], "format": y.format})
 
     def reference(self, attrs: Any, ins: Any, outs: Any, scratch: Any) -> None:
         pass
@@ -149,7 +150,6 @@ def schedule_of(shape: Shape, precision: str, kernels: Kernels, activation: str 
     config = config_of(shape, precision)
     builder = model.Builder(config, "train", activation)
     g, layer = builder.g, next(x for x in layers(config) if x.ffn == "moe")
-    g.add("dy", ("T", shape.hidden), builder.act, "input")
     builder.state(model.COUNTER, 1, format="i64")
     (x,) = g.emit("layer.enter", "x", [], {"hidden": shape.hidden, "format": builder.act})
     (y,) = builder.moe(x, "moe", layer)
@@ -175,6 +175,9 @@ class Runner:
                  choices: torch.Tensor | None = None) -> None:  # fmt: skip
         self.shape, self.schedule = shape, schedule
         self.tensors = allocate(schedule, device=DEVICE)
+        self.tensors["dy.x"] = empty(
+            schedule.spec("dy.x"), DEVICE
+        )  # outside of the arena: it is there from the start
         arena = torch.full((schedule.arena_bytes,), 0xFF, dtype=torch.uint8, device=DEVICE)
         given = None if choices is None else {"router": partial(self.route, choices)}
         self.executor = Executor(schedule, self.tensors, arena, launcher, given)
@@ -216,7 +219,7 @@ class Runner:
             bias = -10.0 * torch.arange(experts, device=DEVICE).float()
         self.tensors["moe.router_bias"].copy_(bias)
         self.executor.operand("x.x").copy_(normal((self.shape.tokens, self.shape.hidden), 1.0).bfloat16())
-        self.tensors["dy"].copy_(normal((self.shape.tokens, self.shape.hidden), 1.0).bfloat16())
+        self.tensors["dy.x"].copy_(normal((self.shape.tokens, self.shape.hidden), 1.0).bfloat16())
 
     def clear(self) -> None:
         for name, t in self.tensors.items():

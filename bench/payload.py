@@ -7,8 +7,8 @@
                                                     are rounded twice (docs/rdep.md, "What travels")
     python bench/payload.py copies                  how far such column copies are from those of BF16 rows
 
-Both train with the numerics of MXFP8, the same data and initial weights. The quickstart's rows, of 256 elements, are too
-short to travel in MXFP8 by themselves.
+Both train with the numerics of MXFP8, the same data and initial weights. The quickstart's rows are too short (256) to
+travel in MXFP8 by themselves.
 """
 
 from __future__ import annotations
