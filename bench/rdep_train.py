@@ -27,7 +27,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +53,7 @@ from nmoe.data.loader import Batch
 from nmoe.executor import Executor, allocate
 from nmoe.graph import Graph, Op
 from nmoe.model import group_of
+from nmoe.ops.moe import buffers
 from nmoe.parameters import Parameters
 from nmoe.plan import plan
 from nmoe.ranks import Ranks
@@ -274,25 +275,30 @@ def compare(config: Config, path: str, both: dict[str, torch.Tensor], say: Calla
 
 
 def observed(executor: Executor, path: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A micro-batch; what an MoE layer was given, replaced by `given`, and what it made, by name, on the host."""
+    """A micro-batch; what an MoE layer was given, replaced by `given`, and what it made, by name, on the host. Of rows in
+    MXFP8 the scale factors are "name scale"."""
     ops = {op.name: op for op in executor.schedule.graph.ops}
-    route, combine, back = (ops[f"{path}.{n}"] for n in ("route", "combine.bwd", "dispatch.bwd"))
-    before = {f"{path}.plan": route.outputs[:2], f"{path}.combine.bwd": combine.inputs[:1]}
-    before[f"{path}.plan"] += route.inputs[:1]
+    route, sent, combine, back = (ops[f"{path}.{n}"] for n in ("route", "dispatch", "combine.bwd", "dispatch.bwd"))
+    before = {f"{path}.plan": (*route.outputs[:2], route.inputs[0], sent.inputs[0]),
+              f"{path}.combine.bwd": combine.inputs[:1]}  # fmt: skip
     after = {f"{path}.combine": ops[f"{path}.combine"].outputs[:1], f"{path}.dispatch.bwd": back.outputs}
     kept: dict[str, torch.Tensor] = {}
+
+    def parts(names: Sequence[str | None]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in dict.fromkeys(names):
+            for index, buffer in enumerate(buffers(executor.operand(name))):
+                yield f"{name} scale" if index else str(name), buffer
 
     @contextmanager
     def observe(name: str) -> Iterator[None]:
         torch.cuda.synchronize()  # whatever stream made what is read here
-        for tensor in before.get(name, ()):
+        for part, tensor in parts(before.get(name, ())):
             if given:
-                executor.operand(tensor).copy_(given[tensor])
-            kept[tensor] = executor.operand(tensor).cpu()
+                tensor.copy_(given[part])
+            kept[part] = tensor.cpu()
         yield
         torch.cuda.synchronize()
-        for tensor in after.get(name, ()):
-            kept[tensor] = executor.operand(tensor).cpu()
+        kept.update({part: tensor.cpu() for part, tensor in parts(after.get(name, ()))})
 
     executor.observe = observe
     executor.run("micro")
