@@ -275,8 +275,8 @@ def compare(config: Config, path: str, both: dict[str, torch.Tensor], say: Calla
 
 
 def observed(executor: Executor, path: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A micro-batch; what an MoE layer was given, replaced by `given`, and what it made, by name, on the host. Of rows in
-    MXFP8 the scale factors are "name scale"."""
+    """A micro-batch; what an MoE layer was given, replaced by `given`, and what it made, by name, on the host. The
+    scale factors of rows in MXFP8 are "name scale"."""
     ops = {op.name: op for op in executor.schedule.graph.ops}
     route, sent, combine, back = (ops[f"{path}.{n}"] for n in ("route", "dispatch", "combine.bwd", "dispatch.bwd"))
     before = {f"{path}.plan": (*route.outputs[:2], route.inputs[0], sent.inputs[0]),
