@@ -6,7 +6,8 @@
 Parts: `right` and `quantized` (integers, rows and sums equal to nmoe.rdep.plan and one rank, bit for bit; BF16 rows,
 and bytes with scales), `replay` (1,000 replays of a captured step with skewed routing and random delays), `stopped` (a
 rank is stopped; the other must say so), a shape's name (bandwidth against a peer copy and against NCCL's all-to-all
-with the permutes that it needs; `32k` with four times the tokens). Only when named: `hosts …`, as if each GPU were a
+with the permutes that it needs, of BF16 rows; `32k` with four times the tokens, `mxfp8` with rows of such elements and
+scales out, BF16 back). Only when named: `hosts …`, as if each GPU were a
 host of its own, between which rows go by NVSHMEM's puts, from the version that the kernels are linked with.
 Times are medians over replays of a captured graph, of the slower rank.
 """
@@ -50,7 +51,9 @@ PARTS = (
     "hosts moonlight",
     "moonlight",
     "moonlight 32k",
+    "moonlight mxfp8",
     "dsv3",
+    "dsv3 mxfp8",
 )
 LIMIT = 60.0  # seconds that a part may take
 
@@ -67,7 +70,9 @@ SMALL = {"right": group(16, 1000, 3, 512, False), "quantized": group(64, 700, 6,
 SHAPES = {
     "moonlight": group(64, 8192, 6, 2048, False),
     "moonlight 32k": group(64, 32768, 6, 2048, False),
+    "moonlight mxfp8": group(64, 8192, 6, 2048, True),
     "dsv3": group(256, 8192, 8, 7168, False),
+    "dsv3 mxfp8": group(256, 8192, 8, 7168, True),
     "hosts moonlight": group(64, 8192, 6, 2048, False, 1),
 }
 
@@ -472,7 +477,8 @@ def speed(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> Non
     want = slots.plan(torch.stack([slots.count(i, shape.experts) for i in everyone]), ALIGN)
     indices = everyone[rank].cuda()
     x = torch.randn(t, width, device="cuda").bfloat16()
-    rows, values, routing = (x.view(torch.uint8),), torch.rand(t, shape.topk, device="cuda"), me.routing(t)
+    values, routing = torch.rand(t, shape.topk, device="cuda"), me.routing(t)
+    rows = tuple(torch.randint(0, 256, (t, n), dtype=torch.uint8, device="cuda") for n in shape.parts)
     y = torch.empty(t, width, dtype=torch.bfloat16, device="cuda")
     numbers: dict[str, Any] = {}
 
@@ -485,11 +491,11 @@ def speed(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> Non
     local = shape.local
     counts = want.counts.view(RANKS, RANKS, local).sum(2)
     far = int(max(counts[0, 1], counts[1, 0]))  # rows on the wire, of the busier direction
-    wire = far * 2.0 * width
+    wires = {"dispatch": float(far * sum(shape.parts)), "return": far * 2.0 * width}
 
     from cuda.bindings import runtime
 
-    size = int(wire)
+    size = int(wires["return"])
     source, to = (torch.empty(size, dtype=torch.uint8, device=f"cuda:{i}") for i in (rank, 1 - rank))
     to.copy_(source)  # lets the GPUs address each other
 
@@ -527,6 +533,7 @@ def speed(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> Non
 
         us = median_us(dispatch)
         me.sync()
+        wire = wires["dispatch"]
         put(f"dispatch {config}", us, f"{100 * wire / us / (size / copied):.0f} % of copy", wire)
         best["send_rows"] = min(best.get("send_rows", (us, config)), (us, config), key=lambda pair: pair[0])
     for config in problems["send_returns"].configs(TARGET):
@@ -538,6 +545,7 @@ def speed(name: str, rank: int, folder: Path, say: Callable[[Any], None]) -> Non
 
         us = median_us(give_back)
         me.sync()
+        wire = wires["return"]
         put(f"return {config}", us, f"{100 * wire / us / (size / copied):.0f} % of copy", wire)
         best["send_returns"] = min(best.get("send_returns", (us, config)), (us, config), key=lambda p: p[0])
     put("sum of the returned rows", median_us(lambda: e.receive_returns(y, 0)))

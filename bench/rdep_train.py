@@ -65,7 +65,7 @@ from nmoe.torchrun import launched
 CONFIGS = Path(__file__).parents[1] / "configs"
 TARGET, RANKS, STEPS = "sm_90a", 2, 6
 PRECISIONS = ("bf16", "mxfp8", "nvfp4")
-PARTS = (*PRECISIONS, "replay", "moonlet", "hosts bf16", "hosts replay")
+PARTS = (*PRECISIONS, "replay", "moonlet", "moonlet mxfp8", "hosts bf16", "hosts replay")
 LIMIT = 60.0  # seconds that a part may take
 
 
@@ -165,7 +165,7 @@ def worker(name: str, rank: int, queue: Any) -> None:
     number, local = str(rank), "1" if name.startswith("hosts") else str(RANKS)
     os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": local,
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + PARTS.index(name))}  # fmt: skip
-    parts: dict[str, Callable[..., None]] = {"replay": replay, "moonlet": timed}
+    parts: dict[str, Callable[..., None]] = {"replay": replay, "moonlet": timed, "moonlet mxfp8": timed}
     try:
         name = name.removeprefix("hosts ")
         parts.get(name, layer)(name, rank, say)
@@ -357,7 +357,7 @@ def replay(name: str, rank: int, say: Callable[[Any], None]) -> None:
 
 
 def timed(name: str, rank: int, say: Callable[[Any], None]) -> None:
-    config = moonlet(RANKS)
+    config = moonlet(RANKS, name.split()[-1] if " " in name else "bf16")
     with launched(config) as ranks:
         free = torch.cuda.mem_get_info()[0]
         step = begun(config, ranks)
