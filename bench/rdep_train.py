@@ -278,7 +278,9 @@ def observed(executor: Executor, path: str, given: dict[str, torch.Tensor]) -> d
     """A micro-batch; what an MoE layer was given, replaced by `given`, and what it made, by name, on the host. The
     scale factors of rows in MXFP8 are "name scale"."""
     ops = {op.name: op for op in executor.schedule.graph.ops}
-    route, sent, combine, back = (ops[f"{path}.{n}"] for n in ("route", "dispatch", "combine.bwd", "dispatch.bwd"))
+    route, sent, combine, back = (
+        ops[f"{path}.{n}"] for n in ("route", "dispatch", "combine.bwd", "dispatch.bwd")
+    )
     before = {f"{path}.plan": (*route.outputs[:2], route.inputs[0], sent.inputs[0]),
               f"{path}.combine.bwd": combine.inputs[:1]}  # fmt: skip
     after = {f"{path}.combine": ops[f"{path}.combine"].outputs[:1], f"{path}.dispatch.bwd": back.outputs}

@@ -39,7 +39,9 @@ def kernels(target: str):
 
     def some(graph, ops, fused):
         alone = ops[0].kind != "combine" or len(ops) == 1
-        atoms = any(graph.tensors[n].spec.atoms for op in ops for n in (*op.inputs, *op.outputs) if n is not None)
+        atoms = any(
+            graph.tensors[n].spec.atoms for op in ops for n in (*op.inputs, *op.outputs) if n is not None
+        )
         return every(graph, ops, fused) if alone and (atoms or f"{LAYER}." in ops[0].name) else None
 
     return some
