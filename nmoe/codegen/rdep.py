@@ -91,8 +91,8 @@ class RdepProblem(Problem):
 
     def violations(self, config: RdepConfig, target: str) -> list[str]:
         found = []
-        if not 1 <= self.ranks <= 32:
-            found.append(f"{self.ranks} ranks: a warp watches one flag a lane, 1 to 32")
+        if not 1 <= self.ranks <= THREADS:
+            found.append(f"{self.ranks} ranks: a thread each computes its segments, 1 to {THREADS}")
         if self.ranks % self.gpus:
             found.append(f"{self.ranks} ranks: a multiple of the {self.gpus} GPUs of a host")
         used = self.shared_bytes(config, target)
@@ -155,8 +155,9 @@ class CountProblem(Plan):
 
 @dataclass(frozen=True)
 class PlaceProblem(Plan):
-    """slots int32[T, k] becomes owner · capacity + slot. offsets int32[local + 1] and ends int32[local]: where the
-    segments of this rank's experts begin, padded to `align` rows, and where their rows end. Waits for all counts."""
+    """slots int32[T, k] becomes owner · capacity + slot; order int32[T, k]: the numbers of this rank's choices in the
+    order of their experts, and so of their slots. offsets int32[local + 1] and ends int32[local]: where the segments
+    of this rank's experts begin, padded to `align` rows, and where their rows end. Waits for all counts."""
 
     align: int
 
@@ -164,7 +165,8 @@ class PlaceProblem(Plan):
 
     def arguments(self) -> tuple[Operand, ...]:
         local = self.experts // self.ranks
-        return (*self.choices(), Operand("offsets", "i32", (local + 1,)), Operand("ends", "i32", (local,)),
+        return (*self.choices(), Operand("order", "i32", (TOKENS, self.topk)),
+                Operand("offsets", "i32", (local + 1,)), Operand("ends", "i32", (local,)),
                 Operand("capacity", "i32", ()))  # fmt: skip
 
     def template(self, target: str) -> str:
@@ -177,6 +179,7 @@ class MoveProblem(RdepProblem):
 
     rows: token t goes to `topk` slots; padding becomes zero. `describes`: the slots learn whose they are (origin =
     rank · choices + choice) and their router weights, as the first dispatch of a layer must; later ones reuse it.
+    They are told in the `order` of the slots, so that 32 lie side by side.
     returns: each slot's row goes to its origin, with its value if `describes`.
 
     `of` several hosts there are two launches: the near rows, with a place on this host; then those that have landed
@@ -200,9 +203,11 @@ class MoveProblem(RdepProblem):
     def arguments(self) -> tuple[Operand, ...]:
         rows = tuple(Operand(f"rows{i}", "u8", (SLOTS, size)) for i, size in enumerate(self.parts))
         values = (Operand("values", "f32", (SLOTS, self.fan)),) if self.describes else ()
-        told = self.of == "landed" and self.channel == "rows" and self.describes
-        origins = (Operand("origins", "i32", (SLOTS, 1)),) if told else ()
-        return (*rows, *values, Operand("places", "i32", (SLOTS, self.fan)), *origins,
+        told: tuple[Operand, ...] = ()
+        if self.channel == "rows" and self.describes:
+            whole = Operand("order", "i32", (SLOTS, self.fan))
+            told = (Operand("origins", "i32", (SLOTS, 1)) if self.of == "landed" else whole,)
+        return (*rows, *values, Operand("places", "i32", (SLOTS, self.fan)), *told,
                 Operand("offsets", "i32", (self.local + 1,)), Operand("ends", "i32", (self.local,)),
                 Operand("capacity", "i32", ()), Operand("choices", "i32", ()))  # fmt: skip
 

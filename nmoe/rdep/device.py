@@ -9,7 +9,6 @@ The same calls drive the emulator in tests: all that this module knows of memory
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -94,6 +93,7 @@ class Group:
         choices = tokens * self.topk
         return {
             "slots": Buffer((tokens, self.topk), torch.int32),
+            "order": Buffer((tokens, self.topk), torch.int32),
             "tiles": Buffer((-(-choices // TILE), self.experts), torch.int32),
             "offsets": Buffer((self.local + 1,), torch.int32),
             "ends": Buffer((self.local,), torch.int32),
@@ -102,10 +102,12 @@ class Group:
 
 class Routing(NamedTuple):
     """A layer's plan on this rank, kept for its backward: slots int32[T, k], owner · capacity + slot of each choice;
-    offsets int32[local + 1] and ends int32[local] of its experts' segments; tiles is workspace of the counts. With the
-    origins int32[capacity] that the first dispatch brings, backward can follow other layers."""
+    order int32[T, k], the choices in the order of their slots; offsets int32[local + 1] and ends int32[local] of its
+    experts' segments; tiles is workspace of the counts. With the origins int32[capacity] that the first dispatch
+    brings, backward can follow other layers."""
 
     slots: Any
+    order: Any
     tiles: Any
     offsets: Any
     ends: Any
@@ -143,14 +145,19 @@ class Exchange:
 
     def receive_counts(self, indices: Any, routing: Routing, layer: int) -> None:
         """Fills the routing. Too many rows for a rank set `overflow` on all: what follows moves nothing."""
-        self._run("receive_counts", layer, indices, *routing, self.group.capacity)
+        slots, order, tiles, offsets, ends = routing
+        segments = offsets, ends, self.group.capacity
+        self._run("receive_counts", layer, indices, slots, tiles, order, *segments)
 
     def send_rows(self, rows: tuple[Any, ...], values: Any | None, routing: Routing, layer: int) -> None:
         """rows u8[T, bytes] of each part to all slots of each token; zero to this rank's padding. The first dispatch
         of a layer brings values f32[T, k], the router weights, and tells the slots whose rows they hold."""
-        step = "resend_rows" if values is None else "send_rows"
-        given = (*rows, *(() if values is None else (values,)), routing.slots)
-        self._move(step, layer, given, (), (self.group.capacity, self.group.choices), routing)
+        sizes = self.group.capacity, self.group.choices
+        if values is None:
+            self._move("resend_rows", layer, (*rows, routing.slots), (), (), sizes, routing)
+        else:
+            given = (*rows, values, routing.slots)
+            self._move("send_rows", layer, given, (routing.order,), (), sizes, routing)
 
     def receive_rows(self, layer: int) -> None:
         """Until all rows are in data, scale, value and origin."""
@@ -164,7 +171,7 @@ class Exchange:
         """rows u8[slots, 2 · width], BF16, and values f32[slots, 1]? back to their origins int32[slots, 1]."""
         step = "send_returns" if values is None else "send_returns_values"
         given = (rows, *(() if values is None else (values,)), origins)
-        self._move(step, layer, given, (routing.offsets,), (self.group.choices,), routing)
+        self._move(step, layer, given, (), (routing.offsets,), (self.group.choices,), routing)
 
     def receive_returns(self, y: Any, layer: int) -> None:
         """y bf16[T, width] = each token's rows, summed in FP32 in the order of its choices; the values are in the
@@ -172,32 +179,25 @@ class Exchange:
         self._run("receive_returns", layer, y)
 
     def _move(
-        self, step: str, layer: int, given: tuple[Any, ...], bound: tuple[Any, ...], sizes: tuple[int, ...],
-        routing: Routing,
+        self, step: str, layer: int, given: tuple[Any, ...], order: tuple[Any, ...], bound: tuple[Any, ...],
+        sizes: tuple[int, ...], routing: Routing,
     ) -> None:  # fmt: skip
-        """`given` rows, values and places to their places; `bound` and `sizes` are what a rail takes besides."""
+        """`given` rows, values and places to their places, `order`ly described; `bound` and `sizes` are what a rail
+        takes besides."""
         segments = routing.offsets, routing.ends, self.group.capacity, self.group.choices
         rail = self._problems.get(f"{step} rail")
         if not isinstance(rail, RailProblem):
-            self._run(step, layer, *given, *segments)
+            self._run(step, layer, *given, *order, *segments)
             return
         staged, landed = (
-            [
-                self._mailbox(f"{rail.channel} {operand.name}", operand.shape)
-                for operand in rail.mailboxes(name)
-            ]
+            [self._heap[f"{rail.channel} {operand.name}"] for operand in rail.mailboxes(name)]
             for name in ("staged", "landed")
         )
         self._run(f"{step} rail", layer, *given, *bound, *staged, *landed, *sizes)
-        self._run(step, layer, *given, *segments)
+        self._run(step, layer, *given, *order, *segments)
         self._run("await_rails", layer)
         self._run(f"{step} landed", layer, *landed, *segments)
         self._run("raise_rails", layer)
-
-    def _mailbox(self, name: str, shape: tuple[int, ...]) -> Any:
-        """A buffer of the heap, which may be larger, for wider rows."""
-        whole = self._heap[name]
-        return whole if tuple(whole.shape) == shape else whole.view(-1)[: math.prod(shape)].view(shape)
 
     def _run(self, step: str, layer: int, *arguments: Any) -> None:
         self._launch(self._problems[step], *arguments, self._addresses, self._state, self.rank, layer)

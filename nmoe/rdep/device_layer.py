@@ -14,7 +14,8 @@ A place is free when the dispatch that fills it begins, since the memory plan le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,13 +49,24 @@ class Memory(Protocol):
         """Memory of this rank alone."""
 
 
+class Narrowed:
+    """The heap's buffers as a group needs them; they are at least as large, for the widest rows of the run."""
+
+    def __init__(self, memory: Memory, buffers: Mapping[str, Buffer]) -> None:
+        self._memory, self._buffers = memory, buffers
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._buffers[name].shape
+        return self._memory[name].view(-1)[: math.prod(shape)].view(shape)
+
+
 class DeviceLayer:
     """Binds `moe_plan`, `dispatch` and `combine`, as `layer.Layer` does on the CPU. All ranks bind the same ops in the
     same order. `names` are those of the ops, by the number that a fault's report holds."""
 
     def __init__(self, group: Group, memory: Memory, launcher: Launcher, target: str) -> None:
         self._group, self._memory, self._launcher, self._target = group, memory, launcher, target
-        self._ends: dict[str, Tensor] = {}  # of a plan's segments, by the name of its slots
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # order and ends, by the name of a plan's slots
         self.names: list[str] = []
         memory.state[STATE.index("rows")] = 1  # so that the first rows, too, wait until their place is free
         self.implementations = {
@@ -66,10 +78,10 @@ class DeviceLayer:
     def _plan(self, op: Op, ins: list[Any], outs: list[Any]) -> Bound:
         (indices,), (slots, _, offsets, load, _) = ins, outs
         sizes = self._group.routing(len(indices))
-        ends, tiles = self._memory.empty(sizes["ends"]), self._memory.empty(sizes["tiles"])
-        self._ends[str(op.outputs[0])] = ends
+        order, ends, tiles = (self._memory.empty(sizes[name]) for name in ("order", "ends", "tiles"))
+        self._kept[str(op.outputs[0])] = order, ends
         exchange, number, launches = self._prepare(op)
-        routing = Routing(slots, tiles, offsets, ends)
+        routing = Routing(slots, order, tiles, offsets, ends)
         exchange.send_counts(indices, routing, number)
         exchange.receive_counts(indices, routing, number)
         launches.append(partial(load.add_, self._memory["counts"][self._memory.rank]))
@@ -101,7 +113,8 @@ class DeviceLayer:
 
     def _routing(self, op: Op, plan: Sequence[Tensor]) -> Routing:
         slots, _, offsets = plan
-        return Routing(slots, None, offsets, self._ends[str(op.inputs[2])])
+        order, ends = self._kept[str(op.inputs[2])]
+        return Routing(slots, order, None, offsets, ends)
 
     def _prepare(
         self, op: Op, parts: tuple[int, ...] = (), **places: Tensor
@@ -117,7 +130,8 @@ class DeviceLayer:
         memory = self._memory
         table = memory.table(**places)
         group = self._group.sending(parts) if parts else self._group
-        exchange = Exchange(group, memory.rank, table, memory.state, memory, record)
+        heap = Narrowed(memory, group.mailboxes())
+        exchange = Exchange(group, memory.rank, table, memory.state, heap, record)
         return exchange, len(self.names) - 1, launches
 
 

@@ -104,6 +104,8 @@ def test_rows_reach_their_slots_and_return(
         for rank, (owner, slot) in zip(ranks, placed, strict=True):
             assert torch.equal(routing[rank.rank].slots.torch.long(), owner * group.capacity + slot)
             assert torch.equal(routing[rank.rank].offsets.torch.long(), want.offsets[rank.rank])
+            by_expert = chosen[rank.rank].view(-1).argsort(stable=True)
+            assert torch.equal(routing[rank.rank].order.torch.view(-1).long(), by_expert)
 
         for sent, weights in ((rows, values), (grads, None)):  # forward and backward, to the same slots
             parts = [tuple(device.tensor(part) for part in mine) for mine in sent]

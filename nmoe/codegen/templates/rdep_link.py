@@ -1,10 +1,10 @@
 """A rank's link to its peers, as kernels see it: addresses, epochs, flags raised with release and awaited with acquire.
 
     sender                                          receiver
-    all threads put ─▶ bar.sync ─▶ thread 0:        lane p of warp 0: ld.acquire.sys of peer p's word
+    all threads put ─▶ bar.sync ─▶ thread 0:        thread p: ld.acquire.sys of peer p's word
       fence.acq_rel.sys, a ticket (acq_rel, gpu)      until it holds the epoch, or time is over:
     thread block with the last ticket:                write the report, fence.sys, trap
-      lane p: st.release.sys of the epoch to peer p ─▶ bar.sync ─▶ all threads read
+    thread p: st.release.sys of the epoch to peer p ─▶ bar.sync ─▶ all threads read
 
 A flag word has one writer, is never reset and holds int64 epochs, which do not wrap. The epoch of a channel lies in
 `state` and is advanced by the last thread block of what sends on it, so a replayed graph needs nothing from the host.
@@ -103,32 +103,39 @@ class Link(Fixed):
     @cute.jit
     def wait(self, flag: cutlass.Constexpr, epoch: Int64, whom: cutlass.Constexpr = "peers") -> None:
         """By all threads of the block: until every rank `among` whom has raised `flag` for `epoch` or a later one."""
-        peer = Int32(cute.arch.thread_idx()[0])
-        if self.among(whom, peer):
-            word = self.flag(flag, peer)
-            budget = self.state[STATE.index("timeout")]
-            seen = Int64(cute.arch.load(word, Int64, sem="acquire", scope="sys"))
-            # Not before the first load: with a timer's read between them, ptxas (CuTeDSL 4.8.1 and CUDA 13.0, not at
-            # -O1) issued the load 4 cycles after the IMAD.WIDE of its address, and it faulted on H100.
-            begin = Int64(0)
-            if seen < epoch:
-                begin = Int64(cute.arch.globaltimer())
-            while seen < epoch:
-                late = Int64(cute.arch.globaltimer()) - begin > budget
-                seen = Int64(cute.arch.load(word, Int64, sem="acquire", scope="sys"))
-                if late and seen < epoch:
-                    self.report(TIMEOUT, peer, FLAGS.index(flag), epoch, seen)
-                    trap()
+        threads = Int32(cute.arch.block_dim()[0])
+        for peer in cutlass.range(Int32(cute.arch.thread_idx()[0]), self.ranks, threads, unroll=1):
+            if self.among(whom, peer):
+                self._watch(flag, epoch, peer)
         cute.arch.sync_threads()
+
+    @cute.jit
+    def _watch(self, flag: cutlass.Constexpr, epoch: Int64, peer: Int32) -> None:
+        """By one thread: until a peer has raised `flag`."""
+        word = self.flag(flag, peer)
+        budget = self.state[STATE.index("timeout")]
+        seen = Int64(cute.arch.load(word, Int64, sem="acquire", scope="sys"))
+        # Not before the first load: with a timer's read between them, ptxas (CuTeDSL 4.8.1 and CUDA 13.0, not at
+        # -O1) issued the load 4 cycles after the IMAD.WIDE of its address, and it faulted on H100.
+        begin = Int64(0)
+        if seen < epoch:
+            begin = Int64(cute.arch.globaltimer())
+        while seen < epoch:
+            late = Int64(cute.arch.globaltimer()) - begin > budget
+            seen = Int64(cute.arch.load(word, Int64, sem="acquire", scope="sys"))
+            if late and seen < epoch:
+                self.report(TIMEOUT, peer, FLAGS.index(flag), epoch, seen)
+                trap()
 
     @cute.jit
     def raise_all(self, flag: cutlass.Constexpr, epoch: Int64) -> None:
         """By a whole block whose puts lie before a bar.sync: a release to every peer."""
-        peer = Int32(cute.arch.thread_idx()[0])
-        if self.among("peers", peer):
-            word = self.at(peer, "flags", Int64) + (FLAGS.index(flag) * self.ranks + self.rank) * LINE
-            cute.arch.fence_acq_rel_sys()
-            cute.arch.store(word, epoch, sem="release", scope="sys")
+        threads = Int32(cute.arch.block_dim()[0])
+        for peer in cutlass.range(Int32(cute.arch.thread_idx()[0]), self.ranks, threads, unroll=1):
+            if self.among("peers", peer):
+                word = self.at(peer, "flags", Int64) + (FLAGS.index(flag) * self.ranks + self.rank) * LINE
+                cute.arch.fence_acq_rel_sys()
+                cute.arch.store(word, epoch, sem="release", scope="sys")
 
     @cute.jit
     def last(self, smem: SmemAllocator):  # type: ignore[no-untyped-def]

@@ -4,7 +4,7 @@ A unit is a stage full of consecutive rows. Every warp works alone on a ring of 
 
     lane of the stage   take a unit ─▶ load it when the stores of the unit before have read the stage
                           global ── cp.async.bulk ──▶ stage, full[stage] counts the bytes
-    all lanes           wait full[stage]; lane l: destination l of the unit: one bulk store a part, origin, value by st
+    all lanes           wait full[stage]; lane l: destination l of the unit: one bulk store a part, a value by st
                           stage ── cp.async.bulk ──▶ peer;  commit_group;  wait_group.read behind
 
 so stages − behind units are being loaded and `behind` stored at any time. The first units of a warp are given, the
@@ -12,7 +12,9 @@ others taken from a counter: where the link is full it serves some multiprocesso
 shares would leave it to the slow ones alone at the end. Which warp sends a row changes nothing of where it goes.
 
 At the end every lane waits for its stores (wait_group 0), and the last block raises `full` (rdep_link.py). Padding of
-this rank's own segments, of which it knows the place, is zeroed by one more warp of each block: nobody sends it.
+this rank's own segments, of which it knows the place, is zeroed by one more warp of each block: nobody sends it. Then
+that warp tells slots whose rows they hold, and the router weights, 32 choices at once in the order of their slots: a
+packet of NVLink holds them all, where row by row each would be two of its own.
 
 Across hosts a transfer is two launches: `near` rows to this host, while others are on their way; then what `landed`
 from other hosts, of which a unit is not read when its first row goes nowhere, for then none does (rdep_rail.py).
@@ -29,6 +31,7 @@ from nmoe.codegen.templates.fixed import Fixed
 from nmoe.codegen.templates.rdep_link import Kernel, Link, Named, flat
 
 BUFFERS = {"rows": ("data", "scale"), "returns": ("returned",)}
+ABREAST = 4  # packets of 32 choices of which a warp loads what it needs before it stores
 VALUES = {"rows": "value", "returns": "returned value"}
 
 
@@ -105,6 +108,8 @@ class Move(Kernel):
         if cutlass.const_expr(own and problem.channel == "rows"):
             if warp == config.warps and not link.overflowed():
                 self._pad(link, named)
+                if cutlass.const_expr(problem.describes):
+                    self._describe(link, named)
         if link.last(smem):
             if cutlass.const_expr(problem.of == "near"):
                 link.advance(problem.channel, epoch - 1)  # what has landed is still to be sent
@@ -148,14 +153,25 @@ class Move(Kernel):
         fan = self.config.rows * self.problem.fan
         place, value = Int32(-1), Float32(0.0)
         if lane < fan and unit < units:
-            place = flat(named["places"])[unit * fan + lane]
-            if cutlass.const_expr(self.problem.of == "near"):
-                peer = place // self._places(named) - link.first()
-                if peer < 0 or peer >= self.problem.gpus:
-                    place = Int32(-1)
-            if cutlass.const_expr(self.problem.describes):
+            place = self._near(link, named, flat(named["places"])[unit * fan + lane])
+            if cutlass.const_expr(self.valued):
                 value = flat(named["values"])[unit * fan + lane]
         return place, value
+
+    @property
+    def valued(self) -> bool:
+        """Whether values go with the rows: of dispatched ones that their source sends they go by `_describe`."""
+        problem = self.problem
+        return problem.describes and (problem.channel == "returns" or problem.of == "landed")
+
+    @cute.jit
+    def _near(self, link: Link, named: Named, place: Int32) -> Int32:
+        """A place, or −1 for one that this launch sends nothing to."""
+        if cutlass.const_expr(self.problem.of == "near"):
+            peer = place // self._places(named) - link.first()
+            if peer < 0 or peer >= self.problem.gpus:
+                place = Int32(-1)
+        return place
 
     def _places(self, named: Named):  # type: ignore[no-untyped-def]
         """Of a rank."""
@@ -174,14 +190,33 @@ class Move(Kernel):
             source = stages.part(stage, i) + lane // problem.fan * size
             target = link.at(peer, BUFFERS[problem.channel][i], Uint8, 16) + Int64(row) * size
             bulk(source.align(16), target.align(16), size)
-        if cutlass.const_expr(problem.describes):
+        if cutlass.const_expr(self.valued):
             cute.arch.store(link.at(peer, VALUES[problem.channel], Float32) + row, value)
             if cutlass.const_expr(problem.channel == "rows"):
-                if cutlass.const_expr(problem.of == "landed"):
-                    origin = named["origins"][unit, 0] + lane
-                else:
-                    origin = link.rank * named["choices"] + unit * problem.fan + lane
+                origin = named["origins"][unit, 0] + lane
                 cute.arch.store(link.at(peer, "origin", Int32) + row, origin)
+
+    @cute.jit
+    def _describe(self, link: Link, named: Named) -> None:
+        """Origins and values to all slots, by a warp of each block."""
+        order, places, values = (flat(named[name]) for name in ("order", "places", "values"))
+        lane, block = Int32(cute.arch.lane_idx()), Int32(cute.arch.block_idx()[0])
+        count, step = Int32(cute.size(order)), 32 * ABREAST
+        for first in cutlass.range(block * step, count, Int32(cute.arch.grid_dim()[0]) * step, unroll=1):
+            found = []
+            for i in cutlass.range_constexpr(ABREAST):
+                at = first + 32 * i + lane
+                choice = order[cutlass.min(at, count - 1)]
+                place = self._near(link, named, places[choice])
+                if at >= count:
+                    place = Int32(-1)
+                found.append((choice, place, values[choice]))
+            for choice, place, value in found:
+                if place >= 0:
+                    peer, row = place // named["capacity"], place % named["capacity"]
+                    cute.arch.store(link.at(peer, "value", Float32) + row, value)
+                    origin = link.rank * named["choices"] + choice
+                    cute.arch.store(link.at(peer, "origin", Int32) + row, origin)
 
     @cute.jit
     def _pad(self, link: Link, named: Named) -> None:

@@ -7,7 +7,8 @@ the order of arrival.
 count   a block a tile of 1024 choices; a warp 4 chunks of 32 in turn, equal lanes found by match.any
           table[warp, expert] ─ bar.sync ─ sums over warps ─ tiles[tile, expert], slots[choice] (place in the tile)
         the last block: sums over tiles, the rank's counts to all of its host, counts.full (to others: rdep_rail.py)
-place   waits for counts.full; every block computes the segments for itself, then the slots of its tile
+place   waits for counts.full; every block computes the segments for itself, then the slots of its tile, and where its
+        choices are among the rank's own in the order of experts
 """
 
 from __future__ import annotations
@@ -98,41 +99,56 @@ class Place(Tiled):
         local = experts // ranks
         link, capacity = self.link(named), named["capacity"]
         indices, slots, tiles = flat(named["indices"]), flat(named["slots"]), named["tiles"]
-        offsets, ends = named["offsets"], named["ends"]
+        offsets, ends, order = named["offsets"], named["ends"], flat(named["order"])
         thread, tile = Int32(cute.arch.thread_idx()[0]), Int32(cute.arch.block_idx()[0])
         link.wait("counts.full", link.epoch("counts"), "all")
 
         smem = SmemAllocator()
         rows = smem.allocate_tensor(Int32, cute.make_layout(experts), 16)  # of an expert
         first = smem.allocate_tensor(Int32, cute.make_layout(experts), 16)  # slot of this rank's first row
+        mine = smem.allocate_tensor(
+            Int32, cute.make_layout(experts), 16
+        )  # this rank's rows; then those before
+        sent = smem.allocate_tensor(Int32, cute.make_layout(ranks), 4)  # this rank's rows to an owner
         full = smem.allocate_tensor(Int32, cute.make_layout(ranks), 4)  # whether a rank's rows do not fit
         counts = link.own("counts", Int32, ranks * experts)
         for expert in cutlass.range(thread, experts, THREADS):
             total, lower = Int32(0), Int32(0)
-            for source in cutlass.range_constexpr(ranks):
+            for source in cutlass.range(ranks, unroll=8):
                 if source == link.rank:
                     lower = total
                 total += counts[source * experts + expert]
             rows[expert], first[expert] = total, lower
+            mine[expert] = counts[link.rank * experts + expert]
         cute.arch.sync_threads()
 
         if thread < ranks:  # of this owner: the segments
-            slot = Int32(0)
+            slot, before = Int32(0), Int32(0)
             for i in cutlass.range(local):
                 expert = thread * local + i
                 first[expert] = first[expert] + slot
+                own = mine[expert]
+                mine[expert] = before
+                before += own
                 if thread == link.rank and tile == 0:
                     offsets[i] = slot
                     ends[i] = slot + rows[expert]
                 slot += (rows[expert] + align - 1) // align * align
             if thread == link.rank and tile == 0:
                 offsets[local] = slot
+            sent[thread] = before
             full[thread] = Int32(slot > capacity)
             if slot > capacity and tile == 0:
                 link.report(OVERFLOW, thread, 0, Int64(slot), Int64(capacity))
         cute.arch.sync_threads()
+        for expert in cutlass.range(thread, experts, THREADS):
+            before = Int32(0)
+            for owner in cutlass.range(expert // local):
+                before += sent[owner]
+            mine[expert] = mine[expert] + before
+        cute.arch.sync_threads()
         overflow = Int32(0)
-        for owner in cutlass.range_constexpr(ranks):
+        for owner in cutlass.range(ranks, unroll=8):
             overflow |= full[owner]
         if overflow != 0 and tile == 0:  # nothing is sent, and no kernel finds rows to work on
             if thread == 0:
@@ -146,4 +162,6 @@ class Place(Tiled):
             i = tile * TILE + chunk * THREADS + thread
             if i < cute.size(indices):
                 expert = indices[i]
-                slots[i] = expert // local * capacity + first[expert] + tiles[tile, expert] + slots[i]
+                earlier = tiles[tile, expert] + slots[i]
+                order[mine[expert] + earlier] = i
+                slots[i] = expert // local * capacity + first[expert] + earlier

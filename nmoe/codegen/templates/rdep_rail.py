@@ -158,11 +158,12 @@ class Raise(Linked):
 
     @cute.kernel
     def kernel(self, named):  # type: ignore[no-untyped-def]
-        link, peer = self.link(named), Int32(cute.arch.thread_idx()[0])
-        if link.among("rail", peer):
-            nvshmem = Nvshmem(self.capability)
-            cute.arch.fence_acq_rel_sys()
-            nvshmem.set(link.flag("rails.free", link.rank), link.epoch("rails"), self.pe(link, peer))
+        link, nvshmem = self.link(named), Nvshmem(self.capability)
+        threads = Int32(cute.arch.block_dim()[0])
+        for peer in cutlass.range(Int32(cute.arch.thread_idx()[0]), self.problem.ranks, threads, unroll=1):
+            if link.among("rail", peer):
+                cute.arch.fence_acq_rel_sys()
+                nvshmem.set(link.flag("rails.free", link.rank), link.epoch("rails"), self.pe(link, peer))
 
 
 class Counts90(Counts):
