@@ -241,7 +241,7 @@ def memory_plan(config: Config, world: int, schedule: Schedule) -> dict[str, int
 def _rdep_bytes(config: Config, schedule: Schedule) -> int:
     """What peers write to beside the arena, shared by all layers: returned rows of either direction with a gradient of
     the router weight; counts of every rank; on a CPU received rows and received output gradients, which must be
-    distinct, with metadata. On a GPU they arrive in the arena."""
+    distinct, with metadata. On a GPU they arrive in the arena, and each layer keeps the order of its choices."""
     moe, ranks, dims = config.moe, config.rdep.ranks, schedule.dims
     if moe is None or ranks == 1:
         return 0
@@ -255,7 +255,8 @@ def _rdep_bytes(config: Config, schedule: Schedule) -> int:
             returned = max(returned, payload[op.name])
     row = sum(received.values())
     arrived = dims["R"] * (row + ROW_META_BYTES) if row else 0.0
-    return round(arrived + dims["T"] * moe.topk * returned + ranks * moe.experts * 4)
+    ordered = 4 * sum(op.kind == "moe_plan" for op in schedule.graph.ops) if schedule.target != "cpu" else 0
+    return round(arrived + dims["T"] * moe.topk * (returned + ordered) + ranks * moe.experts * 4)
 
 
 def _rail_bytes(config: Config, schedule: Schedule, node: int) -> int:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmoe import devices, plan, predict
+from nmoe.codegen.transfers import transfers_of
 from nmoe.config import Config, Moe, Target, layers, load
 from nmoe.devices import TABLE, Device
 from nmoe.errors import UserError
@@ -285,8 +286,8 @@ def test_wires_of_a_step(shipped) -> None:
 
 def test_rdep_buffers_by_hand(shipped) -> None:
     tokens = 4 * 4096
-    assert shipped["moonlight"].memory["RDEP buffers"] == tokens * 6 * 4100 + 8 * 64 * 4, (
-        "rows arrive in the arena"
+    assert shipped["moonlight"].memory["RDEP buffers"] == tokens * 6 * (4100 + 26 * 4) + 8 * 64 * 4, (
+        "rows arrive in the arena; 26 layers keep the order of their choices"
     )
     assert shipped["moonlet"].memory["RDEP buffers"] == 0
 
@@ -298,6 +299,17 @@ def test_rails_by_hand(shipped) -> None:
     assert shipped["dsv2"].rail_bytes == 2 * 9 * (rows + returns)
     assert shipped["moonlight"].rail_bytes == 0, "one host"
     assert "18.5 GB  more for rails between hosts of 8, not counted" in format_plan(shipped["dsv2"])
+
+
+@pytest.mark.parametrize("name", ["moonlight", "dsv2", "dsv3"])
+def test_rows_of_the_shipped_configs_have_kernels(name: str) -> None:
+    """On hosts of 8 GPUs, in groups of 8, 80 and 256 ranks."""
+    config = load(CONFIGS / f"{name}.toml")
+    schedule = lower(config, sequences=micro_batch(config, NATURAL[name]))
+    transfers = transfers_of(schedule, 8)
+    assert len(transfers) == (9 if name == "moonlight" else 20)
+    for problem in transfers:
+        problem.require_legal(problem.untuned(config.target.device), config.target.device)
 
 
 @pytest.mark.parametrize(
