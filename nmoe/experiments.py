@@ -76,6 +76,12 @@ class Experiments:
                     f"{self._db}: run {run_id!r} is not in table runs, so it cannot end as {status}"
                 )
 
+    def complete(self, run_id: str, summary: Mapping[str, Any]) -> None:
+        """Record that `run_id` has finished if it is there as running: it was killed after its last checkpoint."""
+        row = {"run_id": run_id, "status": "finished", "summary": json.dumps(summary), "now": _now()}
+        with self._transaction() as connection:
+            connection.execute(f"{_FINISH} AND status = 'running'", row)
+
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:

@@ -73,7 +73,6 @@ class Plan:
     bytes: float
     wires: Mapping[str, Wire]
     seconds: Mapping[str, float]
-    rail_bytes: int  # between hosts, not in `memory`
     checkpoint_bytes: int  # over all ranks
 
     @property
@@ -109,7 +108,7 @@ def plan(config: Config, world: int = 1, device: Device | None = None) -> Plan:
     device = device or devices.of_target(config.target.device)
     sequences = micro_batch(config, world)
     schedule = lower(config, sequences=sequences)
-    sizes = memory_plan(config, world, schedule)
+    sizes = memory_plan(config, world, schedule, device.node)
     if sum(sizes.values()) > device.memory * device.usable:
         raise PlanError(_refusal(config, world, device, schedule, sizes))
 
@@ -152,7 +151,6 @@ def plan(config: Config, world: int = 1, device: Device | None = None) -> Plan:
             SYNC: sync.seconds(device),
             "optimizer": touched / (device.bandwidth * device.attained["memory"]),
         },
-        rail_bytes=_rail_bytes(config, schedule, device.node),
         checkpoint_bytes=_checkpoint_bytes(config, schedule),
     )
 
@@ -208,9 +206,9 @@ def _owners(config: Config, world: int, expert: bool) -> int:
     return world // config.rdep.ranks if expert else world
 
 
-def memory_plan(config: Config, world: int, schedule: Schedule) -> dict[str, int]:
-    """Bytes a rank by class; their sum is what a rank allocates. A parameter that the GEMMs read in FP32 has no other
-    master."""
+def memory_plan(config: Config, world: int, schedule: Schedule, node: int) -> dict[str, int]:
+    """Bytes a rank by class, with `node` ranks on a host; their sum is what a rank allocates. A parameter that the
+    GEMMs read in FP32 has no other master."""
     fixed = schedule.persistent_bytes()
     segments, _ = layout(schedule.graph, world=world, group=config.rdep.ranks)
     held = sum(s.share for s in segments)
@@ -235,6 +233,7 @@ def memory_plan(config: Config, world: int, schedule: Schedule) -> dict[str, int
         "quantized weights": quantized,
         "activations": schedule.arena_bytes - quantized,
         "RDEP buffers": _rdep_bytes(config, schedule),
+        "rails between hosts": _rail_bytes(config, schedule, node),
     }
 
 
@@ -260,8 +259,8 @@ def _rdep_bytes(config: Config, schedule: Schedule) -> int:
 
 
 def _rail_bytes(config: Config, schedule: Schedule, node: int) -> int:
-    """What rows pass through between hosts of `node` GPUs, shared by all layers: rails.py holds rows of either channel
-    for the worst case, of which those that describe themselves need the most."""
+    """What rows pass through between hosts of `node` GPUs, shared by all layers: room for all rows of either channel,
+    of which those that describe themselves need the most (codegen/rails.py)."""
     if config.rdep.ranks <= node:
         return 0
     boxes: dict[str, int] = {}  # where layers' rows differ in bytes, they share the largest
@@ -356,19 +355,20 @@ def _refusal(config: Config, world: int, device: Device, schedule: Schedule, siz
         f"{gigabytes(limit)} usable of {gigabytes(device.memory)}",
         *(f"  {gigabytes(size):>10}  {name}" for name, size in _families(schedule)),
     ]
-    lines.append(f"  remedy: {_remedy(config, world, limit)}")
+    lines.append(f"  remedy: {_remedy(config, world, device)}")
     return "\n".join(lines)
 
 
-def _remedy(config: Config, world: int, limit: float) -> str:
+def _remedy(config: Config, world: int, device: Device) -> str:
     """Every single key that makes the config fit; else the shortest run of keys that does together; else the number
     of ranks; else a key that makes it another experiment."""
     known: dict[tuple[Config, int], bool] = {}
+    limit = device.memory * device.usable
 
     def fits(config: Config, world: int = world) -> bool:
         if (config, world) not in known:
             schedule = lower(config, sequences=micro_batch(config, world))
-            known[config, world] = sum(memory_plan(config, world, schedule).values()) <= limit
+            known[config, world] = sum(memory_plan(config, world, schedule, device.node).values()) <= limit
         return known[config, world]
 
     def alone(options: Iterator[tuple[str, list[int | str]]]) -> list[str]:
@@ -435,11 +435,6 @@ def format_plan(plan: Plan) -> str:
         "",
         f"memory of a rank: {amount(plan.memory_bytes, 'B')} of {amount(usable, 'B')} usable",
         *(f"  {amount(size, 'B'):>12}  {name}" for name, size in plan.memory.items() if size),
-        *(
-            f"  {amount(size, 'B'):>12}  more for rails between hosts of {device.node}, not counted (docs/plan.md)"
-            for size in [plan.rail_bytes]
-            if size
-        ),
         "  largest:",
         *(f"  {amount(size, 'B'):>12}  {name}" for name, size in plan.largest),
         "",

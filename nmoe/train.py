@@ -91,6 +91,8 @@ def _train(config: Config, ranks: Ranks, resume: bool, out: Print) -> Outcome:
         path = Path(config.metrics.dir) / run_id / f"rank_{ranks.rank}.duckdb"
         if begin >= config.train.steps:
             out(f"{run_id} has done its {begin} steps; to train longer, raise [train] steps")
+            if ranks.rank == 0:
+                Experiments(Path(config.metrics.experiments)).complete(run_id, {"step": begin})
             return Outcome(run_id, "finished", begin, float("nan"), folder / f"step_{begin:08d}", path)
         if begin and ranks.rank == 0:
             _forget(path.parent, ranks.world, begin)

@@ -179,7 +179,7 @@ def test_a_rank_allocates_what_is_planned(tiny) -> None:
             t.numel() for n, t in step.tensors.items() if n.startswith("loss.") or n.endswith(".load")
         )
         slack += -counted % ROW * 4 + 2 * -(-counted // ROW) * ROW * 4
-        assert sum(held.values()) - slack == sum(memory_plan(config, 1, step.schedule).values())
+        assert sum(held.values()) - slack == sum(memory_plan(config, 1, step.schedule, 8).values())
 
 
 # ---- more ranks ---------------------------------------------------------------------------------------------
@@ -293,12 +293,13 @@ def test_rdep_buffers_by_hand(shipped) -> None:
 
 
 def test_rails_by_hand(shipped) -> None:
-    """dsv2, groups of 80 ranks on hosts of 8: 9 other hosts, staged and landed, rows of 5120 in MXFP8 with an
-    origin and 6 places and weights each; returns in BF16 with one place and one gradient."""
-    rows, returns = 4096 * (5120 + 160 + 4 + 6 * 8), 98_304 * (2 * 5120 + 8)
-    assert shipped["dsv2"].rail_bytes == 2 * 9 * (rows + returns)
-    assert shipped["moonlight"].rail_bytes == 0, "one host"
-    assert "18.5 GB  more for rails between hosts of 8, not counted" in format_plan(shipped["dsv2"])
+    """dsv2, groups of 80 ranks on hosts of 8: from and to 9 other hosts, rows of 5120 in MXFP8 with an origin and 6
+    places and weights each; what the host's tokens chose, once, in BF16 with a place and a gradient each, from a
+    multiple of 8 rows of each host on; and how many these are."""
+    rows, returns = 4096 * (5120 + 160 + 4 + 6 * 8), (8 * 4096 * 6 + 8 * 9) * (2 * 5120 + 8)
+    assert shipped["dsv2"].memory["rails between hosts"] == 2 * 9 * (rows + 2 * 4) + returns
+    assert shipped["moonlight"].memory["rails between hosts"] == 0, "one host"
+    assert "2.41 GB  rails between hosts" in format_plan(shipped["dsv2"])
 
 
 @pytest.mark.parametrize("name", ["moonlight", "dsv2", "dsv3"])
@@ -501,7 +502,7 @@ def sized(bytes_: float) -> Device:
 
 
 def needs(config: Config) -> int:
-    return sum(memory_plan(config, 1, lower(config)).values())
+    return sum(memory_plan(config, 1, lower(config), 8).values())
 
 
 def remedy(config: Config, bytes_: float) -> str:
@@ -536,7 +537,7 @@ def test_more_ranks_are_a_remedy() -> None:
                                                    "NMOE_OPTIM__STATE_PRECISION": "bf16",
                                                    "NMOE_TRAIN__MICRO_BATCH_SIZE": "1",
                                                    "NMOE_RDEP__CAPACITY": "49152"})  # fmt: skip
-    enough = sum(memory_plan(config, 16, lower(config)).values())
+    enough = sum(memory_plan(config, 16, lower(config), 8).values())
     assert refusal(config, 8, replace(TABLE["B200"], memory=enough, usable=1.0)).endswith(
         "remedy: --world 16"
     )

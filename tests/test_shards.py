@@ -99,7 +99,7 @@ def test_masters_and_moments_take_what_the_plan_says(world, group, precision, mo
         train={"batch_size": 8},
     )  # fmt: skip
     schedule = lower(config)
-    planned = memory_plan(config, world, schedule)
+    planned = memory_plan(config, world, schedule, world)
     for rank in range(world):
         parameters = Parameters(schedule.graph, rank=rank, world=world, group=group)
         optimizer = AdamW(parameters, config.optim)
@@ -107,7 +107,7 @@ def test_masters_and_moments_take_what_the_plan_says(world, group, precision, mo
         assert masters == planned["FP32 masters"]
         assert optimizer.m.nbytes + optimizer.v.nbytes == planned["moments"]
     assert (planned["FP32 masters"] == 0) == (precision == "fp32")
-    one = memory_plan(config, group, schedule)
+    one = memory_plan(config, group, schedule, world)
     padding = 4 * world * ALIGNMENT * 8  # four segments
     assert planned["moments"] <= one["moments"] * group / world + padding
 

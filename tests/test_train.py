@@ -216,6 +216,24 @@ def test_killed_at_random_and_resumed_is_uninterrupted_bit_for_bit(config, tmp_p
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_killed_after_its_last_checkpoint_a_run_ends_as_finished_when_resumed(config, tmp_path):
+    whole = elsewhere(config(), tmp_path, "whole")
+    train(whole, out=quiet)
+    with sqlite3.connect(whole.metrics.experiments) as db:
+        ((summary,),) = db.execute("SELECT summary FROM runs").fetchall()
+        db.execute("UPDATE runs SET status = 'running', ended = NULL, summary = NULL")
+    lines: list[str] = []
+    for _ in range(2):
+        assert train(whole, resume=True, out=lines.append).status == "finished"
+        assert rows(whole, *TRAJECTORY)
+    assert any("has done its" in line for line in lines)
+    with sqlite3.connect(whole.metrics.experiments) as db:
+        (found,) = db.execute(
+            "SELECT json_extract(summary, '$.step'), ended IS NOT NULL FROM runs"
+        ).fetchall()
+    assert found == (json.loads(summary)["step"], 1)
+
+
 def test_truncated_newest_checkpoint_falls_back_and_says_so(config, tmp_path):
     whole = elsewhere(config(), tmp_path, "whole")
     train(whole, out=quiet)

@@ -157,7 +157,8 @@ class CountProblem(Plan):
 class PlaceProblem(Plan):
     """slots int32[T, k] becomes owner · capacity + slot; order int32[T, k]: the numbers of this rank's choices in the
     order of their experts, and so of their slots. offsets int32[local + 1] and ends int32[local]: where the segments
-    of this rank's experts begin, padded to `align` rows, and where their rows end. Waits for all counts."""
+    of this rank's experts begin, padded to `align` rows, and where their rows end. Of several hosts, bases
+    int32[hosts − 1]: where, on the host so many + 1 after this one, this rank's returns land. Waits for all counts."""
 
     align: int
 
@@ -167,10 +168,14 @@ class PlaceProblem(Plan):
         local = self.experts // self.ranks
         return (*self.choices(), Operand("order", "i32", (TOKENS, self.topk)),
                 Operand("offsets", "i32", (local + 1,)), Operand("ends", "i32", (local,)),
+                *((Operand("bases", "i32", (self.hosts - 1,)),) if self.hosts > 1 else ()),
                 Operand("capacity", "i32", ()))  # fmt: skip
 
     def template(self, target: str) -> str:
         return "rdep_plan.Place"
+
+    def shared_bytes(self, config: RdepConfig, target: str) -> int:
+        return super().shared_bytes(config, target) + 4 * self.hosts**2
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ class MoveProblem(RdepProblem):
     returns: each slot's row goes to its origin, with its value if `describes`.
 
     `of` several hosts there are two launches: the near rows, with a place on this host; then those that have landed
-    from others, which bring their places and the origins of their first choices.
+    from others, which bring their places and the origins of their first choices or, of returns, how many came.
     """
 
     channel: Channel
@@ -194,6 +199,11 @@ class MoveProblem(RdepProblem):
     of: Literal["all", "near", "landed"] = "all"
 
     kernel = "move"
+
+    @property
+    def counted(self) -> bool:
+        """Whether `count` says where rows lie: returns that have landed."""
+        return self.of == "landed" and self.channel == "returns"
 
     @property
     def fan(self) -> int:
@@ -207,6 +217,8 @@ class MoveProblem(RdepProblem):
         if self.channel == "rows" and self.describes:
             whole = Operand("order", "i32", (SLOTS, self.fan))
             told = (Operand("origins", "i32", (SLOTS, 1)) if self.of == "landed" else whole,)
+        if self.counted:
+            told = (Operand("count", "i32", (self.hosts - 1, 2)),)
         return (*rows, *values, Operand("places", "i32", (SLOTS, self.fan)), *told,
                 Operand("offsets", "i32", (self.local + 1,)), Operand("ends", "i32", (self.local,)),
                 Operand("capacity", "i32", ()), Operand("choices", "i32", ()))  # fmt: skip

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nmoe.codegen.rails import RailCountsProblem, RailFlagProblem, RailProblem
+from nmoe.codegen.rails import RailCountsProblem, RailFlagProblem, RailReturnsProblem, RailRowsProblem
 from nmoe.codegen.rdep import (
-    Channel,
     CombineProblem,
     CountProblem,
     FlagProblem,
@@ -40,13 +39,11 @@ def transfers(
         "receive_returns": CombineProblem(*group, topk, width),
     }
     if ranks > gpus:
-        rows = {"rows": tokens, "returns": capacity}
         for step, move in list(found.items()):
             if isinstance(move, MoveProblem):
-                channel: Channel = move.channel
-                found[f"{step} rail"] = RailProblem(
-                    *group, channel, move.parts, rows[channel], move.fan, local, move.describes
-                )
+                sent = (*group, move.parts, tokens, local, move.describes, topk)
+                rail = RailRowsProblem if move.channel == "rows" else RailReturnsProblem
+                found[f"{step} rail"] = rail(*sent)
                 found[step], found[f"{step} landed"] = replace(move, of="near"), replace(move, of="landed")
         found |= {"relay_counts": RailCountsProblem(*group, experts), "await_rails": RailFlagProblem(*group, "await"),
                   "raise_rails": RailFlagProblem(*group, "raise")}  # fmt: skip

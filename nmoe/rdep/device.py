@@ -97,20 +97,22 @@ class Group:
             "tiles": Buffer((-(-choices // TILE), self.experts), torch.int32),
             "offsets": Buffer((self.local + 1,), torch.int32),
             "ends": Buffer((self.local,), torch.int32),
+            "bases": Buffer((max(1, self.ranks // self.gpus - 1),), torch.int32),
         }
 
 
 class Routing(NamedTuple):
     """A layer's plan on this rank, kept for its backward: slots int32[T, k], owner · capacity + slot of each choice;
     order int32[T, k], the choices in the order of their slots; offsets int32[local + 1] and ends int32[local] of its
-    experts' segments; tiles is workspace of the counts. With the origins int32[capacity] that the first dispatch
-    brings, backward can follow other layers."""
+    experts' segments; bases int32[hosts − 1], where returns land on other hosts; tiles is workspace of the counts. With
+    the origins int32[capacity] that the first dispatch brings, backward can follow other layers."""
 
     slots: Any
     order: Any
     tiles: Any
     offsets: Any
     ends: Any
+    bases: Any
 
 
 class Buffers(Protocol):
@@ -145,9 +147,9 @@ class Exchange:
 
     def receive_counts(self, indices: Any, routing: Routing, layer: int) -> None:
         """Fills the routing. Too many rows for a rank set `overflow` on all: what follows moves nothing."""
-        slots, order, tiles, offsets, ends = routing
-        segments = offsets, ends, self.group.capacity
-        self._run("receive_counts", layer, indices, slots, tiles, order, *segments)
+        slots, order, tiles, offsets, ends, bases = routing
+        plan = (slots, tiles, order, offsets, ends, *((bases,) if self.group.gpus < self.group.ranks else ()))
+        self._run("receive_counts", layer, indices, *plan, self.group.capacity)
 
     def send_rows(self, rows: tuple[Any, ...], values: Any | None, routing: Routing, layer: int) -> None:
         """rows u8[T, bytes] of each part to all slots of each token; zero to this rank's padding. The first dispatch
@@ -171,7 +173,8 @@ class Exchange:
         """rows u8[slots, 2 · width], BF16, and values f32[slots, 1]? back to their origins int32[slots, 1]."""
         step = "send_returns" if values is None else "send_returns_values"
         given = (rows, *(() if values is None else (values,)), origins)
-        self._move(step, layer, given, (), (routing.offsets,), (self.group.choices,), routing)
+        plan = routing.offsets, routing.ends, routing.bases
+        self._move(step, layer, given, (), plan, (self.group.choices,), routing)
 
     def receive_returns(self, y: Any, layer: int) -> None:
         """y bf16[T, width] = each token's rows, summed in FP32 in the order of its choices; the values are in the

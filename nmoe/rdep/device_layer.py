@@ -66,7 +66,7 @@ class DeviceLayer:
 
     def __init__(self, group: Group, memory: Memory, launcher: Launcher, target: str) -> None:
         self._group, self._memory, self._launcher, self._target = group, memory, launcher, target
-        self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # order and ends, by the name of a plan's slots
+        self._kept: dict[str, Routing] = {}  # by the name of a plan's slots
         self.names: list[str] = []
         memory.state[STATE.index("rows")] = 1  # so that the first rows, too, wait until their place is free
         self.implementations = {
@@ -78,10 +78,10 @@ class DeviceLayer:
     def _plan(self, op: Op, ins: list[Any], outs: list[Any]) -> Bound:
         (indices,), (slots, _, offsets, load, _) = ins, outs
         sizes = self._group.routing(len(indices))
-        order, ends, tiles = (self._memory.empty(sizes[name]) for name in ("order", "ends", "tiles"))
-        self._kept[str(op.outputs[0])] = order, ends
+        own = {name: self._memory.empty(sizes[name]) for name in ("order", "tiles", "ends", "bases")}
+        routing = Routing(slots=slots, offsets=offsets, **own)
+        self._kept[str(op.outputs[0])] = routing
         exchange, number, launches = self._prepare(op)
-        routing = Routing(slots, order, tiles, offsets, ends)
         exchange.send_counts(indices, routing, number)
         exchange.receive_counts(indices, routing, number)
         launches.append(partial(load.add_, self._memory["counts"][self._memory.rank]))
@@ -95,7 +95,7 @@ class DeviceLayer:
             places["value"] = row_weight
         exchange, number, launches = self._prepare(op, tuple(part.shape[1] for part in sent), **places)
         exchange.release_rows(number)
-        exchange.send_rows(tuple(sent), weights, self._routing(op, plan), number)
+        exchange.send_rows(tuple(sent), weights, self._kept[str(op.inputs[2])], number)
         exchange.receive_rows(number)
         return partial(_all, launches)
 
@@ -104,17 +104,12 @@ class DeviceLayer:
         exchange, number, launches = self._prepare(op)
         given = None if row_values is None else row_values.view(-1, 1)
         origins = plan[1].view(-1, 1)
-        exchange.send_returns(rows.view(torch.uint8), given, origins, self._routing(op, plan), number)
+        exchange.send_returns(rows.view(torch.uint8), given, origins, self._kept[str(op.inputs[2])], number)
         exchange.receive_returns(y, number)
         if values is not None:
             brought = self._memory["returned value"][: values.numel()].view_as(values)
             launches.append(partial(values.copy_, brought))
         return partial(_all, launches)
-
-    def _routing(self, op: Op, plan: Sequence[Tensor]) -> Routing:
-        slots, _, offsets = plan
-        order, ends = self._kept[str(op.inputs[2])]
-        return Routing(slots, order, None, offsets, ends)
 
     def _prepare(
         self, op: Op, parts: tuple[int, ...] = (), **places: Tensor

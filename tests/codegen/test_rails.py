@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from nmoe.codegen import compiler
-from nmoe.codegen.rails import VERSION, RailCountsProblem, RailFlagProblem, RailProblem
+from nmoe.codegen.rails import (
+    VERSION,
+    RailCountsProblem,
+    RailFlagProblem,
+    RailReturnsProblem,
+    RailRowsProblem,
+)
 from nmoe.rdep.device import Group, check
 from nmoe.rdep.transport import Missing
 
@@ -42,9 +48,9 @@ def test_rows_wait_for_the_landing_and_a_missing_host_is_named() -> None:
 
 
 def test_what_cannot_be_sent_between_hosts_is_named() -> None:
-    good = RailProblem(16, 8, "rows", (4096,), 8192, 6, 4, True)
+    good = RailRowsProblem(16, 8, (4096,), 8192, 4, True, 6)
     assert not good.violations(good.configs("sm_100a")[0], "sm_100a")
-    bad = RailProblem(8, 8, "rows", (4100,), 100, 6, 8, True)
+    bad = RailRowsProblem(8, 8, (4100,), 100, 8, True, 6)
     found = bad.violations(bad.configs("sm_100a")[0], "sm_100a")
     assert [line.split(":")[0] for line in found] == [
         "8 ranks of 8 GPUs a host",
@@ -73,8 +79,9 @@ def test_nvshmem_is_linked(target: str) -> None:
         found = "none"
     if found != VERSION:
         pytest.skip(f"needs nvidia-nvshmem-cu13 {VERSION}, found {found}")
-    rail = RailProblem(16, 8, "rows", (4096,), 8192, 6, 4, True)
-    for problem in (rail, RailCountsProblem(16, 8, 64), RailFlagProblem(16, 8, "raise")):
+    sizes = (16, 8, (4096,), 8192, 4, True, 6)
+    rails = RailRowsProblem(*sizes), RailReturnsProblem(*sizes)
+    for problem in (*rails, RailCountsProblem(16, 8, 64), RailFlagProblem(16, 8, "raise")):
         config = problem.configs(target)[0]
         compiled = compiler.trace(problem, config, target)
         assert b"nvshmemi_device_state_d" in compiled.__cubin__

@@ -17,7 +17,8 @@ that warp tells slots whose rows they hold, and the router weights, 32 choices a
 packet of NVLink holds them all, where row by row each would be two of its own.
 
 Across hosts a transfer is two launches: `near` rows to this host, while others are on their way; then what `landed`
-from other hosts, of which a unit is not read when its first row goes nowhere, for then none does (rdep_rail.py).
+from other hosts (rdep_rail.py). Of rows a unit is not read when its first goes nowhere, for then none does; of returns
+`count` says where those of each host lie.
 """
 
 from __future__ import annotations
@@ -44,13 +45,48 @@ def bulk(source: cute.Pointer, target: cute.Pointer, size: int, barrier: cute.Po
     cute.copy(atom, cute.make_tensor(source, layout), cute.make_tensor(target, layout), **extra)
 
 
+class Units(Fixed):
+    """Which rows a unit is. Of returns that have landed the units of each host follow each other, wherever its rows
+    lie."""
+
+    def __init__(self, problem, rows: int, named, smem: SmemAllocator) -> None:  # type: ignore[no-untyped-def]
+        self.rows, self.counted, self.others = rows, problem.counted, problem.hosts - 1
+        if self.counted:
+            self.count = named["count"]
+            self.ends = smem.allocate_tensor(Int32, cute.make_layout(self.others), 4)  # of a host's units
+
+    @cute.jit
+    def begin(self) -> Int32:
+        """By all threads of a block: how many units have landed."""
+        if cute.arch.thread_idx()[0] == 0:
+            end = Int32(0)
+            for host in cutlass.range(self.others):
+                end += (self.count[host, 1] + self.rows - 1) // self.rows
+                self.ends[host] = end
+        cute.arch.sync_threads()
+        return self.ends[self.others - 1]
+
+    @cute.jit
+    def row(self, unit: Int32):  # type: ignore[no-untyped-def]
+        """The first row of a unit, and the first beyond the rows of its host."""
+        if cutlass.const_expr(not self.counted):
+            return unit * self.rows, (unit + 1) * self.rows
+        host, earlier = Int32(0), Int32(0)
+        for other in cutlass.range(self.others - 1):
+            if unit >= self.ends[other]:
+                host, earlier = other + 1, self.ends[other]
+        first = self.count[host, 0]
+        return first + (unit - earlier) * self.rows, first + self.count[host, 1]
+
+
 class Stages(Fixed):
     """A warp's ring: stages of `rows` rows, part after part, and a barrier each."""
 
-    def __init__(self, move, named, memory: cute.Pointer, full: cute.Pointer) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, move, named, memory: cute.Pointer, full: cute.Pointer, units: Units) -> None:  # type: ignore[no-untyped-def]
         self.parts, self.rows, self.stages = move.problem.parts, move.config.rows, move.config.stages
         self.sources = [named[f"rows{i}"] for i in range(len(self.parts))]
-        self.landed, self.places = move.problem.of == "landed", named["places"]
+        self.units, self.places = units, named["places"]
+        self.skips = move.problem.of == "landed" and not units.counted
         self.memory, self.full = memory, full
         self.bytes = self.rows * sum(self.parts)
 
@@ -61,14 +97,15 @@ class Stages(Fixed):
     def load(self, stage: Int32, unit: Int32) -> None:
         """By the lane of the stage."""
         full, goes = self.full + stage, True
-        if cutlass.const_expr(self.landed):
+        row, _ = self.units.row(unit)
+        if cutlass.const_expr(self.skips):
             goes = False
             for j in cutlass.range_constexpr(self.places.shape[1]):
-                goes |= self.places[unit * self.rows, j] >= 0
+                goes |= self.places[row, j] >= 0
         if goes:
             cute.arch.mbarrier_arrive_and_expect_tx(full, self.bytes)
             for i, size in enumerate(self.parts):
-                source = self.sources[i].iterator + Int64(unit) * (self.rows * size)
+                source = self.sources[i].iterator + Int64(row) * size
                 bulk(source.align(16), self.part(stage, i), self.rows * size, full)
         else:
             cute.arch.mbarrier_arrive(full)
@@ -89,7 +126,8 @@ class Move(Kernel):
         size = config.stages * config.rows * sum(problem.parts)
         memory = smem.allocate_tensor(Uint8, cute.make_layout(config.warps * size), 128).iterator
         barriers = smem.allocate_array(Int64, config.warps * config.stages)
-        stages = Stages(self, named, memory + warp * size, barriers + warp * config.stages)
+        counted = Units(problem, config.rows, named, smem)
+        stages = Stages(self, named, memory + warp * size, barriers + warp * config.stages, counted)
         if Int32(cute.arch.thread_idx()[0]) < config.warps * config.stages:
             cute.arch.mbarrier_init(barriers + cute.arch.thread_idx()[0], 1)
         cute.arch.mbarrier_init_fence()
@@ -99,6 +137,8 @@ class Move(Kernel):
         units = named["places"].shape[0] // config.rows
         if cutlass.const_expr(own and problem.channel == "returns"):
             units = named["offsets"][problem.local] // config.rows
+        if cutlass.const_expr(problem.counted):
+            units = counted.begin()
         if cutlass.const_expr(own and problem.channel == "rows"):
             link.wait("rows.free", epoch - 1)
         if link.overflowed():
@@ -127,10 +167,10 @@ class Move(Kernel):
         if lane < ahead and held < units:
             stages.load(lane, held)
         unit, i = cute.arch.shuffle_sync(held, 0), Int32(0)
-        place, value = self._destination(link, named, unit, units, lane)
+        place, value = self._destination(link, named, stages, unit, units, lane)
         while unit < units:
             following = cute.arch.shuffle_sync(held, (i + 1) % config.stages)
-            next_place, next_value = self._destination(link, named, following, units, lane)
+            next_place, next_value = self._destination(link, named, stages, following, units, lane)
             mine = lane == (i + ahead) % config.stages
             if mine:
                 ticket = cute.arch.atomic_add(link.word("taken"), Int64(1), sem="relaxed", scope="gpu")
@@ -148,14 +188,17 @@ class Move(Kernel):
         cute.arch.fence_proxy("async.global")
 
     @cute.jit
-    def _destination(self, link: Link, named: Named, unit: Int32, units: Int32, lane: Int32):  # type: ignore[no-untyped-def]
+    def _destination(self, link: Link, named: Named, stages: Stages, unit: Int32, units: Int32, lane: Int32):  # type: ignore[no-untyped-def]
         """A lane's destination of a unit, −1 for none, and the value that goes there."""
         fan = self.config.rows * self.problem.fan
         place, value = Int32(-1), Float32(0.0)
         if lane < fan and unit < units:
-            place = self._near(link, named, flat(named["places"])[unit * fan + lane])
-            if cutlass.const_expr(self.valued):
-                value = flat(named["values"])[unit * fan + lane]
+            row, end = stages.units.row(unit)
+            at = row * self.problem.fan + lane
+            if at < end * self.problem.fan:
+                place = self._near(link, named, flat(named["places"])[at])
+                if cutlass.const_expr(self.valued):
+                    value = flat(named["values"])[at]
         return place, value
 
     @property

@@ -17,6 +17,7 @@ import cutlass
 from cutlass import Int32, Int64, Uint32, cute
 from cutlass.memory import SmemAllocator
 
+from nmoe.codegen.rails import UNIT
 from nmoe.codegen.rdep import OVERFLOW, STATE, THREADS, TILE
 from nmoe.codegen.templates.rdep_link import Kernel, flat
 
@@ -158,6 +159,9 @@ class Place(Tiled):
             for i in cutlass.range(thread, local, THREADS):
                 ends[i] = Int32(0)
 
+        if cutlass.const_expr(problem.hosts > 1):
+            if tile == 0:
+                self._bases(link, smem, counts, named["bases"], thread)
         for chunk in cutlass.range_constexpr(TILE // THREADS):
             i = tile * TILE + chunk * THREADS + thread
             if i < cute.size(indices):
@@ -165,3 +169,29 @@ class Place(Tiled):
                 earlier = tiles[tile, expert] + slots[i]
                 order[mine[expert] + earlier] = i
                 slots[i] = expert // local * capacity + first[expert] + earlier
+
+    @cute.jit
+    def _bases(self, link, smem, counts, bases, thread: Int32) -> None:  # type: ignore[no-untyped-def]
+        """Where this rank's returns land on each host after its own: behind those of the hosts before it, among the
+        rows that the host sent along this rail, each host's from a multiple of UNIT on."""
+        problem = self.problem
+        hosts, gpus, experts = problem.hosts, problem.gpus, problem.experts
+        local = experts // problem.ranks
+        moved = smem.allocate_tensor(
+            Int32, cute.make_layout((hosts, hosts)), 4
+        )  # from one host to another's experts
+        for pair in cutlass.range(thread, hosts * hosts, THREADS):
+            to, here = pair // hosts, pair % hosts  # this rail's rank on host `to`, tokens of host `here`
+            first, total = (to * gpus + link.rank % gpus) * local, Int32(0)
+            for source in cutlass.range(here * gpus, (here + 1) * gpus):
+                for expert in cutlass.range(first, first + local):
+                    total += counts[source * experts + expert]
+            moved[to, here] = (total + UNIT - 1) // UNIT * UNIT
+        cute.arch.sync_threads()
+        own = link.rank // gpus
+        if thread < hosts - 1:
+            here, base = (own + 1 + thread) % hosts, Int32(0)
+            for to in cutlass.range(own):
+                if to != here:
+                    base += moved[to, here]
+            bases[thread] = base

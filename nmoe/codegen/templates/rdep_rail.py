@@ -1,5 +1,6 @@
-"""Between hosts: this rank's counts, and rows to the GPU of its index on every other host, gathered into chunks, one
-message a chunk for each part.
+"""Between hosts: this rank's counts, and rows to the GPU of its index on every other host.
+
+Rows are gathered into chunks, one message a chunk for each part:
 
     block ─▶ (host, chunk of 32 rows)    lane r: does any place of row r lie there?  ballot ─▶ which rows go, and where
         rows that go, in their order ──▶ staged       their places and values, then places of −1 ──▶ staged
@@ -9,6 +10,10 @@ A signal comes after what its own put wrote, and says nothing of other puts: `ra
 chunk's last one so much that each transfer adds WHOLE, and all have arrived when it has reached so many epochs' worth.
 There is room for all rows, so that where a chunk begins is known beforehand. `move` takes what has landed on inside
 the host.
+
+Returns go from where they lie, BATCH rows a message: an expert's rows of one host are a range, for they are in the
+order of their sources, and its ends are found by bisection. They land one after the other from the plan's base on. One
+more message says how many they are, and signals what is missing to WHOLE.
 """
 
 from __future__ import annotations
@@ -17,10 +22,10 @@ import cutlass
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.memory import SmemAllocator
 
-from nmoe.codegen.rails import CHUNK, WHOLE
+from nmoe.codegen.rails import BATCH, CHUNK, WHOLE
 from nmoe.codegen.rdep import STATE
 from nmoe.codegen.templates.nvshmem import Nvshmem
-from nmoe.codegen.templates.rdep_link import Kernel, Link, Named
+from nmoe.codegen.templates.rdep_link import Kernel, Link, Named, flat
 
 PIECE = 16  # bytes that a lane copies at once
 
@@ -52,7 +57,7 @@ class Counts(Linked):
             nvshmem.quiet()  # the next layer's counts are written over what has been read
 
 
-class Rail(Linked):
+class Rows(Linked):
     @cute.kernel
     def kernel(self, operands):  # type: ignore[no-untyped-def]
         problem, named = self.problem, Named(operands)
@@ -60,8 +65,6 @@ class Rail(Linked):
         epoch = link.epoch("rails") + 1
         link.wait("rails.free", epoch - 1, "rail")
         rows = Int32(problem.tokens)
-        if cutlass.const_expr(problem.channel == "returns"):
-            rows = named["offsets"][problem.local]
         if link.overflowed():
             rows = Int32(0)  # peers still count on the messages
         chunks = problem.tokens // CHUNK
@@ -104,7 +107,7 @@ class Rail(Linked):
                     if goes:
                         value = named["values"][row, j]
                     named["staged values"][to, j] = value
-            if cutlass.const_expr("origins" in problem.notes):
+            if cutlass.const_expr(problem.describes):
                 named["staged origins"][to, 0] = link.rank * named["choices"] + row * problem.fan
         for r in cutlass.range(warp, CHUNK, self.config.warps):
             if (going >> Uint32(r)) & 1 != 0:
@@ -137,11 +140,91 @@ class Rail(Linked):
 
     def _put(self, nvshmem, named, name, begin, landed, count, flag, value, peer) -> None:  # type: ignore[no-untyped-def]
         """`count` rows of a staged buffer, from `begin` on, to where the peer has them of this host."""
-        staged, target = named[f"staged {name}"], named[f"landed {name}"]
-        width = staged.shape[1]
-        size = Int64(count) * (width * staged.element_type.width // 8)
-        to, what = (t.iterator + Int64(at) * width for t, at in ((target, landed), (staged, begin)))
-        nvshmem.put(to, what, size, flag, value, peer)
+        put_rows(
+            nvshmem, named[f"staged {name}"], named[f"landed {name}"], begin, landed, count, flag, value, peer
+        )
+
+
+def put_rows(nvshmem, source, target, begin, landed, count, flag, value, peer) -> None:  # type: ignore[no-untyped-def]
+    """`count` rows from `begin` on, to those from `landed` on of the peer's `target`."""
+    width = source.shape[1]
+    size = Int64(count) * (width * source.element_type.width // 8)
+    to, what = (t.iterator + Int64(at) * width for t, at in ((target, landed), (source, begin)))
+    nvshmem.put(to, what, size, flag, value, peer)
+
+
+class Returns(Linked):
+    @cute.kernel
+    def kernel(self, operands):  # type: ignore[no-untyped-def]
+        problem, named = self.problem, Named(operands)
+        link, nvshmem, local = self.link(named), Nvshmem(self.capability), self.problem.local
+        epoch = link.epoch("rails") + 1
+        link.wait("rails.free", epoch - 1, "rail")
+        smem = SmemAllocator()
+        ranges = (problem.hosts - 1) * local
+        first, count = (smem.allocate_tensor(Int32, cute.make_layout(ranges), 4) for _ in range(2))
+        thread, threads = Int32(cute.arch.thread_idx()[0]), Int32(cute.arch.block_dim()[0])
+        for i in cutlass.range(thread, ranges, threads):
+            sources = problem.gpus * named["each"]  # places of a host
+            host = (link.rank // problem.gpus + 1 + i // local) % problem.hosts
+            begin = self._bisect(named, i % local, host * sources)
+            first[i], count[i] = begin, self._bisect(named, i % local, (host + 1) * sources) - begin
+        cute.arch.sync_threads()
+        turn = Int32(0)  # messages' batches go to the thread blocks in turn
+        for hop in cutlass.range(problem.hosts - 1):
+            turn = self._send(link, nvshmem, named, first, count, hop, turn)
+        if link.last(smem):
+            if cute.arch.thread_idx()[0] == 0:
+                nvshmem.quiet()  # what has been sent may be overwritten
+            link.advance("rails", epoch)
+
+    @cute.jit
+    def _bisect(self, named: Named, expert: Int32, place: Int32) -> Int32:
+        """The first slot of an expert's rows whose place is not before `place`."""
+        places, begin, end = flat(named["places"]), named["offsets"][expert], named["ends"][expert]
+        while begin < end:
+            middle = (begin + end) // 2
+            if places[middle] < place:
+                begin = middle + 1
+            else:
+                end = middle
+        return begin
+
+    @cute.jit
+    def _send(
+        self, link: Link, nvshmem: Nvshmem, named: Named, first, count, hop: Int32, turn: Int32
+    ) -> Int32:  # type: ignore[no-untyped-def]
+        """The rows of the host `hop` + 1 after this one, and how many they are. Returns the next batch's turn."""
+        problem, block, blocks = self.problem, Int32(cute.arch.block_idx()[0]), Int32(cute.arch.grid_dim()[0])
+        host = (link.rank // problem.gpus + 1 + hop) % problem.hosts
+        peer = self.pe(link, host * problem.gpus + link.rank % problem.gpus)
+        flag, base = link.flag("rails.full", link.rank), named["bases"][hop]
+        names = [
+            *(f"rows{i}" for i in range(len(problem.parts))),
+            *(["values"] if problem.describes else []),
+            "places",
+        ]
+        landed, batches = base, Int32(0)
+        for expert in cutlass.range(problem.local):
+            start, rows = first[hop * problem.local + expert], count[hop * problem.local + expert]
+            for done in cutlass.range(0, rows, BATCH):
+                if turn % blocks == block:
+                    for name in names:
+                        put_rows(nvshmem, named[name], named[f"landed {name}"], start + done, landed + done,
+                                 cutlass.min(rows - done, BATCH), flag, Int64(1), peer)  # fmt: skip
+                turn += 1
+                batches += 1
+            landed += rows
+        if turn % blocks == block:
+            if cute.arch.thread_idx()[0] == 0:
+                named["staged count"][hop, 0] = base
+                named["staged count"][hop, 1] = landed - base
+                cute.arch.fence_acq_rel_sys()
+            cute.arch.sync_threads()
+            rest = Int64(WHOLE) - Int64(batches) * len(names)
+            put_rows(nvshmem, named["staged count"], named["landed count"], hop, problem.hosts - 2 - hop, Int32(1),
+                     flag, rest, peer)  # fmt: skip
+        return turn + 1
 
 
 class Await(Kernel):
@@ -174,11 +257,19 @@ class Counts100(Counts):
     capability = 100
 
 
-class Rail90(Rail):
+class Rows90(Rows):
     capability = 90
 
 
-class Rail100(Rail):
+class Rows100(Rows):
+    capability = 100
+
+
+class Returns90(Returns):
+    capability = 90
+
+
+class Returns100(Returns):
     capability = 100
 
 
