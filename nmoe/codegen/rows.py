@@ -91,7 +91,7 @@ class RowProblem(Problem):
 
     def __str__(self) -> str:
         parts = [self.body] * (self.body != "load") + ["add"] * self.addends
-        parts = [f"{self.source}/row"] * (self.source != "bf16") + parts
+        parts = [f"from {self.source}"] * (self.source != "bf16") + parts
         return " + ".join(parts + [f"{c.format}/{c.name}" for c in self.copies]) + f" {self.width}"
 
     @property
@@ -219,6 +219,9 @@ class RowProblem(Problem):
             resident = {"sm_90a": 3, "sm_100a": 2}[target]  # with three, sm_100a's lack a few registers
             return [RowConfig(8, 16, 2, 2, resident), RowConfig(8, 16, 1, 4, resident)]
         if self.columns:
+            if self.source == "mxfp8" and len(self.copies) == 1:  # elements of one byte: twice the rows in flight
+                sizes = [RowConfig(16, 16, 4, 1, 3), RowConfig(16, 16, 8, 1, 2)]
+                return sizes[::-1] if self.body == "dispatch" else sizes
             return [RowConfig(8, 8, 2, 2, 4), RowConfig(8, 8, 4, 2, 2), RowConfig(8, 8, 1, 4, 4)]
         across = self._across(32, 8)
         return [RowConfig(32, rows, 8 // across, across, 8 // rows) for rows in (2, 4)]
