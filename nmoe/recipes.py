@@ -8,8 +8,9 @@ A linear layer y = x Wᵀ, W [N, K], x [M, K], runs three GEMMs, each over anoth
     wgrad   dW [N, K] = dyᵀ x  M          dy, axis 0      x, axis 0
 
 Each pass may run in a precision of its own; every copy is quantized from the high-precision tensor, never
-from another copy. Sources: TransformerEngine's MXFP8BlockScaling (E4M3 throughout, round to nearest) and the
-NVFP4 recipe of arXiv 2509.25149 §4 (TransformerEngine's NVFP4BlockScaling).
+from another copy, but for rows that travel between ranks as one (`payload`). Sources: TransformerEngine's
+MXFP8BlockScaling (E4M3 throughout, round to nearest) and the NVFP4 recipe of arXiv 2509.25149 §4
+(TransformerEngine's NVFP4BlockScaling).
 """
 
 from __future__ import annotations
