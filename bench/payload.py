@@ -5,7 +5,8 @@
     python bench/payload.py mxfp8 --json FILE       rows and output gradients are rounded in blocks of 32 of a row
                                                     before they travel: row copies are the same bits, column copies
                                                     are rounded twice (docs/rdep.md, "What travels")
-    python bench/payload.py copies                  how far such column copies are from those of BF16 rows
+    python bench/payload.py copies                  how far column copies of MXFP8 rows are from those of BF16 rows, and
+                                                    from the rows NVFP4 copies of what travelled in each format
 
 Both train with the numerics of MXFP8, the same data and initial weights. The quickstart's rows are too short (256) to
 travel in MXFP8 by themselves.
@@ -71,6 +72,25 @@ def copies() -> None:
         differ = float((once != twice).float().mean())
         print(f"{name}: {differ:.1e} of the elements differ, the copies by {apart:.1e} of their norm; they are "
               f"{first:.5f} and {second:.5f} from the rows")  # fmt: skip
+
+    rows = normal(4096, 2048).bfloat16()
+    for axis, name in ((1, "along the rows"), (0, "down the columns, transformed")):
+        hadamard = axis == 0
+        exact = formats.hadamard_transform(rows.float(), 0) if hadamard else rows.float()
+        apart = []
+        for sent in ("bf16", "mxfp8", "nvfp4"):
+            came = (
+                rows
+                if sent == "bf16"
+                else formats.dequantize(formats.quantize(rows, sent, 1), torch.bfloat16)
+            )
+            made = came if sent == "nvfp4" and axis == 1 else None
+            if made is None:
+                made = formats.dequantize(formats.quantize(came, "nvfp4", axis, hadamard=hadamard))
+            apart.append(f"{sent} {float((made.float() - exact).norm() / exact.norm()):.4f}")
+        print(
+            f"NVFP4 copies {name} of normal rows that travelled in {', '.join(apart)} of their norm from the rows"
+        )
 
 
 def main() -> None:

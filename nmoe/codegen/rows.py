@@ -219,7 +219,9 @@ class RowProblem(Problem):
             resident = {"sm_90a": 3, "sm_100a": 2}[target]  # with three, sm_100a's lack a few registers
             return [RowConfig(8, 16, 2, 2, resident), RowConfig(8, 16, 1, 4, resident)]
         if self.columns:
-            if self.source == "mxfp8" and len(self.copies) == 1:  # elements of one byte: twice the rows in flight
+            if (
+                self.source == "mxfp8" and len(self.copies) == 1
+            ):  # elements of one byte: twice the rows in flight
                 sizes = [RowConfig(16, 16, 4, 1, 3), RowConfig(16, 16, 8, 1, 2)]
                 return sizes[::-1] if self.body == "dispatch" else sizes
             return [RowConfig(8, 8, 2, 2, 4), RowConfig(8, 8, 4, 2, 2), RowConfig(8, 8, 1, 4, 4)]
