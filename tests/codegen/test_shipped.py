@@ -24,6 +24,8 @@ from nmoe.codegen.build import build
 from nmoe.codegen.gemm import GemmConfig, GemmProblem
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import Config, Problem
+from nmoe.codegen.routing import RouterBwdProblem
+from nmoe.codegen.rows import RowProblem
 from nmoe.codegen.spec import KernelSpec
 from nmoe.config import Target, load
 
@@ -101,7 +103,7 @@ def test_every_kernel_of_the_shipped_configs(
     wrong = []
     for spec, entry in {**built.warm, **built.built}.items():
         problem, config, _ = built.chosen[spec]
-        found = [*_budget(entry.report, target)]
+        found = [*_budget(entry.report, target, _spills(problem))]
         if isinstance(problem, GemmProblem) and isinstance(config, GemmConfig):
             found += _gemm(problem, config, entry.report, target)
         elif isinstance(problem, AttentionProblem):
@@ -112,13 +114,23 @@ def test_every_kernel_of_the_shipped_configs(
     assert not wrong, "\n".join(wrong)
 
 
-def _budget(found: Mapping[str, Any], target: str) -> list[str]:
-    """What a kernel uses more of than there is."""
+def _spills(problem: Problem) -> int:
+    """Bytes of local memory that a thread may use where the kernel takes all registers that it can have: a few values
+    outside of its loops (docs/kernels.md)."""
+    if isinstance(problem, RowProblem) and problem.two_passes:
+        return 48
+    if isinstance(problem, RowProblem) and problem.statistic and len(problem.copies) == 2:
+        return 72
+    return 8 if isinstance(problem, RouterBwdProblem) else 0
+
+
+def _budget(found: Mapping[str, Any], target: str, spills: int) -> list[str]:
+    """What a kernel uses more of than there is, or than `spills` bytes of local memory a thread."""
     hardware = HARDWARE[target]
     kernels = found["kernels"]
-    wrong = [f"{name}: {used}" for name, used in kernels.items() if used["stack"] or used["local"]]
+    wrong = [f"{name}: {used}" for name, used in kernels.items() if used["stack"] > spills or used["local"]]
     wrong += [f"{name}: {used} registers" for name, used in kernels.items() if used["registers"] > 255]
-    if found["sass"]["local"]:
+    if found["sass"]["local"] and not spills:
         wrong.append(f"local memory: {found['sass']['local']}")
     if found["shared_bytes"] > hardware.shared:
         wrong.append(f"{found['shared_bytes']} bytes of shared memory")
@@ -175,9 +187,12 @@ def _gemm(p: GemmProblem, c: GemmConfig, found: Mapping[str, Any], target: str) 
         if sum(n for op, n in loads.items() if ".GATHER4" in op) != lines * slice_ // 256:  # 4 rows of 64
             wrong.append(f"loads of {lines} x {slice_} elements of tokens' rows: {dict(loads)}")
     else:
+        # A tile's first slice stands alone, and the loop over the others, if there are any, is cut by the tasks of the
+        # tile before.
         wanted = f"HGMMA.64x{c.tile_n}x16.F32.BF16"
-        if sass["mma"] != {wanted: products}:
-            wrong.append(f"products {sass['mma']}, expected {products}x {wanted}")
+        count = sass["mma"].get(wanted, 0)
+        if set(sass["mma"]) != {wanted} or count % products:
+            wrong.append(f"products {sass['mma']}, expected {products}x {wanted} for each part of the loop")
         if any(".MULTICAST" in op for op in loads) != pair:
             wrong.append(f"loads of {c.cluster} thread blocks: {dict(loads)}")
     return wrong
