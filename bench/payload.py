@@ -84,9 +84,9 @@ def copies() -> None:
                 if sent == "bf16"
                 else formats.dequantize(formats.quantize(rows, sent, 1), torch.bfloat16)
             )
-            made = came if sent == "nvfp4" and axis == 1 else None
-            if made is None:
-                made = formats.dequantize(formats.quantize(came, "nvfp4", axis, hadamard=hadamard))
+            copied = sent == "nvfp4" and axis == 1  # what came is the copy
+            quantized = formats.quantize(came, "nvfp4", axis, hadamard=hadamard)
+            made = came if copied else formats.dequantize(quantized)
             apart.append(f"{sent} {float((made.float() - exact).norm() / exact.norm()):.4f}")
         print(
             f"NVFP4 copies {name} of normal rows that travelled in {', '.join(apart)} of their norm from the rows"

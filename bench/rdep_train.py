@@ -52,9 +52,9 @@ from nmoe.codegen.transfers import transfers_of
 from nmoe.config import Config, load
 from nmoe.data.loader import Batch
 from nmoe.executor import Executor, allocate
+from nmoe.formats import buffers
 from nmoe.graph import Graph, Op
 from nmoe.model import group_of
-from nmoe.ops.moe import buffers
 from nmoe.parameters import Parameters
 from nmoe.plan import plan
 from nmoe.ranks import Ranks

@@ -34,7 +34,6 @@ from nmoe.schedule import Call, Kernels, Schedule, Workspace, lower
 if TYPE_CHECKING:
     import torch
 
-    from nmoe.formats import Quantized
 
 Bound = Callable[[], None]
 Argument: TypeAlias = "torch.Tensor | float | int"
@@ -145,11 +144,13 @@ def bind(
     launcher: Launcher,
 ) -> Bound:
     """The launch of a call's kernel. `operand` gives a tensor's storage by its name."""
+    from nmoe.formats import buffers
+
     spec = spec_of(schedule.graph, schedule.target, call.ops, schedule.fused)
     problem = families.match(spec)
     assert isinstance(problem, Problem), f"{call.name} has no kernel: {problem}"
     config, _ = autotune.choose(problem, schedule.target, launcher.root)
-    tensors = [t for name in _stored(schedule, call) for t in _buffers(operand(name))] + list(workspace)
+    tensors = [t for name in _stored(schedule, call) for t in buffers(operand(name))] + list(workspace)
     operands = problem.operands(config)
     scalars = [_scalar(call, o) for o in operands if not o.shape]
     if len(operands) != len(tensors) + len(scalars):
@@ -194,15 +195,6 @@ def _stored(schedule: Schedule, call: Call) -> Iterator[str]:
     made = set(call.outputs)
     yield from dict.fromkeys(name for name in call.inputs if name not in made)
     yield from dict.fromkeys(name for name in call.outputs if name not in schedule.fused)
-
-
-def _buffers(value: torch.Tensor | Quantized) -> list[torch.Tensor]:
-    from nmoe.formats import Quantized
-
-    if isinstance(value, Quantized):
-        amax = [] if value.amax is None else [value.amax.view(-1)]  # of a tensor without segments: one number
-        return [value.data, value.scale, *amax]
-    return [value]
 
 
 def _scalar(call: Call, operand: Operand) -> float | int:

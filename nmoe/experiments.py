@@ -64,6 +64,15 @@ class Experiments:
         """Record how `run_id` ended, `summary` as JSON. UserError when the run was never started."""
         if status not in get_args(Ended):
             raise ValueError(f"status {status!r}: expected one of {', '.join(get_args(Ended))}")
+        if not self._end(run_id, status, summary):
+            raise UserError(f"{self._db}: run {run_id!r} is not in table runs, so it cannot end as {status}")
+
+    def complete(self, run_id: str, summary: Mapping[str, Any]) -> None:
+        """Record that `run_id` has finished if it is there as running: it was killed after its last checkpoint."""
+        self._end(run_id, "finished", summary, " AND status = 'running'")
+
+    def _end(self, run_id: str, status: Ended, summary: Mapping[str, Any], only: str = "") -> bool:
+        """Whether there was such a run, `only` narrowing the condition."""
         row = {
             "run_id": run_id,
             "status": status,
@@ -71,16 +80,7 @@ class Experiments:
             "now": _now(),
         }
         with self._transaction() as connection:
-            if connection.execute(_FINISH, row).rowcount == 0:
-                raise UserError(
-                    f"{self._db}: run {run_id!r} is not in table runs, so it cannot end as {status}"
-                )
-
-    def complete(self, run_id: str, summary: Mapping[str, Any]) -> None:
-        """Record that `run_id` has finished if it is there as running: it was killed after its last checkpoint."""
-        row = {"run_id": run_id, "status": "finished", "summary": json.dumps(summary), "now": _now()}
-        with self._transaction() as connection:
-            connection.execute(f"{_FINISH} AND status = 'running'", row)
+            return connection.execute(_FINISH + only, row).rowcount > 0
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -82,7 +82,7 @@ def test_rows_travel_in_mxfp8_where_every_gemm_takes_them_so(tiny):
     assert formats(wgrad="bf16") == formats(precision="nvfp4") == formats(width=576) == ["bf16", "bf16"]
 
 
-def test_what_travels_changes_column_copies_alone(tiny):
+def test_what_travels_changes_column_copies_alone():
     """The row copy of rows in MXFP8 is the one that would have been made of BF16 rows; one down the columns stands for
     numbers within 1e-4 of their norm."""
     for seed in range(3):

@@ -15,12 +15,11 @@ from typing import ClassVar, Literal
 
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import Format, Operand, Problem
-from nmoe.codegen.rdep import SLOTS, Channel, RdepConfig, RdepProblem
+from nmoe.codegen.rdep import SLOTS, UNIT, Channel, RdepConfig, RdepProblem
 
 PACKAGE, VERSION = "nvidia-nvshmem-cu13", "3.8.0"
 CHUNK = 32  # rows that go in a message: a lane each
 BATCH = 128  # rows that return in a message
-UNIT = 8  # rows that a warp moves at once, at most
 WHOLE = 1 << 24  # what the messages of a transfer to one rank add to its rails.full
 
 

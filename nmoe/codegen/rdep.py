@@ -22,6 +22,7 @@ TILES, SLOTS = -4, -5  # dynamic extents: tiles of choices, slots or tokens that
 THREADS = 256
 TILE = 1024  # choices that a thread block of `count` and `place` takes
 LINE = 16  # int64 words between flags: 128 bytes
+UNIT = 8  # rows that a warp returns at once, at most
 
 # What `addresses` int64[ranks, len(COLUMNS)] holds: where each buffer of the symmetric heap lies on each rank.
 COLUMNS = ("flags", "counts", "origin", "value", "data", "scale", "returned", "returned value")
@@ -228,7 +229,7 @@ class MoveProblem(RdepProblem):
         runs untuned: within 2 % of the fastest on two H100s (docs/rdep.md). Returns take more blocks than rows, for
         they load as much as they store."""
         rows, numbers = (1, (24, 16, 32)) if self.channel == "rows" else (
-            max(1, min(8, 8192 // sum(self.parts))), (32, 24, 64))  # fmt: skip
+            max(1, min(UNIT, 8192 // sum(self.parts))), (32, 24, 64))  # fmt: skip
         found = []
         for blocks, warps in product(numbers, (8, 4)):
             for stages in range(16, 2, -1):

@@ -12,6 +12,7 @@ each element, so results are bitwise repeatable on any number of threads.
 from nmoe.formats.block_scaled import (
     ErrorBound,
     Quantized,
+    buffers,
     check_operand,
     dequantize,
     empty,
@@ -37,6 +38,7 @@ from nmoe.formats.philox import philox, random_bits
 __all__ = [
     "ErrorBound",
     "Quantized",
+    "buffers",
     "check_operand",
     "decode_e2m1",
     "decode_e4m3",

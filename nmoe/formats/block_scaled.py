@@ -154,6 +154,17 @@ def check_operand(q: Quantized, axis: Axis) -> None:
 DTYPES = {"u8": torch.uint8, "f32": torch.float32}
 
 
+def buffers(value: Tensor | Quantized | None) -> list[Tensor]:
+    """What a value lies in, in the order of `storage`: itself, or a Quantized's data, scales and, as a vector, amaxes;
+    of None nothing."""
+    if value is None:
+        return []
+    if not isinstance(value, Quantized):
+        return [value]
+    amax = [] if value.amax is None else [value.amax.view(-1)]  # of a tensor without segments: one number
+    return [value.data, value.scale, *amax]
+
+
 def from_buffers(
     format: Format,
     shape: tuple[int, ...],

@@ -16,16 +16,6 @@ from nmoe.rdep.sizes import CapacityError, worst_case
 if TYPE_CHECKING:
     import torch
 
-
-def buffers(rows: Any) -> list[torch.Tensor]:
-    """What a row lies in: a tensor, or of a Quantized the elements and their scale factors; of None nothing."""
-    from nmoe.formats import Quantized
-
-    if rows is None:
-        return []
-    return [rows.data, rows.scale] if isinstance(rows, Quantized) else [rows]
-
-
 EPSILON = 1e-20  # keeps the normalisation of all-zero scores finite (as DeepSeek-V3)
 
 
@@ -344,6 +334,8 @@ class Dispatch(OpDef):
 
     def reference(self, attrs: Attrs, ins: list[Any], outs: list[Any], scratch: list[Any]) -> None:
         import torch
+
+        from nmoe.formats import buffers
 
         x, weights, slots, row_source, offsets = ins
         # A GPU is not waited for: it copies to all rows, those past the last expert's as padding.

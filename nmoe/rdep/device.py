@@ -185,8 +185,8 @@ class Exchange:
         self, step: str, layer: int, given: tuple[Any, ...], order: tuple[Any, ...], bound: tuple[Any, ...],
         sizes: tuple[int, ...], routing: Routing,
     ) -> None:  # fmt: skip
-        """`given` rows, values and places to their places, `order`ly described; `bound` and `sizes` are what a rail
-        takes besides."""
+        """`given` rows, values and places to their places; `order` is what their own kernel takes besides, `bound` and
+        `sizes` what a rail takes."""
         segments = routing.offsets, routing.ends, self.group.capacity, self.group.choices
         rail = self._problems.get(f"{step} rail")
         if not isinstance(rail, RailProblem):

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from nmoe.codegen.rdep import STATE, RdepProblem
+from nmoe.formats import buffers
 from nmoe.graph import Op
-from nmoe.ops.moe import buffers
 from nmoe.rdep.device import Exchange, Group, Routing
 from nmoe.rdep.transport import Buffer
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmoe.formats import buffers
 from nmoe.graph import Op
-from nmoe.ops.moe import buffers
 from nmoe.rdep.exchange import Exchange, Routing
 
 

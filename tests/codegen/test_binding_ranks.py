@@ -20,9 +20,9 @@ from nmoe import binding, recipes
 from nmoe.codegen.rdep import COLUMNS, REPORT, STATE, RdepProblem
 from nmoe.codegen.transfers import payloads, transfers_of
 from nmoe.executor import Executor
+from nmoe.formats import buffers
 from nmoe.graph import Spec
 from nmoe.model import row_align
-from nmoe.ops.moe import buffers
 from nmoe.rdep.device import Group, offsets
 from nmoe.rdep.device_layer import DeviceLayer
 from nmoe.rdep.transport import Buffer

@@ -17,8 +17,7 @@ import cutlass
 from cutlass import Int32, Int64, Uint32, cute
 from cutlass.memory import SmemAllocator
 
-from nmoe.codegen.rails import UNIT
-from nmoe.codegen.rdep import OVERFLOW, STATE, THREADS, TILE
+from nmoe.codegen.rdep import OVERFLOW, STATE, THREADS, TILE, UNIT
 from nmoe.codegen.templates.rdep_link import Kernel, flat
 
 WARPS = THREADS // 32
