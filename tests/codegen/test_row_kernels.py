@@ -153,17 +153,18 @@ def test_row_kernels_are_right_under_every_schedule(number: int) -> None:
 
 
 @pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("kind", ["8", "4"])
-def test_special_values_quantize_as_the_formats_say(kind: str) -> None:
+def test_special_values_quantize_as_the_formats_say(kind: str, target: str) -> None:
     problem = RowProblem("load", TOKENS, 128, keeps_body=False, copies=copies("rows", f"{kind}r", f"{kind}c"))
-    tensors = oracle.case(problem, problem.configs("sm_90a")[0], 0, 96)
+    tensors = oracle.case(problem, problem.configs(target)[0], 0, 96)
     x = tensors["x"]
     x[:32] *= 2.0**-120  # subnormal results and scales
     x[0, :32] = 0.0
     x[1, 0:4] = torch.tensor([2.0**-133, -(2.0**-133), 3.3e38, -3.3e38])
     for value in (0.0, float("inf"), float("nan")):
         x[5, 40] = value
-        after = launch(problem, "sm_90a", tensors)
+        after = launch(problem, target, tensors)
         lost = kind == "4" and value != value  # no FP4 is NaN: with all scales NaN the data say nothing
         for copy in problem.copies:
             want = formats.quantize(x, copy.format, copy.axis)

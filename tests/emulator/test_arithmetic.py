@@ -248,6 +248,10 @@ def test_moves_pack_and_unpack_low_part_first():
     np.testing.assert_array_equal(got, B - A)
     halves = evaluate("mov.b32 {%h1, %h2}, %a;\nmov.b32 %d, {%h2, %h1};", np.uint32, A)
     np.testing.assert_array_equal(halves, A >> np.uint32(16) | A << np.uint32(16))
+    quarters = evaluate(
+        ".reg .b8 %q<4>;\nmov.b32 {%q0, %q1, %q2, %q3}, %a;\nmov.b32 %d, {%q3, %q2, %q1, %q0};", np.uint32, A
+    )
+    np.testing.assert_array_equal(quarters, A.byteswap())
 
 
 def test_divergent_branches_reconverge_and_loops_end_lane_by_lane():

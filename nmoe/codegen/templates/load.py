@@ -1,4 +1,4 @@
-"""The producer warp: walks the tiles and fills the ring's stages by TMA."""
+"""The producer: walks the tiles and fills the ring's stages by TMA."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from cutlass.cute.nvgpu import cpasync
 
 from nmoe.codegen.gemm import ROW_TILE
 from nmoe.codegen.templates.fixed import Fixed
-from nmoe.codegen.templates.gather import Gather
 from nmoe.codegen.templates.ring import Ring
 from nmoe.codegen.templates.tiles import Segments
 
@@ -19,28 +18,25 @@ class Loader(Fixed):
     B comes in two boxes of tile_n / 2 rows: the left and right columns of a tile, or its gate and up columns. Alone, a
     thread block loads both. In a cluster of two each loads one of them: `shared` B is multicast to both (Hopper);
     otherwise B stays split between the pair, whose MMA reads both parts (Blackwell), and the bytes of both thread
-    blocks are counted by the first one's barrier. Of a `gathered` operand the rows are found by their sources.
+    blocks are counted by the first one's barrier. A gathered operand is loaded by `gather`, of whose warps each comes here
+    and the first loads the rest.
     """
 
     def __init__(  # type: ignore[no-untyped-def]
-        self, gemm, ring: Ring, a, b, a_stages, b_stages, shared: bool, scales=None, row_source=None
+        self, gemm, ring: Ring, a, b, a_stages, b_stages, shared: bool, scales=None, gather=None
     ) -> None:
-        self.gemm, self.ring, self.shared, self.scales = gemm, ring, shared, scales
+        self.gemm, self.ring, self.shared, self.scales, self.gather = gemm, ring, shared, scales, gather
         self.gathered = gemm.problem.gathered
         self.a_atom, a_tensor = a
         self.b_atom, b_tensor = b
         half, depth = gemm.config.tile_n // 2, gemm.problem.slice
         one = cute.make_layout(1)
-        if cutlass.const_expr(self.gathered == "a"):
-            self.gather = Gather(gemm, a, row_source, a_stages)
-        else:
+        if cutlass.const_expr(self.gathered != "a"):
             ga = cute.local_tile(a_tensor, (ROW_TILE, depth), (None, None))
             self.sa, self.ga = cpasync.tma_partition(
                 self.a_atom, 0, one, cute.group_modes(a_stages, 0, 2), cute.group_modes(ga, 0, 2)
             )
-        if cutlass.const_expr(self.gathered == "b"):
-            self.gather = Gather(gemm, b, row_source, b_stages)
-        else:
+        if cutlass.const_expr(self.gathered != "b"):
             gb = cute.local_tile(b_tensor, (half, depth), (None, None, None, None))
             halves = cute.flat_divide(b_stages, (half, depth))[None, None, None, 0, None]
             self.sb, self.gb = cpasync.tma_partition(
@@ -56,9 +52,9 @@ class Loader(Fixed):
         tile, expert, first = tiles.begin(segments, cluster)
         while tiles.live(tile, expert):
             place = tiles.place(segments, tile, expert, first, rank)
-            if cutlass.const_expr(self.gathered != ""):
+            if cutlass.const_expr(self.gather is not None):
                 if place.slices > 0:
-                    self.gather.fetch(place, place.begin)
+                    self.gather.begin(place)
             for k in cutlass.range(place.begin, place.begin + place.slices, unroll=1):
                 self._fill(place, k, rank, stage, phase)
                 stage, phase = self.ring.after(stage, phase)
@@ -66,24 +62,33 @@ class Loader(Fixed):
 
     @cute.jit
     def _fill(self, place, k: Int32, rank: Int32, stage: Int32, phase: Int32) -> None:  # type: ignore[no-untyped-def]
-        full = self.ring.full + stage
-        if cutlass.const_expr(self.gathered != ""):
+        if cutlass.const_expr(self.gather is not None):
             self.gather.turn(place, k)
         cute.arch.mbarrier_wait(self.ring.empty + stage, phase)
+        if cutlass.const_expr(self.gather is not None):
+            if self.gather.warp == 0:
+                self._boxes(place, k, rank, stage)
+            block = place.row if self.gathered == "a" else self.gemm.cluster * place.column + rank
+            self.gather.load(k, block, stage, self.ring.full + stage)
+        else:
+            self._boxes(place, k, rank, stage)
+
+    @cute.jit
+    def _boxes(self, place, k: Int32, rank: Int32, stage: Int32) -> None:  # type: ignore[no-untyped-def]
+        """Announces the stage's bytes to its barrier and loads what lies in boxes."""
+        full = self.ring.full + stage
         if cutlass.const_expr(self.shared or self.gemm.cluster == 1):
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
         elif rank == 0:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
-        if cutlass.const_expr(self.gathered == "a"):
-            self.gather.load(k, place.row, stage, full)
-        else:
+        if cutlass.const_expr(self.gathered != "a"):
             cute.copy(self.a_atom, self.ga[None, place.row, k], self.sa[None, stage], tma_bar_ptr=full)
         if cutlass.const_expr(self.scales is not None):
             self.scales.load(place, k, stage, full)
         if cutlass.const_expr(self.gathered == "b"):
-            self.gather.load(k, self.gemm.cluster * place.column + rank, stage, full)
+            pass
         elif cutlass.const_expr(self.gemm.cluster == 1):
             for half in cutlass.range_constexpr(2):
                 self._half(place, k, half, half, stage)

@@ -6,7 +6,7 @@ Every operation is FP32 and rounded once, in TransformerEngine's order (docs/num
 from __future__ import annotations
 
 import cutlass
-from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint8, Uint32, cute
+from cutlass import Float4E2M1FN, Float8E4M3FN, Float32, Int32, Int64, Uint8, Uint32, cute
 
 from nmoe.codegen.templates.quantize import as_bits, as_float, magnitude
 from nmoe.storage import FLT_MAX, HADAMARD_SIZE, SIGNS
@@ -69,6 +69,16 @@ def element(x: Float32) -> Int32:
     size = cute.arch.fmin(as_float(magnitude(x)), 6.0)
     first, second, third = (as_bits(size * slope + (2.0**23 + start)) for slope, start in LINES)
     return cutlass.min(cutlass.min(first, second), third)
+
+
+@cute.jit
+def converted(values: cute.Tensor, start: cutlass.Constexpr) -> Int32:
+    """`elements` by instructions of sm_100a (cvt.rn.satfinite.e2m1x2). A NaN becomes 6, there with its sign."""
+    eight, codes = cute.make_rmem_tensor(8, Float32), cute.make_rmem_tensor(8, Float4E2M1FN)
+    for i in cutlass.range_constexpr(8):
+        eight[i] = values[start + i]
+    codes.store(eight.load().to(Float4E2M1FN))
+    return cute.recast_tensor(codes, Int32)[0]
 
 
 @cute.jit

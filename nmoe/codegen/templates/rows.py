@@ -161,6 +161,7 @@ class Tile(Fixed):
             measures,
         )
         self.turns, self.buffers = kernel.turns, kernel.buffers
+        self.converts = kernel.target == "sm_100a"  # to FP4, by an instruction
         self.entry, self.chunk, self.sums = entry, chunk, kernel.sums and not measures
         config = self.config
         self.named, self.exists, self.live = named, rows, live

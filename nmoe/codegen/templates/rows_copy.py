@@ -296,7 +296,9 @@ class Nvfp4(Fixed):
     def pack(self, values, word: Int32, shift: cutlass.Constexpr):  # type: ignore[no-untyped-def]
         """Codes of eight elements in a word, the first lowest. `word`s: random bytes of the first and last four."""
         packed = Int32(0)
-        if cutlass.const_expr(self.seed is None):
+        if cutlass.const_expr(self.seed is None and self.tile.converts):
+            packed = nvfp4.converted(values, shift)
+        elif cutlass.const_expr(self.seed is None):
             packed = nvfp4.elements(values, shift)
         else:
             for i in cutlass.range_constexpr(VECTOR):

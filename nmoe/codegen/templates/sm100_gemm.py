@@ -2,7 +2,7 @@
 
 warps 0..3  epilogue: each drains its 32 lanes of tensor memory (32 rows of the tile) and stores them by itself
 warp 4      one thread issues the products: 4 × tcgen05.mma of k16 a slice
-warp 5      loads: for every 64-deep slice of a tile A and B into the next stage; rows of tokens by gather.py
+warp 5      loads: for every 64-deep slice of a tile A and B into the next stage; rows of tokens with warp 6 (gather.py)
 
                  ┌ stage 0 ┬ stage 1 ┬ … ┐             tensor memory, 512 columns
 warp 5 ── TMA ──▶│  A  B   │  A  B   │   │── warp 4 ──▶ ┌ tile i ┬ tile i+1 ┐ ──▶ warps 0..3
@@ -45,8 +45,11 @@ ACCUMULATORS = 2
 
 
 class Sm100GroupedGemm(GroupedGemm):
-    threads = 6 * 32
     unit_rows = 32
+
+    @property
+    def threads(self) -> int:
+        return 32 * (LOAD_WARP + (gather.WARPS if self.problem.gathered else 1))
 
     @property
     def b_rows(self) -> int:
@@ -117,8 +120,12 @@ class Sm100GroupedGemm(GroupedGemm):
         if cutlass.const_expr(self.scaled):
             factors = block_scaled.Scales(self, scales, smem, base[0] + self.stride + self.config.tile_n)
 
-        if warp == LOAD_WARP:
-            loader = Loader(self, ring, a, b, a_stages, b_stages, False, factors, plain.row_source)
+        if warp >= LOAD_WARP:
+            gathers = None
+            if cutlass.const_expr(self.problem.gathered != ""):
+                of = (a, a_stages) if self.problem.gathered == "a" else (b, b_stages)
+                gathers = gather.Gather(self, of[0], plain.row_source, of[1], warp - LOAD_WARP)
+            loader = Loader(self, ring, a, b, a_stages, b_stages, False, factors, gathers)
             loader.run(segments, cluster, clusters, rank)
         elif warp == MMA_WARP:
             if rank == 0:

@@ -379,6 +379,13 @@ static Outcome execute_other(Machine *m, Warp *w, const Insn *in, const uint32_t
     case OP_pack_32:
       FOR_LANES(i, mask) u32_of(w, o[0])[i] = u32_of(w, o[2])[i] << 16 | (u32_of(w, o[1])[i] & 0xFFFF);
       return NEXT;
+    case OP_pack_32x4:
+      FOR_LANES(i, mask) {
+        uint32_t result = 0;
+        for (int k = 0; k < 4; k++) result |= (u32_of(w, o[1 + k])[i] & 0xFF) << 8 * k;
+        u32_of(w, o[0])[i] = result;
+      }
+      return NEXT;
     case OP_pack_64x4:
       FOR_LANES(i, mask) {
         uint64_t result = 0;
@@ -398,6 +405,12 @@ static Outcome execute_other(Machine *m, Warp *w, const Insn *in, const uint32_t
         uint32_t a = u32_of(w, o[2])[i];
         u32_of(w, o[0])[i] = a & 0xFFFF;
         u32_of(w, o[1])[i] = a >> 16;
+      }
+      return NEXT;
+    case OP_unpack_32x4:
+      FOR_LANES(i, mask) {
+        uint32_t a = u32_of(w, o[4])[i];
+        for (int k = 0; k < 4; k++) u32_of(w, o[k])[i] = a >> 8 * k & 0xFF;
       }
       return NEXT;
     case OP_unpack_64x4:

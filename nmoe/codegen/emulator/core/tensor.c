@@ -152,9 +152,9 @@ void tmem_check_registers(Machine *m, Warp *w, const Insn *in, const uint32_t *o
   uint32_t *pending = w->tmem_pending, targets = 0, latest = 0;
   switch (in->op) {
     case OP_tcgen05_ld: return;
-    case OP_mov_b32: case OP_mov_b64: case OP_pack_64: case OP_pack_32: case OP_pack_64x4: targets = 1; break;
+    case OP_mov_b32: case OP_mov_b64: case OP_pack_64: case OP_pack_32: case OP_pack_32x4: case OP_pack_64x4: targets = 1; break;
     case OP_unpack_64: case OP_unpack_32: targets = 2; break;
-    case OP_unpack_64x4: targets = 4; break;
+    case OP_unpack_32x4: case OP_unpack_64x4: targets = 4; break;
   }
   for (uint32_t i = targets; i < in->n; i++)
     if (pending[o[i] / 128] > latest) latest = pending[o[i] / 128];
