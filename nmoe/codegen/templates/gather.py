@@ -10,7 +10,7 @@ A padding row's source is −1, of which the quotient by the top k is no token: 
 bytes. Along the depth every slice has other rows, whose sources are fetched while the slice before is issued.
 
 An instruction takes its tokens from uniform registers. Fed straight from a warp's own registers one warp of an H100
-issues a TMA every 15 clocks, behind a shuffle and a branch every 193 (bench/tma_rows.cu); hence tokens that all lanes
+issues a TMA every 15 clocks, behind a shuffle and a branch every 133 (bench/tma_rows.cu); hence tokens that all lanes
 hold, and no more than WARPS to a warp's share of them.
 """
 
