@@ -421,8 +421,8 @@ class Tile(Fixed):
 
 
 class WeightGradient(Fixed):
-    """dw[column] += Σ over stripes of partial[stripe, column]: a lane a column, a warp some stripes, in their order; then
-    the warps' sums, in theirs. A thread has all its loads under way: one that adds stripe by stripe takes 19 µs."""
+    """dw[column] += Σ over stripes of partial[stripe, column]: a lane a column, a warp some stripes, in their order,
+    then the warps' sums, in theirs. All loads of a thread are under way at once: one after the other takes 19 µs."""
 
     WARPS = 8
 
