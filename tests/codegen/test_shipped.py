@@ -24,7 +24,6 @@ from nmoe.codegen.build import build
 from nmoe.codegen.gemm import GemmConfig, GemmProblem
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import Config, Problem
-from nmoe.codegen.routing import RouterBwdProblem
 from nmoe.codegen.rows import RowProblem
 from nmoe.codegen.spec import KernelSpec
 from nmoe.config import Target, load
@@ -115,14 +114,13 @@ def test_every_kernel_of_the_shipped_configs(
 
 
 def _spills(problem: Problem, target: str) -> int:
-    """Bytes of local memory that a thread may use where the kernel takes all registers that it can have: a few values
-    outside of its loops (docs/kernels.md)."""
-    hopper = target == "sm_90a"
-    if isinstance(problem, RowProblem) and problem.two_passes and (hopper or problem.body == "rms_norm_bwd"):
-        return 24 if hopper else 8
-    if isinstance(problem, RowProblem) and problem.statistic and len(problem.copies) == 2 and hopper:
-        return 72
-    return 8 if isinstance(problem, RouterBwdProblem) else 0
+    """Bytes of local memory that a thread may use: on Hopper, where a kernel takes all registers that there are, a few
+    values outside of its loops (docs/kernels.md)."""
+    if target != "sm_90a" or not isinstance(problem, RowProblem):
+        return 0
+    if problem.two_passes:
+        return 24
+    return 72 if problem.statistic and len(problem.copies) == 2 else 0
 
 
 def _budget(found: Mapping[str, Any], target: str, spills: int) -> list[str]:

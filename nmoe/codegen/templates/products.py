@@ -169,7 +169,10 @@ class Products(Fixed):
             load_b.store(stage)
             cute.arch.sync_threads()
 
-        added = []  # all of them under way at once
+        layout = cute.make_layout((self.rows, self.columns), stride=(self.columns + 8, 1))
+        tile = cute.make_tensor(cute.recast_ptr(memory, dtype=Float32), layout)
+        cute.autovec_copy(sums, mma.get_slice(cute.arch.thread_idx()[0]).partition_C(tile))
+        added = []  # all of them under way at once, when the sums have left their registers
         for addend in addends:
             held = cute.make_rmem_tensor((PIECE, self.pieces), BFloat16)
             for i in cutlass.range_constexpr(self.pieces):
@@ -180,9 +183,6 @@ class Products(Fixed):
                     line = cute.zipped_divide(addend[m, None], (PIECE,))
                     cute.autovec_copy(line[None, n // PIECE], held[None, i])
             added.append(held)
-        layout = cute.make_layout((self.rows, self.columns), stride=(self.columns + 8, 1))
-        tile = cute.make_tensor(cute.recast_ptr(memory, dtype=Float32), layout)
-        cute.autovec_copy(sums, mma.get_slice(cute.arch.thread_idx()[0]).partition_C(tile))
         cute.arch.sync_threads()
         for i in cutlass.range_constexpr(self.pieces):
             row, column = self._place(i)
