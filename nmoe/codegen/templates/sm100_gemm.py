@@ -31,7 +31,7 @@ from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import cpasync, tcgen05
 from cutlass.memory import SmemAllocator
 
-from nmoe.codegen.gemm import ROW_TILE
+from nmoe.codegen.gemm import ROW_TILE, GemmConfig, GemmProblem
 from nmoe.codegen.templates import block_scaled, gather
 from nmoe.codegen.templates.epilogue import Epilogue, Fragment
 from nmoe.codegen.templates.grouped import GroupedGemm, Plain
@@ -47,9 +47,9 @@ ACCUMULATORS = 2
 class Sm100GroupedGemm(GroupedGemm):
     unit_rows = 32
 
-    @property
-    def threads(self) -> int:
-        return 32 * (LOAD_WARP + (gather.WARPS if self.problem.gathered else 1))
+    def __init__(self, problem: GemmProblem, config: GemmConfig) -> None:
+        super().__init__(problem, config)
+        self.threads = 32 * (LOAD_WARP + (gather.WARPS if problem.gathered else 1))
 
     @property
     def b_rows(self) -> int:
