@@ -185,9 +185,8 @@ def _gemm(p: GemmProblem, c: GemmConfig, found: Mapping[str, Any], target: str) 
         if any(".2CTA" in op for op in loads) != pair:
             wrong.append(f"loads of {c.cluster} thread blocks: {dict(loads)}")
         lines = {"": 0, "a": 128, "b": c.tile_n // c.cluster}[p.gathered]
-        if (
-            sum(n for op, n in loads.items() if ".GATHER4" in op) != lines * slice_ // 512
-        ):  # 4 rows of 64, two warps
+        each = lines * slice_ // 512  # instructions of either warp: 4 rows of 64
+        if sum(n for op, n in loads.items() if ".GATHER4" in op) != each:
             wrong.append(f"loads of {lines} x {slice_} elements of tokens' rows: {dict(loads)}")
     else:
         # A tile's first slice stands alone, and the loop over the others, if there are any, is cut by the tasks of the

@@ -11,7 +11,7 @@ bytes. Along the depth every slice has other rows, whose sources are fetched whi
 
 An instruction takes its tokens from uniform registers. Fed straight from a warp's own registers one warp of an H100
 issues a TMA every 15 clocks, behind a shuffle and a branch every 133 (bench/tma_rows.cu); hence tokens that all lanes
-hold, and no more than WARPS to a warp's share of them.
+hold, and two warps that share a slice's rows.
 """
 
 from __future__ import annotations
