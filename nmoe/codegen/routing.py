@@ -18,12 +18,31 @@ from nmoe.codegen.spec import KernelSpec
 MAX_TOPK = 32  # a lane a choice
 MAX_EXPERTS = 512  # a token's scores are 16 registers a lane
 MAX_GROUPS = 32  # a lane a group
-STATIC_SHARED = 49_152  # bytes that a thread block has without asking for more
 
-# Tiles and slice of the router's products, two stages of which hold two parts of each operand (templates/products.py).
-PRODUCT_TALL, PRODUCT_WIDE, PRODUCT_DEPTH = (128, 64), (64, 128), 32
+# The router's products (templates/products.py): depth of a slice, slices under way or read.
+PRODUCT_DEPTH, PRODUCT_STAGES = 32, 3
 PRODUCT_WAVE = 2 * 132  # thread blocks that an H100 runs at once: registers allow two a multiprocessor
-PRODUCT_SHARED = 2 * 2 * PRODUCT_DEPTH * sum(PRODUCT_TALL) * 2
+PRODUCT_SHARED = min(hardware.shared for hardware in HARDWARE.values())
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product's tile of rows and columns and the BF16 parts of its operands, in slices; of B so many stay in shared
+    memory, if any. A result in BF16 is `rounded` there."""
+
+    tile: tuple[int, int]
+    parts: tuple[int, int]
+    resident: int = 0
+    rounded: bool = False
+
+    @property
+    def shared_bytes(self) -> int:
+        (rows, columns), (of_a, of_b) = self.tile, self.parts
+        lines = rows * of_a * PRODUCT_STAGES + columns * of_b * (self.resident or PRODUCT_STAGES)
+        return 2 * (lines * PRODUCT_DEPTH + self.rounded * rows * (columns + VECTOR))
+
+
+LOGITS, ROUTER_WGRAD = Product((128, 64), (1, 3)), Product((64, 128), (3, 1))
 
 
 @dataclass(frozen=True)
@@ -65,9 +84,9 @@ class RoutingProblem(Problem):
             found.append(
                 f"{config.blocks} blocks, {config.parts} parts: at least 1; a multiple of 32 up to 1024"
             )
-        if (used := self.shared_bytes(config, target)) > STATIC_SHARED:
+        if (used := self.shared_bytes(config, target)) > hardware.shared:
             found.append(
-                f"{used} bytes of shared memory: {hardware.name} gives {STATIC_SHARED} without asking"
+                f"{used} bytes of shared memory: {hardware.name} gives a thread block {hardware.shared}"
             )
         return found
 
@@ -227,7 +246,7 @@ class RouterProblem(ScoredProblem):
     def splits(self) -> int:
         """Parts of the depth that logits are summed over: a thread block for each tile of some 8,000 tokens would leave
         half of a device idle, with the longest sums of all."""
-        return max(1, min(8, self.hidden // 1024) // -(-self.experts // PRODUCT_TALL[1]))
+        return max(1, min(8, self.hidden // 1024) // -(-self.experts // LOGITS.tile[1]))
 
     def operands(self, config: RoutingConfig) -> tuple[Operand, ...]:
         choices = (TOKENS, self.topk)
@@ -237,6 +256,7 @@ class RouterProblem(ScoredProblem):
                 Operand("indices", "i32", choices), Operand("weights", "f32", choices),
                 Operand("logits", "f32", (TOKENS, self.experts)),
                 *(Operand(f"{name}_loss", "f32", (1,)) for name in losses),
+                Operand("w_parts", "bf16", (LOGITS.parts[1], self.experts, self.hidden)),
                 Operand("products", "f32", (self.splits, TOKENS, self.experts)),
                 *((Operand("partial", "f32", (2, config.parts)),) if losses else ()), *self.scalars())  # fmt: skip
 
@@ -245,7 +265,7 @@ class RouterProblem(ScoredProblem):
 
     def shared_bytes(self, config: RoutingConfig, target: str) -> int:
         """Each warp's scores; or the products' slices."""
-        return max(4 * self.experts * (config.warps + 1) + 256, PRODUCT_SHARED)
+        return max(4 * self.experts * (config.warps + 1) + 256, LOGITS.shared_bytes)
 
     def flops(self, rows: int) -> float:
         return 2.0 * rows * self.experts * self.hidden
@@ -275,10 +295,26 @@ class RouterBwdProblem(ScoredProblem):
         return tuple(f"addend{i}" for i in range(self.addends))
 
     @property
+    def pitch(self) -> int:
+        """Of a token's dL/dlogits: whole 16 bytes."""
+        return -(-self.experts // VECTOR) * VECTOR
+
+    @property
+    def dgrad(self) -> Product:
+        """dx = dlogits · w, of two parts each. w's columns stay in shared memory where all experts fit."""
+        found = Product((64, 128), (2, 2), -(-self.pitch // PRODUCT_DEPTH), rounded=True)
+        return found if found.shared_bytes <= PRODUCT_SHARED else replace(found, resident=0)
+
+    @property
+    def groups(self) -> int:
+        """Thread blocks that share a column tile's rows of dx."""
+        return max(1, PRODUCT_WAVE // -(-self.hidden // self.dgrad.tile[1]))
+
+    @property
     def splits(self) -> int:
         """Parts of the tokens that dw's tiles are summed over: the fewest that fill waves of thread blocks but for a
         twentieth, on every device, so that the sum's order is the same."""
-        tiles = -(-self.experts // PRODUCT_WIDE[0]) * -(-self.hidden // PRODUCT_WIDE[1])
+        tiles = -(-self.experts // ROUTER_WGRAD.tile[0]) * -(-self.hidden // ROUTER_WGRAD.tile[1])
 
         def idle(splits: int) -> float:
             return -(-tiles * splits // PRODUCT_WAVE) * PRODUCT_WAVE / (tiles * splits) - 1
@@ -293,14 +329,15 @@ class RouterBwdProblem(ScoredProblem):
         return (Operand("dweights", "f32", choices), Operand("x", "bf16", (TOKENS, self.hidden)),
                 Operand("w", "f32", matrix), Operand("indices", "i32", choices),
                 Operand("logits", "f32", (TOKENS, self.experts)), *results,
-                Operand("dlogits", "f32", (TOKENS, self.experts)),
+                Operand("dlogits", "bf16", (ROUTER_WGRAD.parts[0], TOKENS, self.pitch)),
+                Operand("w_parts", "bf16", (self.dgrad.parts[1], *matrix)),
                 Operand("partial", "f32", (self.splits, *matrix)), *self.scalars())  # fmt: skip
 
     def template(self, target: str) -> str:
         return "router_bwd.RouterBwd"
 
     def shared_bytes(self, config: RoutingConfig, target: str) -> int:
-        return max(4 * self.experts + 256, PRODUCT_SHARED)
+        return max(4 * self.experts + 256, self.dgrad.shared_bytes, ROUTER_WGRAD.shared_bytes)
 
     def flops(self, rows: int) -> float:
         return 4.0 * rows * self.experts * self.hidden

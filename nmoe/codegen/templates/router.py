@@ -1,5 +1,6 @@
 """The router: logits, each token's best experts and their weights, and the auxiliary losses.
 
+    split      w in three BF16 parts
     multiply   products[split] = x · wᵀ over a part of the depth    products.py
     select     warp ─▶ token: logits = Σ over the splits, in order ─▶ scores ─▶ best groups ─▶ topk rounds of the warp's
                maximum ─▶ indices, weights
@@ -18,9 +19,9 @@ from cutlass._mlir.dialects import arith
 from cutlass.cutlass_dsl import T
 from cutlass.memory import SmemAllocator
 
-from nmoe.codegen.routing import PRODUCT_TALL, RouterProblem, RoutingConfig
+from nmoe.codegen.routing import LOGITS, RouterProblem, RoutingConfig
 from nmoe.codegen.templates.fixed import Fixed
-from nmoe.codegen.templates.products import Products
+from nmoe.codegen.templates.products import Products, split
 from nmoe.codegen.templates.scores import EPSILON, LN_2, Scores, warp_sum
 
 TAKEN = -(1 << 31)  # below every float
@@ -50,9 +51,10 @@ class Router(Fixed):
         products = cute.make_tensor(
             named["products"].iterator, cute.select(named["products"].layout, [1, 2, 0])
         )  # [tokens, experts, splits]
-        Products(PRODUCT_TALL, False, False, 3, self.problem.splits).launch(
-            named["x"], named["w"], products, stream
-        )
+        split(named["w"], named["w_parts"], stream)
+        x = named["x"]
+        x = cute.make_tensor(x.iterator, cute.prepend(x.layout, cute.make_layout(1)))
+        Products(LOGITS, False, False, self.problem.splits).launch(x, named["w_parts"], products, stream)
         self.select(
             products, logits, named.get("bias"), indices, named["weights"], named["route_scale"]
         ).launch(grid=[blocks, 1, 1], block=block, stream=stream)  # fmt: skip

@@ -1,6 +1,7 @@
 """The router's gradient: from the weights' and the auxiliary losses' through the scores to x and w.
 
-    dlogits    part of the tokens; warp ─▶ token: dL/dlogits ─▶ workspace
+    dlogits    part of the tokens; warp ─▶ token: dL/dlogits in three BF16 parts ─▶ workspace
+    split      w in two BF16 parts
     multiply   dx = dlogits · w, plus the addends                  products.py
     multiply   partial[split] = dlogitsᵀ · x of a part of the tokens
     add        dw += Σ over the splits, in order
@@ -13,12 +14,12 @@ from __future__ import annotations
 from typing import Any
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import BFloat16, Float32, Int32, cute
 from cutlass.memory import SmemAllocator
 
-from nmoe.codegen.routing import PRODUCT_WIDE, RouterBwdProblem, RoutingConfig
+from nmoe.codegen.routing import ROUTER_WGRAD, RouterBwdProblem, RoutingConfig
 from nmoe.codegen.templates.fixed import Fixed
-from nmoe.codegen.templates.products import Products
+from nmoe.codegen.templates.products import Products, parts_of, split
 from nmoe.codegen.templates.scores import EPSILON, LN_2, Scores, warp_sum
 
 
@@ -48,18 +49,22 @@ class RouterBwd(Fixed):
             each.get("balance"), each.get("z"),
         ).launch(grid=[self.config.parts, 1, 1], block=block, stream=stream)  # fmt: skip
 
-        tokens = d.shape[0]
+        parts, tokens, pitch = d.shape
+        two = problem.dgrad.parts[0]
 
         def view(tensor, shape, stride):  # type: ignore[no-untyped-def]
             return cute.make_tensor(tensor.iterator, cute.make_layout(shape, stride=stride))
 
-        Products(PRODUCT_WIDE, False, True, 2).launch(
-            d, view(named["w"], (hidden, experts), (1, hidden)),
+        split(named["w"], named["w_parts"], stream)
+        Products(problem.dgrad, False, True, groups=problem.groups).launch(
+            view(d, (two, tokens, pitch), (tokens * pitch, pitch, 1)),
+            view(named["w_parts"], (two, hidden, experts), (experts * hidden, 1, hidden)),
             view(named["dx"], (tokens, hidden, 1), (hidden, 1, 0)), stream,
             [named[name] for name in problem.addend_names],
         )  # fmt: skip
-        Products(PRODUCT_WIDE, True, True, 3, splits).launch(
-            view(d, (experts, tokens), (1, experts)), view(named["x"], (hidden, tokens), (1, hidden)),
+        Products(ROUTER_WGRAD, True, True, splits).launch(
+            view(d, (parts, pitch, tokens), (tokens * pitch, 1, pitch)),
+            view(named["x"], (1, hidden, tokens), (0, 1, hidden)),
             view(partial, (experts, hidden, splits), (hidden, 1, experts * hidden)), stream,
         )  # fmt: skip
         size = experts * hidden
@@ -104,10 +109,14 @@ class RouterBwd(Fixed):
             exponentials, top, total = self.scored.exponentials(found)
             log = top + cute.math.log2(total, fastmath=True) * LN_2
             grads.store(grads.load() + exponentials.load() * (2.0 * z * log / total))
+        parts = parts_of(grads, d.shape[0])
         for i in cutlass.range_constexpr(self.scored.held):
             expert = 32 * i + cute.arch.lane_idx()
-            if expert < self.problem.experts:
-                d[token, expert] = grads[i]
+            for index, part in enumerate(parts):
+                if expert < self.problem.experts:
+                    d[index, token, expert] = part[i]
+                elif expert < self.problem.pitch:
+                    d[index, token, expert] = BFloat16(0.0)
 
     @cute.jit
     def _chosen(self, scores, dweights, indices, route_scale) -> cute.Tensor:  # type: ignore[no-untyped-def]
