@@ -20,20 +20,25 @@ MAX_EXPERTS = 512  # a token's scores are 16 registers a lane
 MAX_GROUPS = 32  # a lane a group
 
 # The router's products (templates/products.py): depth of a slice, slices under way or read.
-PRODUCT_DEPTH, PRODUCT_STAGES = 32, 3
+PRODUCT_DEPTH, PRODUCT_STAGES = 32, 4
 PRODUCT_WAVE = 2 * 132  # thread blocks that an H100 runs at once: registers allow two a multiprocessor
 PRODUCT_SHARED = min(hardware.shared for hardware in HARDWARE.values())
 
 
 @dataclass(frozen=True)
 class Product:
-    """A product's tile of rows and columns and the BF16 parts of its operands, in slices; of B so many stay in shared
-    memory, if any. A result in BF16 is `rounded` there."""
+    """A product's tile of rows and columns, a warp's share of it, and the BF16 parts of its operands, in slices; of B
+    so many stay in shared memory, if any. A result in BF16 is `rounded` there."""
 
     tile: tuple[int, int]
+    warp: tuple[int, int]
     parts: tuple[int, int]
     resident: int = 0
     rounded: bool = False
+
+    @property
+    def warps(self) -> tuple[int, int]:
+        return self.tile[0] // self.warp[0], self.tile[1] // self.warp[1]
 
     @property
     def shared_bytes(self) -> int:
@@ -42,7 +47,7 @@ class Product:
         return 2 * (lines * PRODUCT_DEPTH + self.rounded * rows * (columns + VECTOR))
 
 
-LOGITS, ROUTER_WGRAD = Product((128, 64), (1, 3)), Product((64, 128), (3, 1))
+LOGITS, ROUTER_WGRAD = Product((128, 64), (64, 32), (1, 3)), Product((64, 128), (32, 64), (3, 1))
 
 
 @dataclass(frozen=True)
@@ -302,7 +307,7 @@ class RouterBwdProblem(ScoredProblem):
     @property
     def dgrad(self) -> Product:
         """dx = dlogits · w, of two parts each. w's columns stay in shared memory where all experts fit."""
-        found = Product((64, 128), (2, 2), -(-self.pitch // PRODUCT_DEPTH), rounded=True)
+        found = Product((64, 128), (32, 32), (2, 2), -(-self.pitch // PRODUCT_DEPTH), rounded=True)
         return found if found.shared_bytes <= PRODUCT_SHARED else replace(found, resident=0)
 
     @property

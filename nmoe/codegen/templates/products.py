@@ -2,7 +2,7 @@
 
     an FP32 operand comes as the sum of its BF16 parts (`split`), each the rest rounded: 8 of its 24 bits
 
-    thread block: tiles of 128 × 64 or 64 × 128, 8 warps with 32 × 32 each (mma.sync m16n8k16)
+    thread block: tiles of 128 × 64 or 64 × 128, warps with 32 × 32 to 64 × 32 each (mma.sync m16n8k16)
 
     slices s + 1 ‥ s + STAGES − 1:  global ── cp.async ──▶ their stages
     slice s:      stage s % STAGES ─▶ ldmatrix ─▶ products of parts ─▶ + sums
@@ -16,6 +16,8 @@ the next are under way, and its addends in registers, before a tile ends.
 
 from __future__ import annotations
 
+import math
+
 import cutlass
 from cutlass import BFloat16, Float32, Int32, cute
 from cutlass.cute.nvgpu import cpasync, warp
@@ -28,9 +30,8 @@ from nmoe.codegen.routing import Product
 from nmoe.codegen.templates import layouts
 from nmoe.codegen.templates.fixed import Fixed
 
-WARPS = 8
-THREADS = 32 * WARPS
 STEP = 16  # depth of a product
+SPLITTING = 256  # threads
 
 
 @cute.jit
@@ -52,15 +53,13 @@ def split(source: cute.Tensor, target: cute.Tensor, stream) -> None:  # type: ig
     flat = cute.make_tensor(source.iterator, cute.make_layout(cute.size(source)))
     count = target.shape[0]
     parts = cute.make_tensor(target.iterator, cute.make_layout((cute.size(source), count)))
-    pieces = cute.size(source) // VECTOR
-    split_rows(flat, parts).launch(
-        grid=[cute.ceil_div(pieces, THREADS), 1, 1], block=[THREADS, 1, 1], stream=stream
-    )
+    blocks = cute.ceil_div(cute.size(source), VECTOR * SPLITTING)
+    split_rows(flat, parts).launch(grid=[blocks, 1, 1], block=[SPLITTING, 1, 1], stream=stream)
 
 
 @cute.kernel
 def split_rows(source: cute.Tensor, target: cute.Tensor):  # type: ignore[no-untyped-def]
-    piece = cute.arch.block_idx()[0] * THREADS + cute.arch.thread_idx()[0]
+    piece = cute.arch.block_idx()[0] * SPLITTING + cute.arch.thread_idx()[0]
     if piece < cute.size(source) // VECTOR:
         values = cute.make_rmem_tensor((VECTOR,), Float32)
         cute.autovec_copy(cute.zipped_divide(source, (VECTOR,))[None, piece], values)
@@ -72,7 +71,8 @@ class Operand(Fixed):
     """`source` [parts, extent, k], of which either of the last two is contiguous and then in whole pieces of 8;
     `slots` [size, DEPTH, slots] in shared memory, one for each part of a slice."""
 
-    def __init__(self, source: cute.Tensor, slots: cute.Tensor, across: bool) -> None:
+    def __init__(self, source: cute.Tensor, slots: cute.Tensor, across: bool, threads: int) -> None:
+        self.threads = threads
         self.source, self.slots, self.across = source, slots, across
         self.parts, self.size = source.shape[0], cute.size(slots, mode=[0])
         self.atom = cute.make_copy_atom(
@@ -83,8 +83,8 @@ class Operand(Fixed):
     def fetch(self, tile: Int32, k: Int32, end: Int32, slice_: Int32) -> None:
         """Begins to copy a tile's slice at depth k, of a depth that ends at `end`; zeros outside."""
         per = (self.size if self.across else DEPTH) // VECTOR
-        for i in cutlass.range_constexpr(self.size * DEPTH // VECTOR // THREADS):
-            piece = cute.arch.thread_idx()[0] + i * THREADS
+        for i in cutlass.range_constexpr(self.size * DEPTH // VECTOR // self.threads):
+            piece = cute.arch.thread_idx()[0] + i * self.threads
             along, other = piece % per * VECTOR, piece // per
             row, depth = (along, other) if self.across else (other, along)
             m, d = tile * self.size + row, k + depth
@@ -131,7 +131,7 @@ class Products(Fixed):
         self.product, self.a_across, self.b_across = product, a_across, b_across
         self.rows, self.columns = product.tile
         self.splits, self.groups = splits, groups
-        self.order = max(product.parts)
+        self.order, self.threads = max(product.parts), 32 * math.prod(product.warps)
 
     @cute.jit
     def launch(self, a: cute.Tensor, b: cute.Tensor, c: cute.Tensor, stream, addends=()) -> None:  # type: ignore[no-untyped-def]
@@ -139,7 +139,7 @@ class Products(Fixed):
         tiles = cute.ceil_div(c.shape[0], self.rows)
         down = cutlass.min(tiles, self.groups) if cutlass.const_expr(self.groups > 0) else tiles
         self.multiply(a, b, c, addends).launch(
-            grid=[cute.ceil_div(c.shape[1], self.columns), down, self.splits], block=[THREADS, 1, 1],
+            grid=[cute.ceil_div(c.shape[1], self.columns), down, self.splits], block=[self.threads, 1, 1],
             min_blocks_per_mp=2, preferred_smem_carveout=100, stream=stream,
         )  # fmt: skip
 
@@ -148,11 +148,11 @@ class Products(Fixed):
         column, row, part = cute.arch.block_idx()
         smem = SmemAllocator()
         keeps_b = self.product.resident > 0
-        of_a = Operand(a, self._slots(smem, a, self.rows, self.a_across, STAGES), self.a_across)
+        of_a = Operand(a, self._slots(smem, a, self.rows, self.a_across, STAGES), self.a_across, self.threads)
         slices_b = self.product.resident or STAGES
-        of_b = Operand(b, self._slots(smem, b, self.columns, self.b_across, slices_b), self.b_across)
+        of_b = Operand(b, self._slots(smem, b, self.columns, self.b_across, slices_b), self.b_across, self.threads)
 
-        warps = (self.rows // 32, self.columns // 32, 1)
+        warps = (*self.product.warps, 1)
         op = warp.MmaF16BF16Op(BFloat16, Float32, (16, 8, STEP))
         mma = cute.make_tiled_mma(op, warps, permutation_mnk=(16 * warps[0], 16 * warps[1], STEP))
         sums = cute.make_rmem_tensor(mma.partition_shape_C((self.rows, self.columns)), Float32)
@@ -232,18 +232,18 @@ class Result(Fixed):
 
     def __init__(self, products: Products, smem: SmemAllocator, mma, c, addends, column: Int32, part: Int32) -> None:  # type: ignore[no-untyped-def]
         self.c, self.addends, self.column, self.part = c, addends, column, part
-        self.rows, self.columns = products.rows, products.columns
+        self.rows, self.columns, self.threads = products.rows, products.columns, products.threads
         self.slice = mma.get_slice(cute.arch.thread_idx()[0])
         self.rounds = c.element_type is BFloat16
         if self.rounds:
             layout = cute.make_layout((self.rows, self.columns), stride=(self.columns + VECTOR, 1))
             self.tile = smem.allocate_tensor(BFloat16, layout, 16)
-            self.pieces = self.rows * self.columns // VECTOR // THREADS
+            self.pieces = self.rows * self.columns // VECTOR // self.threads
             self.held = [cute.make_rmem_tensor((VECTOR, self.pieces), BFloat16) for _ in addends]
 
     def _place(self, tile: Int32, i: int):  # type: ignore[no-untyped-def]
         """Row and column, within the tile and of C, of the piece that this thread stores in round i."""
-        piece = cute.arch.thread_idx()[0] + i * THREADS
+        piece = cute.arch.thread_idx()[0] + i * self.threads
         per = self.columns // VECTOR
         row, column = piece // per, piece % per * VECTOR
         return row, column, tile * self.rows + row, self.column * self.columns + column
