@@ -13,7 +13,7 @@ import torch
 
 from nmoe.binding import lowered
 from nmoe.codegen import compiler as kernel_compiler
-from nmoe.codegen import families, verify
+from nmoe.codegen import families, routing, verify
 from nmoe.codegen.problem import IllegalConfig
 from nmoe.codegen.routing import (
     CombineProblem,
@@ -103,8 +103,10 @@ def test_illegal_configs_name_the_limit() -> None:
         IllegalConfig, match="40 warps: a thread block has 1 to 32; 8 blocks, 100 parts: at least 1"
     ):
         ROUTER.require_legal(RoutingConfig(40, 8, 100), "sm_90a")
-    with pytest.raises(IllegalConfig, match="71684 bytes of shared memory: H100 SXM gives 49152"):
-        PlanProblem(512, 8, 128).require_legal(RoutingConfig(warps=32), "sm_90a")
+    with pytest.raises(
+        IllegalConfig, match="280004 bytes of shared memory: H100 SXM gives a thread block 232448"
+    ):
+        PlanProblem(2000, 8, 128).require_legal(RoutingConfig(warps=32), "sm_90a")
 
 
 @cache
@@ -140,6 +142,25 @@ def test_kernels_are_right_under_every_schedule(problem: RoutingProblem, target:
             if operand.shape and operand.name not in oracle.WORKSPACE:
                 a, b = (x[operand.name].contiguous().view(torch.uint8) for x in (after, again))
                 assert torch.equal(a, b), operand.name
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize(
+    ("shared", "resident"), [(232_448, 2), (0, 0)], ids=["in shared memory", "loaded again"]
+)
+def test_a_thread_block_goes_down_the_row_tiles_of_dx(
+    shared: int, resident: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does where there are more tiles than a device runs at once."""
+    monkeypatch.setattr(routing, "PRODUCT_WAVE", 4)
+    monkeypatch.setattr(routing, "PRODUCT_SHARED", shared)
+    problem = RouterBwdProblem(36, 5, 136, **SIGMOID, addends=1)
+    config = problem.configs("sm_90a")[0]
+    assert (problem.dgrad.resident, problem.groups) == (resident, 2)
+    function = kernel_compiler.trace(problem, config, "sm_90a")
+    for seed, tokens in ((1, 300), (2, 64)):
+        before = oracle.case(problem, config, seed, tokens)
+        assert verify.run(function, problem, config, before, seed) <= 1
 
 
 @pytest.mark.usefixtures("emulator")

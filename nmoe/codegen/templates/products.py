@@ -1,6 +1,6 @@
 """C[m, n] = Σ_k A[m, k] · B[n, k] by tensor cores, as accurate as in FP32: the router's products.
 
-    an FP32 operand comes as the sum of its BF16 parts (`split`), each the rest rounded: 8 of its 24 bits
+    an FP32 operand comes as the sum of its BF16 parts (`write_parts`), each the rest rounded: 8 of its 24 bits
 
     thread block: tiles of 128 × 64 or 64 × 128, warps with 32 × 32 to 64 × 32 each (mma.sync m16n8k16)
 
@@ -31,7 +31,7 @@ from nmoe.codegen.templates import layouts
 from nmoe.codegen.templates.fixed import Fixed
 
 STEP = 16  # depth of a product
-SPLITTING = 256  # threads
+PART_THREADS = 256  # threads
 
 
 @cute.jit
@@ -48,18 +48,18 @@ def parts_of(values: cute.Tensor, count: cutlass.Constexpr) -> list[cute.Tensor]
 
 
 @cute.jit
-def split(source: cute.Tensor, target: cute.Tensor, stream) -> None:  # type: ignore[no-untyped-def]
+def write_parts(source: cute.Tensor, target: cute.Tensor, stream) -> None:  # type: ignore[no-untyped-def]
     """source FP32 [rows, columns] → target BF16 [parts, rows, columns]; columns are a multiple of 8."""
     flat = cute.make_tensor(source.iterator, cute.make_layout(cute.size(source)))
     count = target.shape[0]
     parts = cute.make_tensor(target.iterator, cute.make_layout((cute.size(source), count)))
-    blocks = cute.ceil_div(cute.size(source), VECTOR * SPLITTING)
-    split_rows(flat, parts).launch(grid=[blocks, 1, 1], block=[SPLITTING, 1, 1], stream=stream)
+    blocks = cute.ceil_div(cute.size(source), VECTOR * PART_THREADS)
+    parts_kernel(flat, parts).launch(grid=[blocks, 1, 1], block=[PART_THREADS, 1, 1], stream=stream)
 
 
 @cute.kernel
-def split_rows(source: cute.Tensor, target: cute.Tensor):  # type: ignore[no-untyped-def]
-    piece = cute.arch.block_idx()[0] * SPLITTING + cute.arch.thread_idx()[0]
+def parts_kernel(source: cute.Tensor, target: cute.Tensor):  # type: ignore[no-untyped-def]
+    piece = cute.arch.block_idx()[0] * PART_THREADS + cute.arch.thread_idx()[0]
     if piece < cute.size(source) // VECTOR:
         values = cute.make_rmem_tensor((VECTOR,), Float32)
         cute.autovec_copy(cute.zipped_divide(source, (VECTOR,))[None, piece], values)
@@ -150,7 +150,9 @@ class Products(Fixed):
         keeps_b = self.product.resident > 0
         of_a = Operand(a, self._slots(smem, a, self.rows, self.a_across, STAGES), self.a_across, self.threads)
         slices_b = self.product.resident or STAGES
-        of_b = Operand(b, self._slots(smem, b, self.columns, self.b_across, slices_b), self.b_across, self.threads)
+        of_b = Operand(
+            b, self._slots(smem, b, self.columns, self.b_across, slices_b), self.b_across, self.threads
+        )
 
         warps = (*self.product.warps, 1)
         op = warp.MmaF16BF16Op(BFloat16, Float32, (16, 8, STEP))
@@ -176,7 +178,9 @@ class Products(Fixed):
                 of_b.fetch(column, begin + i * DEPTH, end, Int32(i))
         next_tile, next_k = row, begin  # what is fetched next
         for i in cutlass.range_constexpr(STAGES - 1):
-            next_tile, next_k = self._fetch(of_a, of_b, column, next_tile, next_k, begin, end, tiles, step, Int32(i))
+            next_tile, next_k = self._fetch(
+                of_a, of_b, column, next_tile, next_k, begin, end, tiles, step, Int32(i)
+            )
         stage = Int32(0)
         for tile in cutlass.range(row, tiles, step, unroll=1):
             result.load(tile)
@@ -184,7 +188,9 @@ class Products(Fixed):
                 cute.arch.cp_async_wait_group(STAGES - 2)
                 cute.arch.sync_threads()
                 free = (stage + STAGES - 1) % STAGES
-                next_tile, next_k = self._fetch(of_a, of_b, column, next_tile, next_k, begin, end, tiles, step, free)
+                next_tile, next_k = self._fetch(
+                    of_a, of_b, column, next_tile, next_k, begin, end, tiles, step, free
+                )
                 self._add(mma, sums, mine_a, mine_b, stage, (k - begin) // DEPTH if keeps_b else stage)
                 stage = (stage + 1) % STAGES
             result.store(tile, sums)
@@ -204,7 +210,9 @@ class Products(Fixed):
             tile += step
         return tile, k
 
-    def _slots(self, smem: SmemAllocator, source: cute.Tensor, size: int, across: bool, slices: int) -> cute.Tensor:
+    def _slots(
+        self, smem: SmemAllocator, source: cute.Tensor, size: int, across: bool, slices: int
+    ) -> cute.Tensor:
         layout = layouts.operand(BFloat16, across, size, DEPTH, slices * source.shape[0])
         return smem.allocate_tensor(BFloat16, layout.outer, 1024, swizzle=layout.inner)
 
@@ -230,7 +238,9 @@ class Products(Fixed):
 class Result(Fixed):
     """From a tile's sums to C[m, n, part of the depth]."""
 
-    def __init__(self, products: Products, smem: SmemAllocator, mma, c, addends, column: Int32, part: Int32) -> None:  # type: ignore[no-untyped-def]
+    def __init__(
+        self, products: Products, smem: SmemAllocator, mma, c, addends, column: Int32, part: Int32
+    ) -> None:  # type: ignore[no-untyped-def]
         self.c, self.addends, self.column, self.part = c, addends, column, part
         self.rows, self.columns, self.threads = products.rows, products.columns, products.threads
         self.slice = mma.get_slice(cute.arch.thread_idx()[0])
@@ -275,7 +285,10 @@ class Result(Fixed):
             places = self.slice.partition_C(cute.make_identity_tensor(shape))
             for i in cutlass.range_constexpr(cute.size(sums) // 2):
                 row, column = places[2 * i]
-                if tile * self.rows + row < self.c.shape[0] and self.column * self.columns + column < self.c.shape[1]:
+                if (
+                    tile * self.rows + row < self.c.shape[0]
+                    and self.column * self.columns + column < self.c.shape[1]
+                ):
                     for j in cutlass.range_constexpr(2):
                         target[2 * i + j] = sums[2 * i + j]
 

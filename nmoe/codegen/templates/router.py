@@ -21,7 +21,7 @@ from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.routing import LOGITS, RouterProblem, RoutingConfig
 from nmoe.codegen.templates.fixed import Fixed
-from nmoe.codegen.templates.products import Products, split
+from nmoe.codegen.templates.products import Products, write_parts
 from nmoe.codegen.templates.scores import EPSILON, LN_2, Scores, warp_sum
 
 TAKEN = -(1 << 31)  # below every float
@@ -51,7 +51,7 @@ class Router(Fixed):
         products = cute.make_tensor(
             named["products"].iterator, cute.select(named["products"].layout, [1, 2, 0])
         )  # [tokens, experts, splits]
-        split(named["w"], named["w_parts"], stream)
+        write_parts(named["w"], named["w_parts"], stream)
         x = named["x"]
         x = cute.make_tensor(x.iterator, cute.prepend(x.layout, cute.make_layout(1)))
         Products(LOGITS, False, False, self.problem.splits).launch(x, named["w_parts"], products, stream)

@@ -19,7 +19,7 @@ from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.routing import ROUTER_WGRAD, RouterBwdProblem, RoutingConfig
 from nmoe.codegen.templates.fixed import Fixed
-from nmoe.codegen.templates.products import Products, parts_of, split
+from nmoe.codegen.templates.products import Products, parts_of, write_parts
 from nmoe.codegen.templates.scores import EPSILON, LN_2, Scores, warp_sum
 
 
@@ -55,7 +55,7 @@ class RouterBwd(Fixed):
         def view(tensor, shape, stride):  # type: ignore[no-untyped-def]
             return cute.make_tensor(tensor.iterator, cute.make_layout(shape, stride=stride))
 
-        split(named["w"], named["w_parts"], stream)
+        write_parts(named["w"], named["w_parts"], stream)
         Products(problem.dgrad, False, True, groups=problem.groups).launch(
             view(d, (two, tokens, pitch), (tokens * pitch, pitch, 1)),
             view(named["w_parts"], (two, hidden, experts), (experts * hidden, 1, hidden)),
