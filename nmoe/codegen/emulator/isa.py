@@ -386,11 +386,10 @@ def move(asm: Assembler, ins: ptx.Instr, mods: Modifiers) -> None:
 
 
 def unpack_name(asm: Assembler, kind: str, parts: int, head: str) -> str:
-    names = {(64, 2): f"{head}_64", (64, 4): f"{head}_64x4", (32, 2): f"{head}_32",
-             (32, 4): f"{head}_32x4"}  # fmt: skip
-    if (WIDTHS[kind], parts) not in names:
+    form = {(64, 2): "64", (64, 4): "64x4", (32, 2): "32", (32, 4): "32x4"}.get((WIDTHS[kind], parts))
+    if form is None:
         raise asm.error(f"mov.{kind} with {parts} parts is not supported")
-    return names[WIDTHS[kind], parts]
+    return f"{head}_{form}"
 
 
 @opcode("cvt")

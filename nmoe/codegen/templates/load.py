@@ -78,18 +78,25 @@ class Loader(Fixed):
         """Announces the stage's bytes to its barrier and loads what lies in boxes."""
         full = self.ring.full + stage
         if cutlass.const_expr(self.shared or self.gemm.cluster == 1):
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
+            self._announce(full)
         elif rank == 0:
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
+            self._announce(full)
         if cutlass.const_expr(self.gathered != "a"):
             cute.copy(self.a_atom, self.ga[None, place.row, k], self.sa[None, stage], tma_bar_ptr=full)
         if cutlass.const_expr(self.scales is not None):
             self.scales.load(place, k, stage, full)
-        if cutlass.const_expr(self.gathered == "b"):
-            pass
-        elif cutlass.const_expr(self.gemm.cluster == 1):
+        if cutlass.const_expr(self.gathered != "b"):
+            self._halves(place, k, rank, stage)
+
+    @cute.jit
+    def _announce(self, full) -> None:  # type: ignore[no-untyped-def]
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full, self.stage_bytes)
+
+    @cute.jit
+    def _halves(self, place, k: Int32, rank: Int32, stage: Int32) -> None:  # type: ignore[no-untyped-def]
+        """This thread block's boxes of B."""
+        if cutlass.const_expr(self.gemm.cluster == 1):
             for half in cutlass.range_constexpr(2):
                 self._half(place, k, half, half, stage)
         elif cutlass.const_expr(self.shared):
