@@ -221,6 +221,10 @@ class ScoredProblem(RoutingProblem):
     balance: bool
     z: bool
 
+    def tallies(self, config: RoutingConfig) -> tuple[Operand, ...]:
+        """Workspace: how often each part of the tokens chose each expert."""
+        return (Operand("tallies", "i32", (config.parts, self.experts)),) if self.balance else ()
+
     def scalars(self) -> tuple[Operand, ...]:
         """Attributes of the op that are launch arguments."""
         auxiliary = (Operand("seq_len", "i32", ()), Operand("inverse_sequences", "f32", ()))
@@ -263,7 +267,8 @@ class RouterProblem(ScoredProblem):
                 *(Operand(f"{name}_loss", "f32", (1,)) for name in losses),
                 Operand("w_parts", "bf16", (LOGITS.parts[1], self.experts, self.hidden)),
                 Operand("products", "f32", (self.splits, TOKENS, self.experts)),
-                *((Operand("partial", "f32", (2, config.parts)),) if losses else ()), *self.scalars())  # fmt: skip
+                *((Operand("partial", "f32", (2, config.parts)),) if losses else ()), *self.tallies(config),
+                *self.scalars())  # fmt: skip
 
     def template(self, target: str) -> str:
         return "router.Router"
@@ -336,7 +341,7 @@ class RouterBwdProblem(ScoredProblem):
                 Operand("logits", "f32", (TOKENS, self.experts)), *results,
                 Operand("dlogits", "bf16", (ROUTER_WGRAD.parts[0], TOKENS, self.pitch)),
                 Operand("w_parts", "bf16", (self.dgrad.parts[1], *matrix)),
-                Operand("partial", "f32", (self.splits, *matrix)), *self.scalars())  # fmt: skip
+                Operand("partial", "f32", (self.splits, *matrix)), *self.tallies(config), *self.scalars())  # fmt: skip
 
     def template(self, target: str) -> str:
         return "router_bwd.RouterBwd"

@@ -4,6 +4,7 @@
     multiply   products[split] = x · wᵀ over a part of the depth    products.py
     select     warp ─▶ token: logits = Σ over the splits, in order ─▶ scores ─▶ best groups ─▶ topk rounds of the warp's
                maximum ─▶ indices, weights
+    tally      part of the tokens ─▶ how often it chose each expert     if there is a balance loss
     losses     part of the tokens ─▶ Σ of both losses' terms ─▶ partial[loss, part]          if there are losses
     finish     Σ over the parts, in order, times the losses' factors ─▶ added to the losses
 
@@ -65,7 +66,10 @@ class Router(Fixed):
             if cutlass.const_expr(self.problem.balance):
                 choices = Float32(self.problem.topk * named["seq_len"])
                 factors[0] = factors[0] * Float32(self.problem.experts) / choices
-            self.losses(logits, indices, named["partial"], named["seq_len"]).launch(
+                self.scored.tally(indices, named["tallies"]).launch(
+                    grid=[self.config.parts, 1, 1], block=block, stream=stream
+                )
+            self.losses(logits, indices, named.get("tallies"), named["partial"], named["seq_len"]).launch(
                 grid=[self.config.parts, 1, 1], block=block, min_blocks_per_mp=1, stream=stream
             )
             self.finish(named["partial"], [named[f"{name}_loss"] for name in self.names], factors).launch(
@@ -180,7 +184,7 @@ class Router(Fixed):
         return chosen
 
     @cute.kernel
-    def losses(self, logits, indices, partial, seq_len):  # type: ignore[no-untyped-def]
+    def losses(self, logits, indices, tallies, partial, seq_len):  # type: ignore[no-untyped-def]
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
         often = smem.allocate_tensor(Int32, cute.make_layout(self.problem.experts))
@@ -191,7 +195,7 @@ class Router(Fixed):
             stop = self.scored.stop(token, end, seq_len)
             frequency = None
             if cutlass.const_expr(self.problem.balance):
-                frequency = self.scored.frequency(indices, token, seq_len, often)
+                frequency = self.scored.frequency(indices, tallies, token, seq_len, often)
             for t in cutlass.range(token + warp, stop, self.config.warps, unroll=1):
                 more_balance, more_z = self._terms(logits[t, None], frequency)
                 balance += more_balance

@@ -1,5 +1,6 @@
 """The router's gradient: from the weights' and the auxiliary losses' through the scores to x and w.
 
+    tally      part of the tokens ─▶ how often it chose each expert     if there is a balance loss
     dlogits    part of the tokens; warp ─▶ token: dL/dlogits in three BF16 parts ─▶ workspace
     split      w in two BF16 parts
     multiply   dx = dlogits · w, plus the addends                  products.py
@@ -44,9 +45,12 @@ class RouterBwd(Fixed):
                 each[name] = named[name] * named["inverse_sequences"] / Float32(seq_len)
         if cutlass.const_expr(problem.balance):
             each["balance"] = each["balance"] * Float32(experts) / Float32(problem.topk * seq_len)
+            self.scored.tally(named["indices"], named["tallies"]).launch(
+                grid=[self.config.parts, 1, 1], block=block, stream=stream
+            )
         self.dlogits(
             named["dweights"], named["indices"], named["logits"], d, named["route_scale"], seq_len,
-            each.get("balance"), each.get("z"),
+            named.get("tallies"), each.get("balance"), each.get("z"),
         ).launch(grid=[self.config.parts, 1, 1], block=block, stream=stream)  # fmt: skip
 
         parts, tokens, pitch = d.shape
@@ -73,7 +77,7 @@ class RouterBwd(Fixed):
         )
 
     @cute.kernel
-    def dlogits(self, dweights, indices, logits, d, route_scale, seq_len, balance, z):  # type: ignore[no-untyped-def]
+    def dlogits(self, dweights, indices, logits, d, route_scale, seq_len, tallies, balance, z):  # type: ignore[no-untyped-def]
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
         often = smem.allocate_tensor(Int32, cute.make_layout(self.problem.experts))
@@ -82,7 +86,7 @@ class RouterBwd(Fixed):
             stop = self.scored.stop(token, end, seq_len)
             frequency = None
             if cutlass.const_expr(self.problem.balance):
-                frequency = self.scored.frequency(indices, token, seq_len, often)
+                frequency = self.scored.frequency(indices, tallies, token, seq_len, often)
                 frequency.store(frequency.load() * balance)
             for t in cutlass.range(token + warp, stop, self.config.warps, unroll=1):
                 self._token(t, dweights, indices, logits, d, route_scale, frequency, z)

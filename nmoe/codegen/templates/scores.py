@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import cutlass
 from cutlass import Float32, Int32, cute
+from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.routing import RoutingConfig, ScoredProblem
 from nmoe.codegen.templates.activation import LOG2_E, sigmoid
@@ -29,6 +30,10 @@ def warp_max(x: Float32) -> Float32:
     for step in cutlass.range_constexpr(5):
         x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, 16 >> step))
     return x
+
+
+def flattened(tensor: cute.Tensor) -> cute.Tensor:
+    return cute.make_tensor(tensor.iterator, cute.make_layout(cute.size(tensor)))
 
 
 class Scores(Fixed):
@@ -97,22 +102,53 @@ class Scores(Fixed):
             end = cutlass.min(end, (token // seq_len + 1) * seq_len)
         return end
 
+    @cute.kernel
+    def tally(self, indices: cute.Tensor, tallies: cute.Tensor):  # type: ignore[no-untyped-def]
+        """How often each part of the tokens chose each expert: [parts, experts]."""
+        often = SmemAllocator().allocate_tensor(Int32, cute.make_layout(self.experts))
+        self._clear(often)
+        begin, end = self.part(indices.shape[0])
+        self._count(indices, begin, end, often)
+        cute.arch.sync_threads()
+        for expert in cutlass.range(cute.arch.thread_idx()[0], self.experts, self.threads, unroll=1):
+            tallies[cute.arch.block_idx()[0], expert] = often[expert]
+
     @cute.jit
-    def frequency(
-        self, indices: cute.Tensor, token: Int32, seq_len: Int32, often: cute.Tensor
-    ) -> cute.Tensor:
-        """How often the token's sequence chose each expert of this lane. Counted by the whole thread block in `often`
-        [experts] of shared memory; every block that has tokens of a sequence counts all of it, which takes no launch
-        and no workspace."""
+    def _clear(self, often: cute.Tensor) -> None:
         cute.arch.sync_threads()
         for expert in cutlass.range(cute.arch.thread_idx()[0], self.experts, self.threads, unroll=1):
             often[expert] = 0
         cute.arch.sync_threads()
-        flat = cute.make_tensor(indices.iterator, cute.make_layout(cute.size(indices)))
-        choices = seq_len * self.problem.topk
-        first = token // seq_len * choices
-        for i in cutlass.range(first + cute.arch.thread_idx()[0], first + choices, self.threads, unroll=4):
+
+    @cute.jit
+    def _count(self, indices: cute.Tensor, begin: Int32, end: Int32, often: cute.Tensor) -> None:
+        """Adds the choices of tokens [begin, end), by the whole thread block."""
+        flat, topk = flattened(indices), self.problem.topk
+        first = begin * topk + cute.arch.thread_idx()[0]
+        for i in cutlass.range(first, end * topk, self.threads, unroll=4):
             cute.arch.atomic_add(often.iterator + flat[i], Int32(1), scope="cta")
+
+    @cute.jit
+    def frequency(
+        self, indices: cute.Tensor, tallies: cute.Tensor, token: Int32, seq_len: Int32, often: cute.Tensor
+    ) -> cute.Tensor:
+        """How often the token's sequence chose each expert of this lane: in `often` [experts] of shared memory, from
+        the tallies of the parts that are within the sequence and the choices before and after them."""
+        self._clear(often)
+        share = cute.ceil_div(indices.shape[0], self.config.parts)
+        begin = token // seq_len * seq_len
+        end = begin + seq_len
+        first, last = cute.ceil_div(begin, share), end // share
+        if last <= first:  # no whole part
+            self._count(indices, begin, end, often)
+        else:
+            self._count(indices, begin, first * share, often)
+            self._count(indices, last * share, end, often)
+            flat = flattened(tallies)
+            for i in cutlass.range(
+                first * self.experts + cute.arch.thread_idx()[0], last * self.experts, self.threads, unroll=4
+            ):
+                cute.arch.atomic_add(often.iterator + i % self.experts, flat[i], scope="cta")
         cute.arch.sync_threads()
         found = cute.make_rmem_tensor((self.held,), Float32)
         for i in cutlass.range_constexpr(self.held):

@@ -80,7 +80,7 @@ RESULTS = {
     "moe_plan": ("slots", "row_source", "offsets"), "dispatch": ("rows", "row_weight"), "combine": ("y", "values"),
     "router": ("indices", "weights", "logits"), "router_bwd": ("dx",),
 }  # fmt: skip
-WORKSPACE = ("counts", "products", "partial", "dlogits", "w_parts")
+WORKSPACE = ("counts", "products", "partial", "dlogits", "w_parts", "tallies")
 
 
 def _reference(kind: str, attrs: dict[str, Any], ins: list[Any], outs: list[Any]) -> None:
