@@ -120,6 +120,22 @@ class Fragments(Fixed):
             cute.copy(self.copy, source, self.copy.retile(self.held[part])[None, None, 0])
 
 
+class Walk(Fixed):
+    """A thread block's slices: of every `step`th row tile, the depth from `begin` to `end`."""
+
+    def __init__(self, tiles: Int32, step: Int32, begin: Int32, end: Int32) -> None:
+        self.tiles, self.step, self.begin, self.end = tiles, step, begin, end
+
+    @cute.jit
+    def after(self, tile: Int32, k: Int32):  # type: ignore[no-untyped-def]
+        """The next slice's tile and depth."""
+        k += DEPTH
+        if k >= self.end:
+            k = self.begin
+            tile += self.step
+        return tile, k
+
+
 class Products(Fixed):
     """`a_across`, `b_across`: is m, n contiguous in memory, not k; n is in C. Products of parts are left out where they
     are below what the next part would add. `splits` parts of the depth give C a third mode, one result each; `groups`
@@ -169,18 +185,17 @@ class Products(Fixed):
         mine_b = Fragments(of_b, cute.make_tiled_copy_B(ldmatrix[1], mma), shape_b)
         result = Result(self, smem, mma, c, addends, column, part)
 
-        tiles, step = cute.ceil_div(c.shape[0], self.rows), cute.arch.grid_dim()[1]
         share = cute.ceil_div(a.shape[2], DEPTH * self.splits) * DEPTH
         begin = part * share
         end = cutlass.min(begin + share, a.shape[2])
+        tiles, step = cute.ceil_div(c.shape[0], self.rows), cute.arch.grid_dim()[1]
+        walk = Walk(tiles, step, begin, end)
         if cutlass.const_expr(keeps_b):
             for i in cutlass.range_constexpr(self.product.resident):
                 of_b.fetch(column, begin + i * DEPTH, end, Int32(i))
         next_tile, next_k = row, begin  # what is fetched next
         for i in cutlass.range_constexpr(STAGES - 1):
-            next_tile, next_k = self._fetch(
-                of_a, of_b, column, next_tile, next_k, begin, end, tiles, step, Int32(i)
-            )
+            next_tile, next_k = self._fetch(of_a, of_b, column, walk, next_tile, next_k, Int32(i))
         stage = Int32(0)
         for tile in cutlass.range(row, tiles, step, unroll=1):
             result.load(tile)
@@ -188,27 +203,21 @@ class Products(Fixed):
                 cute.arch.cp_async_wait_group(STAGES - 2)
                 cute.arch.sync_threads()
                 free = (stage + STAGES - 1) % STAGES
-                next_tile, next_k = self._fetch(
-                    of_a, of_b, column, next_tile, next_k, begin, end, tiles, step, free
-                )
+                next_tile, next_k = self._fetch(of_a, of_b, column, walk, next_tile, next_k, free)
                 self._add(mma, sums, mine_a, mine_b, stage, (k - begin) // DEPTH if keeps_b else stage)
                 stage = (stage + 1) % STAGES
             result.store(tile, sums)
             sums.fill(0.0)
 
     @cute.jit
-    def _fetch(self, of_a, of_b, column, tile, k, begin, end, tiles, step, stage):  # type: ignore[no-untyped-def]
+    def _fetch(self, of_a, of_b, column, walk, tile, k, stage):  # type: ignore[no-untyped-def]
         """Begins to copy one slice, if there is another, as a group; returns the place of the one after it."""
-        if tile < tiles and k < end:
-            of_a.fetch(tile, k, end, stage)
+        if tile < walk.tiles and k < walk.end:
+            of_a.fetch(tile, k, walk.end, stage)
             if cutlass.const_expr(self.product.resident == 0):
-                of_b.fetch(column, k, end, stage)
+                of_b.fetch(column, k, walk.end, stage)
         cute.arch.cp_async_commit_group()
-        k += DEPTH
-        if k >= end:
-            k = begin
-            tile += step
-        return tile, k
+        return walk.after(tile, k)
 
     def _slots(
         self, smem: SmemAllocator, source: cute.Tensor, size: int, across: bool, slices: int
