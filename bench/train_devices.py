@@ -37,8 +37,8 @@ def small(target: str, precision: str) -> Config:
         target=replace(config.target, device=target),
         schedule=replace(config.schedule, precision=precision),
         train=replace(config.train, batch_size=4, micro_batch_size=2, seq_len=128, steps=STEPS),
-        # At the config's own rate, without warmup, steps are chaotic: weights that differ by 1e-6 give losses that differ
-        # by 0.02 within STEPS, and which rounding is nearer to FP32's is left to chance.
+        # At the config's own rate, without warmup, steps are chaotic: weights that differ by 1e-6 give losses that
+        # differ by 0.02 within STEPS, and which rounding is nearer to FP32's is left to chance.
         optim=replace(config.optim, lr=LEARNING_RATE, warmup_tokens=0, decay_tokens=0),
     )
 
