@@ -48,6 +48,11 @@ def copies(rows: int, count: int) -> cute.ComposedLayout:
     return cute.tile_to_shape(atom, (rows, 64, count), order=(0, 1, 2))
 
 
+def flat(tensor: cute.Tensor) -> cute.Tensor:
+    """Elements that lie one after the other, in one mode."""
+    return cute.make_tensor(tensor.iterator, cute.make_layout(cute.size(tensor)))
+
+
 def view(tensor: cute.Tensor, element, modes: Modes, rows: Int32) -> cute.Tensor:  # type: ignore[no-untyped-def]
     """The tensor as `element`s with other modes, each (extent, stride); ROWS stands for `rows`."""
     shape = tuple(rows if extent == ROWS else extent for extent, _ in modes)

@@ -50,11 +50,12 @@ def parts_of(values: cute.Tensor, count: cutlass.Constexpr) -> list[cute.Tensor]
 @cute.jit
 def write_parts(source: cute.Tensor, target: cute.Tensor, stream) -> None:  # type: ignore[no-untyped-def]
     """source FP32 [rows, columns] → target BF16 [parts, rows, columns]; columns are a multiple of 8."""
-    flat = cute.make_tensor(source.iterator, cute.make_layout(cute.size(source)))
     count = target.shape[0]
     parts = cute.make_tensor(target.iterator, cute.make_layout((cute.size(source), count)))
     blocks = cute.ceil_div(cute.size(source), VECTOR * PART_THREADS)
-    parts_kernel(flat, parts).launch(grid=[blocks, 1, 1], block=[PART_THREADS, 1, 1], stream=stream)
+    parts_kernel(layouts.flat(source), parts).launch(
+        grid=[blocks, 1, 1], block=[PART_THREADS, 1, 1], stream=stream
+    )
 
 
 @cute.kernel

@@ -31,10 +31,6 @@ def trap(*, loc=None, ip=None) -> None:  # type: ignore[no-untyped-def]
     llvm.inline_asm(None, [], "trap;", "", has_side_effects=True, loc=loc, ip=ip)
 
 
-def flat(tensor: cute.Tensor) -> cute.Tensor:
-    return cute.make_tensor(tensor.iterator, cute.make_layout(cute.size(tensor)))
-
-
 class Named(Fixed):
     """A kernel's operands by name, for functions that it calls inside of loops and branches."""
 

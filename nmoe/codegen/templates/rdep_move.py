@@ -29,7 +29,8 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.templates.fixed import Fixed
-from nmoe.codegen.templates.rdep_link import Kernel, Link, Named, flat
+from nmoe.codegen.templates.layouts import flat
+from nmoe.codegen.templates.rdep_link import Kernel, Link, Named
 
 BUFFERS = {"rows": ("data", "scale"), "returns": ("returned",)}
 ABREAST = 4  # packets of 32 choices of which a warp loads what it needs before it stores

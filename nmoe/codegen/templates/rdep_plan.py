@@ -18,7 +18,8 @@ from cutlass import Int32, Int64, Uint32, cute
 from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.rdep import OVERFLOW, STATE, THREADS, TILE, UNIT
-from nmoe.codegen.templates.rdep_link import Kernel, flat
+from nmoe.codegen.templates.layouts import flat
+from nmoe.codegen.templates.rdep_link import Kernel
 
 WARPS = THREADS // 32
 CHUNKS = TILE // THREADS  # of 32 choices, a warp's part of a tile

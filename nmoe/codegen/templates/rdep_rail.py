@@ -24,8 +24,9 @@ from cutlass.memory import SmemAllocator
 
 from nmoe.codegen.rails import BATCH, CHUNK, WHOLE
 from nmoe.codegen.rdep import STATE
+from nmoe.codegen.templates.layouts import flat
 from nmoe.codegen.templates.nvshmem import Nvshmem
-from nmoe.codegen.templates.rdep_link import Kernel, Link, Named, flat
+from nmoe.codegen.templates.rdep_link import Kernel, Link, Named
 
 PIECE = 16  # bytes that a lane copies at once
 

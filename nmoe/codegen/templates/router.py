@@ -66,9 +66,7 @@ class Router(Fixed):
             if cutlass.const_expr(self.problem.balance):
                 choices = Float32(self.problem.topk * named["seq_len"])
                 factors[0] = factors[0] * Float32(self.problem.experts) / choices
-                self.scored.tally(indices, named["tallies"]).launch(
-                    grid=[self.config.parts, 1, 1], block=block, stream=stream
-                )
+                self.scored.launch_tally(indices, named["tallies"], stream)
             self.losses(logits, indices, named.get("tallies"), named["partial"], named["seq_len"]).launch(
                 grid=[self.config.parts, 1, 1], block=block, min_blocks_per_mp=1, stream=stream
             )

@@ -45,9 +45,7 @@ class RouterBwd(Fixed):
                 each[name] = named[name] * named["inverse_sequences"] / Float32(seq_len)
         if cutlass.const_expr(problem.balance):
             each["balance"] = each["balance"] * Float32(experts) / Float32(problem.topk * seq_len)
-            self.scored.tally(named["indices"], named["tallies"]).launch(
-                grid=[self.config.parts, 1, 1], block=block, stream=stream
-            )
+            self.scored.launch_tally(named["indices"], named["tallies"], stream)
         self.dlogits(
             named["dweights"], named["indices"], named["logits"], d, named["route_scale"], seq_len,
             named.get("tallies"), each.get("balance"), each.get("z"),

@@ -12,6 +12,7 @@ from cutlass.memory import SmemAllocator
 from nmoe.codegen.routing import RoutingConfig, ScoredProblem
 from nmoe.codegen.templates.activation import LOG2_E, sigmoid
 from nmoe.codegen.templates.fixed import Fixed
+from nmoe.codegen.templates.layouts import flat
 
 LN_2 = 0.6931471805599453
 EPSILON = 1e-20  # ops/moe.py's
@@ -30,10 +31,6 @@ def warp_max(x: Float32) -> Float32:
     for step in cutlass.range_constexpr(5):
         x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, 16 >> step))
     return x
-
-
-def flattened(tensor: cute.Tensor) -> cute.Tensor:
-    return cute.make_tensor(tensor.iterator, cute.make_layout(cute.size(tensor)))
 
 
 class Scores(Fixed):
@@ -102,6 +99,12 @@ class Scores(Fixed):
             end = cutlass.min(end, (token // seq_len + 1) * seq_len)
         return end
 
+    @cute.jit
+    def launch_tally(self, indices: cute.Tensor, tallies: cute.Tensor, stream) -> None:  # type: ignore[no-untyped-def]
+        self.tally(indices, tallies).launch(
+            grid=[self.config.parts, 1, 1], block=[self.threads, 1, 1], stream=stream
+        )
+
     @cute.kernel
     def tally(self, indices: cute.Tensor, tallies: cute.Tensor):  # type: ignore[no-untyped-def]
         """How often each part of the tokens chose each expert: [parts, experts]."""
@@ -123,10 +126,10 @@ class Scores(Fixed):
     @cute.jit
     def _count(self, indices: cute.Tensor, begin: Int32, end: Int32, often: cute.Tensor) -> None:
         """Adds the choices of tokens [begin, end), by the whole thread block."""
-        flat, topk = flattened(indices), self.problem.topk
+        choices, topk = flat(indices), self.problem.topk
         first = begin * topk + cute.arch.thread_idx()[0]
         for i in cutlass.range(first, end * topk, self.threads, unroll=4):
-            cute.arch.atomic_add(often.iterator + flat[i], Int32(1), scope="cta")
+            cute.arch.atomic_add(often.iterator + choices[i], Int32(1), scope="cta")
 
     @cute.jit
     def frequency(
@@ -144,11 +147,11 @@ class Scores(Fixed):
         else:
             self._count(indices, begin, first * share, often)
             self._count(indices, last * share, end, often)
-            flat = flattened(tallies)
+            counted = flat(tallies)
             for i in cutlass.range(
                 first * self.experts + cute.arch.thread_idx()[0], last * self.experts, self.threads, unroll=4
             ):
-                cute.arch.atomic_add(often.iterator + i % self.experts, flat[i], scope="cta")
+                cute.arch.atomic_add(often.iterator + i % self.experts, counted[i], scope="cta")
         cute.arch.sync_threads()
         found = cute.make_rmem_tensor((self.held,), Float32)
         for i in cutlass.range_constexpr(self.held):
