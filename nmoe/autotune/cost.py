@@ -59,7 +59,7 @@ def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: i
         blocks = problem.groups * -(-rows // problem.groups // (ROW_TILE * config.cluster))
         tiles, slices = blocks * columns, -(-problem.depth // problem.slice)
     else:
-        tiles = problem.groups * -(-problem.n // (ROW_TILE * config.cluster)) * columns
+        tiles = problem.groups * problem.tiles(config, target)
         slices = max(1, rows // problem.groups // problem.slice)
     multiply = 2.0 * ROW_TILE * config.tile_n * problem.slice / rate
     load = problem.stage_bytes(config, config.tile_n // config.cluster) / L2_BYTES_PER_CLOCK

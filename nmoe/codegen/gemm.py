@@ -27,6 +27,31 @@ MAX_EXPERTS = 1024
 BITS: dict[Precision, int] = {"bf16": 16, "mxfp8": 8, "nvfp4": 4}
 TENSOR_COLUMNS = HARDWARE["sm_100a"].tensor_columns
 BARRIER_BYTES = 1024
+PARTS = {
+    "sm_90a": True,
+    "sm_100a": False,
+}  # can a cluster's thread blocks leave their row block; a pair's MMA has rows of both
+
+
+class Blocks:
+    """An expert's row tiles × `columns` column tiles, dealt out to clusters: row blocks, each the `cluster` row tiles
+    that share B. Where they `part`, a row tile that is left over has its column tiles dealt out instead, so that no
+    thread block computes for nothing; otherwise it has a block of its own.
+
+    Row tiles are numbers, or a kernel's values.
+    """
+
+    def __init__(self, columns: int, cluster: int, parts: bool) -> None:
+        self.columns, self.cluster, self.parts = columns, cluster, parts and cluster > 1
+
+    def whole(self, row_tiles):  # type: ignore[no-untyped-def]
+        """Row blocks."""
+        return (row_tiles + (0 if self.parts else self.cluster - 1)) // self.cluster
+
+    def count(self, row_tiles):  # type: ignore[no-untyped-def]
+        """Tiles of clusters."""
+        rest = row_tiles % self.cluster if self.parts else 0
+        return self.whole(row_tiles) * self.columns + rest * per(self.columns, self.cluster)
 
 
 @dataclass(frozen=True)
@@ -46,6 +71,8 @@ class GemmProblem(Problem):
 
     Where an operand is `gathered`, it is given as its tokens' rows [T, …], each of which the loads take for its `topk`
     expert rows: row r is that of token row_source[r] // topk, or zeros where row_source[r] is −1.
+
+    A `transposed` wgrad adds to dw[experts, k, n]: see `tiled`.
     """
 
     role: Role
@@ -60,6 +87,7 @@ class GemmProblem(Problem):
     keeps_h: bool = True
     gathered: Literal["", "a", "b"] = ""
     topk: int = 0
+    transposed: bool = False
 
     family: ClassVar[str] = "gemm"
 
@@ -216,7 +244,7 @@ class GemmProblem(Problem):
             ("dgrad", "b"): (*(((k, n), (n, 1)) if turned else ((k, 1), (n, k))), (1, 0), (e, n * k)),
             ("wgrad", "a"): ((n, ROWS), (ROWS, 1)) if turned else ((n, 1), (ROWS, n)),
             ("wgrad", "b"): (*(((k, ROWS), (ROWS, 1)) if turned else ((k, 1), (ROWS, k))), (1, 0), (1, 0)),
-            ("wgrad", "dw"): ((n, k), (k, 1), (e, n * k)),
+            ("wgrad", "dw"): (*(((n, 1), (k, n)) if self.transposed else ((n, k), (k, 1))), (e, n * k)),
         }
         if self.epilogue == "swiglu":
             half = n // 2
@@ -243,19 +271,35 @@ class GemmProblem(Problem):
     def template(self, target: str) -> str:
         return {"sm_90a": "sm90_gemm.Sm90GroupedGemm", "sm_100a": "sm100_gemm.Sm100GroupedGemm"}[target]
 
+    def tiled(self, config: GemmConfig) -> GemmProblem:
+        """The problem whose result's tiles are computed: a wgrad's dwᵀ = bᵀ · a, where the config wants it."""
+        if not config.transposed:
+            return self
+        gathered: dict[str, Literal["", "a", "b"]] = {"": "", "a": "b", "b": "a"}
+        return replace(self, n=self.k, k=self.n, gathered=gathered[self.gathered], transposed=True)
+
+    def tiles(self, config: GemmConfig, target: str) -> int:
+        """Tiles of an expert's dw, a cluster's counted once."""
+        of = self.tiled(config)
+        blocks = Blocks(per(of.k, config.tile_n), config.cluster, PARTS[target])
+        return blocks.count(per(of.n, ROW_TILE))
+
     def clusters(self, config: GemmConfig, sms: int) -> int:
         """Persistent: as many as run at once."""
         return sms // config.cluster
 
     def configs(self, target: str) -> list[GemmConfig]:
-        """Of each tile, cluster and number of buffers the most stages that fit. 128 wide and alone is left out: it
-        reads the most from L2 and was never within 20 % of the best on the H100."""
+        """Of each tile, cluster and number of buffers the most stages that fit, and of wgrads the orientation of fewer
+        tiles: 1408 columns are eleven of 128 and five and a half of 256. 128 wide and alone is left out: it reads the
+        most from L2 and was never within 20 % of the best on the H100."""
         found = []
         for (tile_n, cluster), buffers in product(((256, 2), (256, 1), (128, 2)), (1, 2, 3, 4)):
             for stages in range(8, 1, -1):
                 config = GemmConfig(tile_n, stages, cluster, buffers)
                 if not self.violations(config, target):
-                    found.append(config)
+                    turned = replace(config, transposed=True)
+                    fewer = self.role == "wgrad" and self.tiles(turned, target) < self.tiles(config, target)
+                    found.append(turned if fewer else config)
                     break
         return found
 
@@ -309,6 +353,10 @@ class GemmProblem(Problem):
         limit(config.cluster in (1, 2), f"cluster {config.cluster}: 1, or 2 that load half of B each")
         limit(not self.gathered or target == "sm_100a",
               f"rows of tokens: TMA gathers them from sm_100a on, {hardware.name} reads boxes")  # fmt: skip
+        limit(
+            not config.transposed or self.role == "wgrad",
+            f"transposed {self.role}: only a wgrad's result can be computed either way",
+        )
         limit(config.stages >= 2, f"stages {config.stages}: loads overlap the products with 2 or more")
         limit(config.band >= 1, f"band {config.band}: at least 1 row block")
         used = self.shared_bytes(config, target)
@@ -334,16 +382,19 @@ class GemmProblem(Problem):
 @dataclass(frozen=True)
 class GemmConfig(Config):
     """How a grouped GEMM is cut: the output tile of a thread block, pipeline stages, thread blocks of a cluster along
-    the rows (they share B), epilogue buffers of 128 bytes' width for each unit of rows, and row blocks of a band."""
+    the rows (they share B), epilogue buffers of 128 bytes' width for each unit of rows, row blocks of a band, and
+    whether a wgrad's tiles are of dwᵀ."""
 
     tile_n: int
     stages: int
     cluster: int
     buffers: int = 2
     band: int = 8
+    transposed: bool = False
 
     def __str__(self) -> str:
-        return f"128x{self.tile_n} x{self.stages}, cluster {self.cluster}, {self.buffers} buffers"
+        turned = ", transposed" if self.transposed else ""
+        return f"128x{self.tile_n} x{self.stages}, cluster {self.cluster}, {self.buffers} buffers{turned}"
 
 
 def match(spec: KernelSpec) -> GemmProblem | str:

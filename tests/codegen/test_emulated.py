@@ -27,6 +27,9 @@ PROBLEMS = [
     GemmProblem("fprop", 4, 400, 192, "swiglu"),
     GemmProblem("dgrad", 3, 200, 264, "dswiglu"),
     GemmProblem("wgrad", 3, 192, 328, "accumulate"),
+    # An odd number of row tiles, and of column tiles: clusters whose thread blocks part, one of them without a tile.
+    GemmProblem("dgrad", 3, 200, 520, "dswiglu"),
+    GemmProblem("wgrad", 3, 328, 520, "accumulate"),
     GemmProblem("dgrad", 0, 200, 264, "dswiglu"),
     GemmProblem("wgrad", 0, 192, 328, "accumulate"),
     GemmProblem("fprop", 0, 400, 192, "store", addends=2),
@@ -53,12 +56,31 @@ COUNTS = [[130, 0, 1, 300], [1, 513, 0, 0], [257, 0, 0, 0]]  # rows of each expe
 SCHEDULES = [1, 2, 3]
 
 
-def run(problem: GemmProblem, target: str, cluster: int, spare: int = 64) -> None:
+def run(problem: GemmProblem, target: str, cluster: int, spare: int = 64, turned: bool = False) -> None:
     config = next(c for c in problem.configs(target) if c.cluster == cluster)
+    if turned:
+        config = replace(config, transposed=not config.transposed)
     function = kernel_compiler.trace(problem, config, target)
     for counts, schedule in zip(COUNTS, SCHEDULES, strict=True):
         tensors = oracle.case(problem, config, schedule, counts[: problem.groups], spare)
         assert verify.run(function, problem, config, tensors, schedule) <= 1
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize(
+    ("problem", "target"),
+    [
+        (GemmProblem("wgrad", 3, 192, 328, "accumulate"), "sm_90a"),
+        (GemmProblem("wgrad", 3, 192, 336, "accumulate", "mxfp8", "rows"), "sm_90a"),
+        (GemmProblem("wgrad", 3, 192, 320, "accumulate", "nvfp4", "rows"), "sm_90a"),
+        *((problem, "sm_100a") for problem in GATHERED if problem.role == "wgrad"),
+        *((problem, "sm_100a") for problem in BLOCK_SCALED if problem.role == "wgrad"),
+    ],
+    ids=str,
+)
+def test_a_wgrad_is_right_the_way_of_more_tiles_too(problem: GemmProblem, target: str, cluster: int) -> None:
+    run(problem, target, cluster, turned=True)
 
 
 def name(problem: GemmProblem) -> str:

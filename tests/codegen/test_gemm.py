@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nmoe import autotune
 from nmoe.binding import lowered
 from nmoe.codegen import compiler, families
-from nmoe.codegen.gemm import GemmConfig, GemmProblem, refusal
+from nmoe.codegen.gemm import Blocks, GemmConfig, GemmProblem, refusal
 from nmoe.codegen.hardware import HARDWARE
 from nmoe.codegen.problem import ROWS, IllegalConfig
 from nmoe.codegen.report import count
@@ -145,6 +145,7 @@ def test_operands_cover_what_the_views_index(problem: GemmProblem, target: str) 
         (GemmConfig(256, 7, 2), "store", "sm_100a", "263168 bytes of shared memory: B200 gives"),
         (GemmConfig(128, 4, 2), "swiglu", "sm_90a", "2 buffers for 3 epilogue pieces: at least 2, each"),
         (GemmConfig(256, 1, 2), "store", "sm_100a", "stages 1: loads overlap the products"),
+        (GemmConfig(256, 4, 2, transposed=True), "store", "sm_90a", "transposed fprop: only a wgrad's result"),
     ],
 )  # fmt: skip
 def test_an_illegal_config_names_the_limit(
@@ -155,6 +156,29 @@ def test_an_illegal_config_names_the_limit(
         case.require_legal(config, target)
     assert message in str(error.value)
     assert str(error.value).startswith(f"bf16 fprop 512x512 for {target}, 128x{config.tile_n} x")
+
+
+def test_a_wgrad_is_computed_the_way_of_fewer_tiles() -> None:
+    """1408 columns are 5.5 tiles of 256 and 11 of 128; on Hopper no thread block of a cluster is left without rows."""
+    down, square = (
+        GemmProblem("wgrad", 64, 2048, 1408, "accumulate"),
+        GemmProblem("wgrad", 8, 2048, 2048, "accumulate"),
+    )
+    wide = GemmConfig(256, 4, 2)
+    turned = replace(wide, transposed=True)
+    assert (down.tiles(wide, "sm_90a"), down.tiles(turned, "sm_90a")) == (48, 44)
+    assert (down.tiles(wide, "sm_100a"), down.tiles(turned, "sm_100a")) == (48, 48)
+    assert {c.transposed for c in down.configs("sm_90a") if c.tile_n == 256} == {True}
+    assert not any(c.transposed for c in square.configs("sm_90a"))
+    assert not any(c.transposed for c in down.configs("sm_100a") if c.cluster == 2)
+
+
+@given(st.integers(0, 40), st.integers(1, 12), st.integers(1, 2), st.booleans())
+def test_blocks_hold_every_tile_and_fewer_too_many_where_they_part(
+    rows: int, columns: int, cluster: int, parts: bool
+) -> None:
+    spare = Blocks(columns, cluster, parts).count(rows) * cluster - rows * columns
+    assert 0 <= spare <= (1 if parts else (cluster - 1) * columns)
 
 
 def test_hoppers_loads_do_not_gather() -> None:

@@ -18,12 +18,12 @@ from nmoe.codegen.verify import gemm as oracle
 from nmoe.config import Target, load
 from nmoe.schedule import lower
 
-MOONLET = Path(__file__).parents[2] / "configs" / "moonlet.toml"
+DSV3 = Path(__file__).parents[2] / "configs" / "dsv3.toml"
 
 
 def wgrads() -> list[KernelSpec]:
     """Two kernels of one family, and one without a template."""
-    config = load(MOONLET)
+    config = load(DSV3)
     config = replace(config, target=Target("sm_90a"), schedule=replace(config.schedule, precision="bf16"))
     return [s for s in specs(lower(config)) if s.name in ("grouped_gemm.wgrad", "embedding_bwd")]
 

@@ -117,7 +117,7 @@ class Deferred(Fixed):
     @cute.jit
     def _run(self, task: cutlass.Constexpr, *args: cutlass.Constexpr) -> None:
         row, column, expert, exists = (self.place[i] for i in range(4))
-        place = Place(row, column, expert, Int32(0), Int32(0), Boolean(exists))
+        place = Place(row, column, expert, Int32(0), Int32(0), Boolean(exists), Boolean(False))
         if place.exists:
             task(place, *args)
 

@@ -8,7 +8,7 @@ import cutlass
 from cutlass import BFloat16, Float4E2M1FN, Float8E4M3FN, Float32, cute
 from cutlass.cute.nvgpu import cpasync
 
-from nmoe.codegen.gemm import ROW_TILE, GemmConfig, GemmProblem
+from nmoe.codegen.gemm import PARTS, ROW_TILE, Blocks, GemmConfig, GemmProblem
 from nmoe.codegen.templates import dequantize, layouts
 from nmoe.codegen.templates.epilogue import PartialSum
 from nmoe.codegen.templates.fixed import Fixed
@@ -37,22 +37,31 @@ class Plain(Fixed):
         ) = (held.get(name) for name in self.NAMES)  # fmt: skip
 
 
-class GroupedGemm(Fixed):
-    """An architecture gives `threads`, `unit_rows`, `b_rows`, its load operations and `kernel`."""
+def exchanged(name: str) -> str:
+    """The name of what takes an operand's part when A and B are exchanged: "b_scale" of "a_scale"."""
+    head, *rest = name.split("_")
+    return "_".join([{"a": "b", "b": "a"}.get(head, head), *rest])
 
+
+class GroupedGemm(Fixed):
+    """An architecture gives `target`, `threads`, `unit_rows`, `b_rows`, its load operations and `kernel`."""
+
+    target: str
     threads: int
     unit_rows: int  # rows of the tile that one epilogue unit stores
 
     def __init__(self, problem: GemmProblem, config: GemmConfig) -> None:
-        self.problem, self.config, self.cluster = problem, config, config.cluster
+        self.given, self.config, self.cluster = problem, config, config.cluster
+        self.problem = problem = problem.tiled(config)
         self.paired = problem.epilogue == "swiglu"  # a column tile is tile_n / 2 pairs of gate and up
         self.columns = -(-problem.columns // (config.tile_n // 2 if self.paired else config.tile_n))
+        blocks = Blocks(self.columns, self.cluster, PARTS[self.target])
         self.tiles: RaggedRows | RaggedDepth
         if problem.ragged == "rows":
             slices = -(-problem.depth // problem.slice)
-            self.tiles = RaggedRows(problem.groups, self.columns, slices, self.cluster, config.band)
+            self.tiles = RaggedRows(problem.groups, slices, blocks, config.band)
         else:
-            self.tiles = RaggedDepth(problem.groups, problem.n, self.columns, problem.slice, self.cluster)
+            self.tiles = RaggedDepth(problem.groups, problem.n, problem.slice, blocks)
         self.plain = [o.name for o in problem.operands(config) if o.name in Plain.NAMES]
         self.element = ELEMENTS[problem.multiplied]
         self.out_type = Float32 if problem.epilogue == "accumulate" else BFloat16
@@ -82,10 +91,12 @@ class GroupedGemm(Fixed):
         """Arguments: the operands in the order of GemmProblem.operands, the number of clusters, the stream."""
         *tensors, clusters, stream = args
         problem = self.problem
-        named = {o.name: t for o, t in zip(problem.operands(self.config), tensors, strict=True)}
+        named = {o.name: t for o, t in zip(self.given.operands(self.config), tensors, strict=True)}
         if cutlass.const_expr(problem.scales == "rows"):
             dequantize.launch(problem, named, stream)
             named |= {"a": named["a_wide"], "b": named["b_wide"]}
+        if cutlass.const_expr(problem.transposed):
+            named = {exchanged(name): tensor for name, tensor in named.items()}
         a_layout = layouts.operand(
             self.element, problem.a_mn_major, ROW_TILE, problem.slice, self.config.stages
         )
@@ -95,7 +106,9 @@ class GroupedGemm(Fixed):
         # The box is half of B whether a thread block loads one half or both.
         half = layouts.operand(self.element, problem.b_mn_major, self.config.tile_n // 2, problem.slice, 1)
         units = ROW_TILE // self.unit_rows
-        buffers = layouts.buffers(self.out_type, self.unit_rows, units * self.config.buffers)
+        buffers = layouts.buffers(
+            self.out_type, self.unit_rows, units * self.config.buffers, problem.transposed
+        )
         load_a, load_b = self.load_operations()
         adds = problem.epilogue == "accumulate"
         store = cpasync.CopyReduceBulkTensorTileS2GOp() if adds else cpasync.CopyBulkTensorTileS2GOp()

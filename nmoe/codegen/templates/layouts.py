@@ -24,11 +24,12 @@ def operand(element, mn_major: bool, rows: int, depth: int, stages: int) -> cute
     return cute.tile_to_shape(atom, (rows, depth, stages), order=(1, 0, 2) if mn_major else (0, 1, 2))
 
 
-def buffers(element, rows: int, count: int) -> cute.ComposedLayout:  # type: ignore[no-untyped-def]
-    """Epilogue buffers [rows, 128 bytes, count]."""
-    kind = cute.nvgpu.warpgroup.SmemLayoutAtomKind.K_SW128
-    atom = cute.nvgpu.warpgroup.make_smem_layout_atom(kind, element)
-    return cute.tile_to_shape(atom, (rows, PIECE_BYTES * 8 // element.width, count), order=(0, 1, 2))
+def buffers(element, rows: int, count: int, transposed: bool) -> cute.ComposedLayout:  # type: ignore[no-untyped-def]
+    """Epilogue buffers [rows, 128 bytes, count], of which a column's rows are contiguous if transposed."""
+    kind = cute.nvgpu.warpgroup.SmemLayoutAtomKind
+    atom = cute.nvgpu.warpgroup.make_smem_layout_atom(kind.MN_SW128 if transposed else kind.K_SW128, element)
+    shape = (rows, PIECE_BYTES * 8 // element.width, count)
+    return cute.tile_to_shape(atom, shape, order=(1, 0, 2) if transposed else (0, 1, 2))
 
 
 def piece(element, rows: int) -> cute.ComposedLayout:  # type: ignore[no-untyped-def]

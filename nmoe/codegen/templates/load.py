@@ -16,7 +16,8 @@ class Loader(Fixed):
     """Loads A[128, slice] and B[tile_n, slice] of each slice, with their scale factors where there are any.
 
     B comes in two boxes of tile_n / 2 rows: the left and right columns of a tile, or its gate and up columns. Alone, a
-    thread block loads both. In a cluster of two each loads one of them: `shared` B is multicast to both (Hopper);
+    thread block loads both. In a cluster of two each loads one of them: `shared` B is multicast to both (Hopper), but
+    for tiles in which they are apart and load both;
     otherwise B stays split between the pair, whose MMA reads both parts (Blackwell), and the bytes of both thread
     blocks are counted by the first one's barrier. A gathered operand is loaded by `gather`: each of its warps comes
     here, and the first loads the rest.
@@ -100,19 +101,22 @@ class Loader(Fixed):
             for half in cutlass.range_constexpr(2):
                 self._half(place, k, half, half, stage)
         elif cutlass.const_expr(self.shared):
-            self._half(place, k, rank, rank, stage)
+            if place.apart:
+                for half in cutlass.range_constexpr(2):
+                    self._half(place, k, half, half, stage, Int16(1) << Int16(rank))
+            else:
+                self._half(place, k, rank, rank, stage, Int16(3))
         else:
             self._half(place, k, rank, 0, stage)
 
     @cute.jit
-    def _half(self, place, k: Int32, half, slot, stage: Int32) -> None:  # type: ignore[no-untyped-def]
-        """Box `half` of B into part `slot` of the stage."""
+    def _half(self, place, k: Int32, half, slot, stage: Int32, mask=None) -> None:  # type: ignore[no-untyped-def]
+        """Box `half` of B into part `slot` of the stage, of the thread blocks in `mask` if it is multicast."""
         batch = 0 if cutlass.const_expr(self.gemm.problem.ragged == "depth") else place.expert
         if cutlass.const_expr(self.gemm.paired):
             box = self.gb[None, place.column, k, half, batch]
         else:
             box = self.gb[None, 2 * place.column + half, k, 0, batch]
-        mask = Int16(3) if cutlass.const_expr(self.shared) else None
         cute.copy(
             self.b_atom, box, self.sb[None, slot, stage], tma_bar_ptr=self.ring.full + stage, mcast_mask=mask
         )

@@ -45,6 +45,7 @@ ACCUMULATORS = 2
 
 
 class Sm100GroupedGemm(GroupedGemm):
+    target = "sm_100a"
     unit_rows = 32
 
     def __init__(self, problem: GemmProblem, config: GemmConfig) -> None:

@@ -9,7 +9,8 @@ warpgroup 2  rows 64..127 of the tile  the epilogue of the tile before (deferred
 warp 0 ── TMA ──▶│  A  B   │  A  B   │   │   empty[s]: one arrival from each consumer warp of the cluster
                  └─────────┴─────────┴───┘
 Cluster of 2: the thread blocks work on neighbouring row tiles of one column tile. Each loads half of B and
-multicasts it to both, which halves the traffic from L2; a stage is free when both have left it.
+multicasts it to both, which halves the traffic from L2; a stage is free when both have left it. A row tile without a
+neighbour is worked on by both, in neighbouring column tiles, each with a B of its own.
 
 barriers: full, empty (ring.py); named 1 and 2: the threads of a consumer warpgroup; arrived, one for each warpgroup:
 what its epilogue reads is there.
@@ -36,6 +37,7 @@ LOAD_REGISTERS, MATH_REGISTERS = 40, 232
 
 
 class Sm90GroupedGemm(GroupedGemm):
+    target = "sm_90a"
     threads = 3 * GROUP
     unit_rows = 64
 

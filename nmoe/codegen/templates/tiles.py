@@ -17,7 +17,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Int32, cute
 
-from nmoe.codegen.gemm import ROW_TILE
+from nmoe.codegen.gemm import ROW_TILE, Blocks
 from nmoe.codegen.templates.fixed import Fixed
 
 NEVER = 1 << 30  # no tile has this number
@@ -25,7 +25,8 @@ NEVER = 1 << 30  # no tile has this number
 
 class Place(NamedTuple):
     """A thread block's part of a tile: its row tile, column tile and expert, the slices of the contracted dimension
-    [begin, begin + slices) and whether there is anything to store."""
+    [begin, begin + slices), whether there is anything to store, and whether the cluster's thread blocks are in
+    neighbouring column tiles of one row tile instead of neighbouring row tiles of one column tile."""
 
     row: Int32
     column: Int32
@@ -33,6 +34,7 @@ class Place(NamedTuple):
     begin: Int32
     slices: Int32
     exists: Boolean
+    apart: Boolean
 
 
 class Segments(Fixed):
@@ -48,17 +50,39 @@ class Segments(Fixed):
         return self.rows if self.offsets is None else self.offsets[expert + 1]
 
 
-class RaggedRows(Fixed):
+class Ragged(Fixed):
+    """The tiles of all experts, each expert's dealt out in `blocks`."""
+
+    blocks: Blocks
+
+    @cute.jit
+    def spot(self, local: Int32, row_tiles, block: Int32, column: Int32, rank: Int32):  # type: ignore[no-untyped-def]
+        """(row tile of the expert, column tile, whether it exists, apart) of the thread block `rank` in tile number
+        `local` of the expert, which is block `block` of column tile `column` unless it is beyond all blocks.
+
+        Without a tile of its own a thread block takes part in the cluster's loads and stores nothing.
+        """
+        row, apart = block * self.blocks.cluster + rank, Boolean(False)
+        exists = row < row_tiles
+        row = row if exists else row - rank
+        if cutlass.const_expr(self.blocks.parts):
+            beyond = local - self.blocks.whole(row_tiles) * self.blocks.columns
+            apart = beyond >= 0
+            row = Int32(row_tiles) - 1 if apart else row
+            column = beyond * self.blocks.cluster + rank if apart else column
+            exists = column < self.blocks.columns
+        return row, column, exists, apart
+
+
+class RaggedRows(Ragged):
     """Tiles of an [R, n] result whose rows belong to experts, each segment padded to whole row tiles.
 
-    An expert's tiles are numbered in bands of `band` row blocks (a block is the `cluster` row tiles of one cluster):
-    down a band first, then along n, so that the clusters that run together share a band's rows of A and a few
-    column tiles of B in L2.
+    An expert's tiles are numbered in bands of `band` row blocks: down a band first, then along n, so that the clusters
+    that run together share a band's rows of A and a few column tiles of B in L2; its last row tile's, apart, come last.
     """
 
-    def __init__(self, experts: int, columns: int, slices: int, cluster: int, band: int) -> None:
-        self.experts, self.columns, self.slices = experts, columns, slices
-        self.cluster, self.band = cluster, band
+    def __init__(self, experts: int, slices: int, blocks: Blocks, band: int) -> None:
+        self.experts, self.slices, self.blocks, self.band = experts, slices, blocks, band
 
     @cute.jit
     def begin(self, segments: Segments, cluster: Int32):  # type: ignore[no-untyped-def]
@@ -73,7 +97,7 @@ class RaggedRows(Fixed):
         count = Int32(NEVER)
         if expert < self.experts:
             rows = segments.end(expert) - segments.begin(expert)
-            count = cute.ceil_div(rows, ROW_TILE * self.cluster) * self.columns
+            count = self.blocks.count(cute.ceil_div(rows, ROW_TILE))
         return count
 
     @cute.jit
@@ -91,28 +115,26 @@ class RaggedRows(Fixed):
 
     @cute.jit
     def place(self, segments: Segments, tile: Int32, expert: Int32, first: Int32, rank: Int32) -> Place:
-        """The last block of a segment may have row tiles too few; the thread block without one repeats its
-        neighbour's loads, because the cluster shares B, and stores nothing."""
         row_tiles = cute.ceil_div(segments.end(expert) - segments.begin(expert), ROW_TILE)
-        blocks = cute.ceil_div(row_tiles, self.cluster)
-        start = (tile - first) // (self.band * self.columns) * self.band
-        within = (tile - first) % (self.band * self.columns)
-        height = cutlass.min(blocks - start, self.band)
-        row = (start + within % height) * self.cluster + rank
-        exists = row < row_tiles
-        row = row if exists else row - rank
+        local = tile - first
+        start = local // (self.band * self.blocks.columns) * self.band
+        within = local % (self.band * self.blocks.columns)
+        height = cutlass.max(cutlass.min(self.blocks.whole(row_tiles) - start, self.band), 1)
+        row, column, exists, apart = self.spot(
+            local, row_tiles, start + within % height, within // height, rank
+        )
         row += segments.begin(expert) // ROW_TILE
-        return Place(row, within // height, expert, Int32(0), Int32(self.slices), exists)
+        return Place(row, column, expert, Int32(0), Int32(self.slices), exists, apart)
 
 
-class RaggedDepth(Fixed):
+class RaggedDepth(Ragged):
     """Tiles of an [E, n, k] result that contracts each expert's rows, `depth` of them a slice: a fixed number an
     expert, of varying depth."""
 
-    def __init__(self, experts: int, rows: int, columns: int, depth: int, cluster: int) -> None:
-        self.depth, self.cluster = depth, cluster
-        self.blocks = -(-rows // (ROW_TILE * cluster))
-        self.each = self.blocks * columns
+    def __init__(self, experts: int, rows: int, depth: int, blocks: Blocks) -> None:
+        self.depth, self.blocks = depth, blocks
+        self.row_tiles = -(-rows // ROW_TILE)
+        self.each = blocks.count(self.row_tiles)
         self.total = experts * self.each
 
     @cute.jit
@@ -128,9 +150,11 @@ class RaggedDepth(Fixed):
 
     @cute.jit
     def place(self, segments: Segments, tile: Int32, expert: Int32, first: Int32, rank: Int32) -> Place:
-        """Nothing is done for an expert without rows; a row tile past the last is clipped by the stores."""
+        """Nothing is done for an expert without rows."""
         expert = tile // self.each
         local = tile % self.each
         begin, end = segments.begin(expert) // self.depth, cute.ceil_div(segments.end(expert), self.depth)
-        row, column = local % self.blocks * self.cluster + rank, local // self.blocks
-        return Place(row, column, expert, begin, end - begin, end > begin)
+        whole = max(self.blocks.whole(self.row_tiles), 1)
+        row, column, exists, apart = self.spot(local, self.row_tiles, local % whole, local // whole, rank)
+        exists = exists and end > begin
+        return Place(row, column, expert, begin, end - begin, exists, apart)
