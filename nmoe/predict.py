@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from nmoe import model
 from nmoe.config import Config, Moe
 from nmoe.devices import Device
-from nmoe.graph import QUANTIZED, Op, Spec
-from nmoe.ops import Cost, nbytes
+from nmoe.graph import QUANTIZED, Op
+from nmoe.ops import Cost, row_parts
 from nmoe.schedule import Call, Schedule
 from nmoe.schedule.overlap import COMM, MAIN, SIDE
 
@@ -176,7 +176,7 @@ def payload_bytes(schedule: Schedule) -> dict[str, float]:
         name = op.outputs[0] if op.kind == "dispatch" else op.inputs[0]
         rows = schedule.graph.tensors[name or ""]
         valued = op.kind == "combine" and op.inputs[1] is not None
-        return row_bytes(rows.format, int(rows.shape[1])) + (4 if valued else 0)
+        return sum(row_parts(rows.spec)) + (4 if valued else 0)
 
     return {op.name: payload(op) for op in schedule.graph.ops if op.kind in ("dispatch", "combine")}
 
@@ -184,11 +184,6 @@ def payload_bytes(schedule: Schedule) -> dict[str, float]:
 def carrier(call: Call) -> Op | None:
     """The op of a call that moves rows between ranks."""
     return next((op for op in call.ops if op.kind in ("dispatch", "combine")), None)
-
-
-def row_bytes(format: str, width: int) -> float:
-    """Bytes of a row of `width` elements, its scale factors included."""
-    return nbytes(Spec((128, width), format, 1 if format in QUANTIZED else None)) // 128
 
 
 def sync_wire(members: int, near: int, reduced: float, gathered: float) -> Wire:

@@ -17,9 +17,10 @@ from nmoe.codegen.transfers import transfers_of
 from nmoe.config import Config, Moe, Target, layers, load
 from nmoe.devices import TABLE, Device
 from nmoe.errors import UserError
-from nmoe.graph import Op
+from nmoe.graph import Op, Spec
+from nmoe.ops import row_parts
 from nmoe.plan import PlanError, format_plan, memory_plan, micro_batch
-from nmoe.predict import Wire, dispatch_wire, return_wire, row_bytes, spread, sync_wire, timeline
+from nmoe.predict import Wire, dispatch_wire, return_wire, spread, sync_wire, timeline
 from nmoe.schedule import Call, lower
 from nmoe.schedule.overlap import COMM, MAIN, SIDE
 
@@ -234,6 +235,11 @@ def test_full_recomputation_keeps_what_crosses_layers_and_what_the_router_decide
 
 MOONLIGHT = Moe(experts=64, topk=6, intermediate_size=1408)
 DSV3 = Moe(experts=256, topk=8, intermediate_size=2048)
+ROW_BYTES = {
+    "bf16": lambda width: sum(row_parts(Spec(("R", width), "bf16"))),
+    "mxfp8": lambda width: sum(row_parts(Spec(("R", width), "mxfp8", 1))),
+    "nvfp4": lambda width: width // 2 + width // 16,  # as it would be; such rows travel in BF16
+}
 
 
 @pytest.mark.parametrize(
@@ -248,7 +254,7 @@ DSV3 = Moe(experts=256, topk=8, intermediate_size=2048)
 )
 def test_dispatch_inside_a_node(moe: Moe, width: int, ranks: int, bandwidth: float, expected) -> None:
     for format, microseconds in zip(("bf16", "mxfp8", "nvfp4"), expected, strict=True):
-        wire = dispatch_wire(moe, 8192, row_bytes(format, width), ranks, 8)
+        wire = dispatch_wire(moe, 8192, ROW_BYTES[format](width), ranks, 8)
         assert 1e6 * wire.nvlink / bandwidth == pytest.approx(microseconds, rel=6e-3)
         assert wire.network == 0
     assert return_wire(moe, 8192, 2 * width, ranks, 8) == dispatch_wire(moe, 8192, 2 * width, ranks, 8)
@@ -261,7 +267,7 @@ def test_dispatch_inside_a_node(moe: Moe, width: int, ranks: int, bandwidth: flo
 def test_between_four_nodes(moe: Moe, width: int, nodes: float, dispatch, back: float) -> None:
     assert spread(moe, 4) == pytest.approx(nodes, abs=0.006)
     for format, milliseconds in zip(("bf16", "mxfp8", "nvfp4"), dispatch, strict=True):
-        wire = dispatch_wire(moe, 8192, row_bytes(format, width), 32, 8)
+        wire = dispatch_wire(moe, 8192, ROW_BYTES[format](width), 32, 8)
         assert 1e3 * wire.network / 50e9 == pytest.approx(milliseconds, rel=0.01)
     assert 1e3 * return_wire(moe, 8192, 2 * width, 32, 8).network / 50e9 == pytest.approx(back, rel=0.01)
 

@@ -14,9 +14,8 @@ from nmoe.codegen.rdep import (
     PlaceProblem,
     RdepProblem,
 )
-from nmoe.graph import ELEMENT_BYTES, QUANTIZED, Spec
+from nmoe.ops import row_parts
 from nmoe.schedule import Schedule
-from nmoe.storage import storage
 
 
 def transfers(
@@ -48,15 +47,6 @@ def transfers(
         found |= {"relay_counts": RailCountsProblem(*group, experts), "await_rails": RailFlagProblem(*group, "await"),
                   "raise_rails": RailFlagProblem(*group, "raise")}  # fmt: skip
     return found
-
-
-def row_parts(rows: Spec) -> tuple[int, ...]:
-    """Bytes of a dispatched row: of its elements or, quantized, of them and their scale factors."""
-    width = int(rows.shape[1])
-    if rows.format not in QUANTIZED:
-        return (width * ELEMENT_BYTES[rows.format],)
-    assert rows.axis == 1
-    return tuple(shape[1] for shape, _ in storage(rows.format, (1, width), rows.axis).values())
 
 
 def payloads(schedules: Sequence[Schedule]) -> list[tuple[int, ...]]:

@@ -68,6 +68,17 @@ def nbytes(spec: Spec) -> int:
     return numel(spec.shape) * ELEMENT_BYTES[spec.format]
 
 
+def row_parts(rows: Spec) -> tuple[int, ...]:
+    """Bytes of a row that travels: of its elements or, in MXFP8, of them and their scale factors."""
+    width = int(rows.shape[1])
+    if rows.format not in QUANTIZED:
+        return (width * ELEMENT_BYTES[rows.format],)
+    assert (rows.format, rows.axis) == ("mxfp8", 1), (
+        f"rows of {rows.format} along axis {rows.axis} do not travel"
+    )
+    return tuple(shape[1] for shape, _ in storage(rows.format, (1, width), 1).values())
+
+
 class OpDef:
     """Base of all op kinds. Tensors reach `reference` as torch tensors (or `formats.Quantized`) in the order of
     the op's inputs, outputs and `scratch`; absent ones are None. `reference` allocates nothing of its own: all it
