@@ -27,10 +27,8 @@ MAX_EXPERTS = 1024
 BITS: dict[Precision, int] = {"bf16": 16, "mxfp8": 8, "nvfp4": 4}
 TENSOR_COLUMNS = HARDWARE["sm_100a"].tensor_columns
 BARRIER_BYTES = 1024
-PARTS = {
-    "sm_90a": True,
-    "sm_100a": False,
-}  # can a cluster's thread blocks leave their row block; a pair's MMA has rows of both
+# Can a cluster's thread blocks be in different column tiles? A pair's MMA has rows of both and one B.
+PARTS = {"sm_90a": True, "sm_100a": False}
 
 
 class Blocks:
@@ -353,10 +351,8 @@ class GemmProblem(Problem):
         limit(config.cluster in (1, 2), f"cluster {config.cluster}: 1, or 2 that load half of B each")
         limit(not self.gathered or target == "sm_100a",
               f"rows of tokens: TMA gathers them from sm_100a on, {hardware.name} reads boxes")  # fmt: skip
-        limit(
-            not config.transposed or self.role == "wgrad",
-            f"transposed {self.role}: only a wgrad's result can be computed either way",
-        )
+        limit(not config.transposed or self.role == "wgrad",
+              f"transposed {self.role}: only a wgrad's result can be computed either way")  # fmt: skip
         limit(config.stages >= 2, f"stages {config.stages}: loads overlap the products with 2 or more")
         limit(config.band >= 1, f"band {config.band}: at least 1 row block")
         used = self.shared_bytes(config, target)

@@ -17,10 +17,9 @@ class Loader(Fixed):
 
     B comes in two boxes of tile_n / 2 rows: the left and right columns of a tile, or its gate and up columns. Alone, a
     thread block loads both. In a cluster of two each loads one of them: `shared` B is multicast to both (Hopper), but
-    for tiles in which they are apart and load both;
-    otherwise B stays split between the pair, whose MMA reads both parts (Blackwell), and the bytes of both thread
-    blocks are counted by the first one's barrier. A gathered operand is loaded by `gather`: each of its warps comes
-    here, and the first loads the rest.
+    in tiles where they are apart each loads a B of its own; otherwise B stays split between the pair, whose MMA reads
+    both parts (Blackwell), and the bytes of both thread blocks are counted by the first one's barrier. A gathered
+    operand is loaded by `gather`: each of its warps comes here, and the first loads the rest.
     """
 
     def __init__(  # type: ignore[no-untyped-def]
