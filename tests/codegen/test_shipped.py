@@ -104,7 +104,7 @@ def test_every_kernel_of_the_shipped_configs(
         problem, config, _ = built.chosen[spec]
         found = [*_budget(entry.report, target, _spills(problem, target))]
         if isinstance(problem, GemmProblem) and isinstance(config, GemmConfig):
-            found += _gemm(problem, config, entry.report, target)
+            found += _gemm(problem.tiled(config), config, entry.report, target)
         elif isinstance(problem, AttentionProblem):
             found += _attention(entry.report, target)
         elif entry.report["sass"]["mma"] or entry.report["tensor_columns"]:
