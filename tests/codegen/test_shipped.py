@@ -114,12 +114,10 @@ def test_every_kernel_of_the_shipped_configs(
 
 
 def _spills(problem: Problem, target: str) -> int:
-    """Bytes of local memory that a thread may use where the kernel takes all registers that there are: a few values
-    outside of its loops (docs/kernels.md)."""
-    if not isinstance(problem, RowProblem):
+    """Bytes of local memory that a thread may use where Hopper's kernel takes all registers that there are: a few
+    values outside of its loops (docs/kernels.md)."""
+    if target == "sm_100a" or not isinstance(problem, RowProblem):
         return 0
-    if target == "sm_100a":
-        return 8 if problem.two_passes and problem.body == "rms_norm_bwd" and not problem.addends else 0
     if problem.two_passes:
         return 24
     return 72 if problem.statistic and len(problem.copies) == 2 else 0

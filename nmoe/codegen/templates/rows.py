@@ -226,11 +226,15 @@ class Tile(Fixed):
             if cutlass.const_expr(self.buffers == 1):
                 self.fetch(first, Int32(0))
             cute.arch.cp_async_wait_group(self.buffers - 1)
-            found = self.body.load(spot, self.held[None, None, None, step % self.buffers])
+            held = self.held[None, None, None, step % self.buffers]
+            found = self.body.load(spot, held)
             if cutlass.const_expr(self.known):
-                self.finish(found, first, turn, [self.named["rstd"][row] for row in spot.source])
+                statistics = [self.named["rstd"][row] for row in spot.source]
             else:
-                self.finish(found, first, turn, self.statistics(found, first, step))
+                statistics = self.statistics(found, first, step)
+                if cutlass.const_expr(self.problem.two_passes):
+                    found = self.body.load(spot, held)  # kept until now, rstd and w would need local memory
+            self.finish(found, first, turn, statistics)
         else:
             self.finish(self.body.load(spot), first, turn, [None] * self.config.vectors)
 
