@@ -53,13 +53,10 @@ def _gemm_seconds(problem: GemmProblem, config: GemmConfig, target: str, rows: i
     hardware = HARDWARE[target]
     clock = hardware.clock
     rate = _rate(problem, hardware) / (hardware.sms * clock)
-    wide = config.tile_n // 2 if problem.epilogue == "swiglu" else config.tile_n
-    columns = -(-problem.columns // wide)
+    tiles = problem.groups * problem.tiles(config, target, -(-rows // problem.groups))
     if problem.ragged == "rows":
-        blocks = problem.groups * -(-rows // problem.groups // (ROW_TILE * config.cluster))
-        tiles, slices = blocks * columns, -(-problem.depth // problem.slice)
+        slices = -(-problem.depth // problem.slice)
     else:
-        tiles = problem.groups * problem.tiles(config, target)
         slices = max(1, rows // problem.groups // problem.slice)
     multiply = 2.0 * ROW_TILE * config.tile_n * problem.slice / rate
     load = problem.stage_bytes(config, config.tile_n // config.cluster) / L2_BYTES_PER_CLOCK

@@ -276,11 +276,16 @@ class GemmProblem(Problem):
         gathered: dict[str, Literal["", "a", "b"]] = {"": "", "a": "b", "b": "a"}
         return replace(self, n=self.k, k=self.n, gathered=gathered[self.gathered], transposed=True)
 
-    def tiles(self, config: GemmConfig, target: str) -> int:
-        """Tiles of an expert's dw, a cluster's counted once."""
+    def blocks(self, config: GemmConfig, target: str) -> Blocks:
+        """How an expert's tiles are dealt out: columns of the result, or pairs of gate and up, half as many a tile."""
+        wide = config.tile_n // 2 if self.epilogue == "swiglu" else config.tile_n
+        return Blocks(per(self.columns, wide), config.cluster, PARTS[target])
+
+    def tiles(self, config: GemmConfig, target: str, rows: int = 0) -> int:
+        """Tiles of an expert with so many rows, or of its dw; a cluster's counted once."""
         of = self.tiled(config)
-        blocks = Blocks(per(of.k, config.tile_n), config.cluster, PARTS[target])
-        return blocks.count(per(of.n, ROW_TILE))
+        height = rows if self.ragged == "rows" else of.n
+        return of.blocks(config, target).count(per(height, ROW_TILE))
 
     def clusters(self, config: GemmConfig, sms: int) -> int:
         """Persistent: as many as run at once."""

@@ -8,7 +8,7 @@ import cutlass
 from cutlass import BFloat16, Float4E2M1FN, Float8E4M3FN, Float32, cute
 from cutlass.cute.nvgpu import cpasync
 
-from nmoe.codegen.gemm import PARTS, ROW_TILE, Blocks, GemmConfig, GemmProblem
+from nmoe.codegen.gemm import ROW_TILE, GemmConfig, GemmProblem
 from nmoe.codegen.templates import dequantize, layouts
 from nmoe.codegen.templates.epilogue import PartialSum
 from nmoe.codegen.templates.fixed import Fixed
@@ -54,8 +54,8 @@ class GroupedGemm(Fixed):
         self.given, self.config, self.cluster = problem, config, config.cluster
         self.problem = problem = problem.tiled(config)
         self.paired = problem.epilogue == "swiglu"  # a column tile is tile_n / 2 pairs of gate and up
-        self.columns = -(-problem.columns // (config.tile_n // 2 if self.paired else config.tile_n))
-        blocks = Blocks(self.columns, self.cluster, PARTS[self.target])
+        blocks = problem.blocks(config, self.target)
+        self.columns = blocks.columns
         self.tiles: RaggedRows | RaggedDepth
         if problem.ragged == "rows":
             slices = -(-problem.depth // problem.slice)
